@@ -1,0 +1,468 @@
+"""What the network computes: a CLIP vision tower, a projector and a LLaMA, joined into one vision-LLM.
+
+    pixels ──CLIPVision──> features ──Projector──┐
+    ids ─────embedding──────────────────────────┴─> Llama ──> states read at chosen positions
+
+The input is a row: a prompt once, then its answers end to end, each seeing the prompt and itself only:
+
+    ids       <bos> USER: <image>…<image> prompt | answer 1 | answer 2 | pad
+    position  0 1 2 …                       P-1  | P P+1 …  | P P+1 …  |
+    branch    0 0 0 …                         0  | 1 1 …    | 2 2 …    | -1
+
+Module names are those of the Hugging Face checkpoint llava-hf/llava-1.5-7b-hf, configurations are transformers'.
+Logits are made only where they are read, chunk by chunk; no [B, T, V] tensor exists.
+
+Legend: B rows, T positions, N positions read, M images, I tokens an image, R image runs in the rows, D width, H heads,
+K kv-heads, C channels a head, V vocabulary, S cached columns. A mask says what is kept.
+
+Papers: CLIP arXiv:2103.00020, LLaVA arXiv:2304.08485, LLaVA-1.5 arXiv:2310.03744, LLaMA arXiv:2302.13971,
+RoPE arXiv:2104.09864, GQA arXiv:2305.13245.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# ---- CLIP vision tower ----
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "linear": lambda x: x,
+}
+
+
+def activation(name):
+    """The function a configuration's activation name stands for; ValueError for one that is not here."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"got the activation {name!r}, need one of {sorted(ACTIVATIONS)}: change config.json")
+    return ACTIVATIONS[name]
+
+
+class CLIPEmbeddings(nn.Module):
+    """pixels [M, 3, S, S] → patches behind one class token, positions added [M, 1 + patches, D]."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(D))
+        self.patch_embedding = nn.Conv2d(3, D, kernel_size=patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding(1 + (config.image_size // patch) ** 2, D)
+
+    def forward(self, pixels):
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [M, patches, D]
+        first = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [M, H, tokens, C]
+                   for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation = activation(config.hidden_act)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class CLIPLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = CLIPAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPVision(nn.Module):
+    """pixels [M, 3, S, S] → the hidden states of one layer [M, I, D], class token dropped or kept.
+
+    `feature_layer` counts as transformers' hidden_states do: 0 is the embedding, -1 the last layer's output. Later
+    layers and `post_layernorm` are never reached; they are there to be loaded and exported.
+    """
+
+    def __init__(self, config, feature_layer=-2, drop_class=True):
+        super().__init__()
+        L = config.num_hidden_layers
+        self.depth = feature_layer if feature_layer >= 0 else L + 1 + feature_layer
+        if not 0 <= self.depth <= L:
+            raise ValueError(f"got vision_feature_layer {feature_layer}, need {-L - 1}..{L} for a tower of {L} layers")
+        self.drop_class = drop_class
+        self.recompute = False
+        self.vision_model = nn.ModuleDict({
+            "embeddings": CLIPEmbeddings(config),
+            "pre_layrnorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),  # CLIP's own spelling
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(CLIPLayer(config) for _ in range(L))}),
+            "post_layernorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+        })
+
+    def forward(self, pixels):
+        x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
+        for layer in self.vision_model.encoder.layers[: self.depth]:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x)
+        return x[:, 1:].contiguous() if self.drop_class else x
+
+
+class Projector(nn.Module):
+    """features [M, I, D of the tower] → [M · I, D of the LLaMA]: two layers with an activation, or `linear`: one."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.activation = activation(config.projector_hidden_act)
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, D, bias=bias)
+        self.linear_2 = None if is_linear(config) else nn.Linear(D, D, bias=bias)
+
+    def forward(self, features):
+        x = self.linear_1(features.flatten(0, 1))  # [M · I, D]: FSDP wants no view returned
+        return x if self.linear_2 is None else self.linear_2(self.activation(x))
+
+
+def is_linear(config):
+    """Whether the projector is one linear layer. transformers knows two layers only, so such a checkpoint is written
+    with the identity as its second layer and this mark in its configuration."""
+    return getattr(config, "mm_projector_type", None) == "linear"
+
+
+# ---- LLaMA ----
+
+def rope_frequencies(config):
+    """Radians a position for each pair of channels [C/2] (fp32), with linear or llama3 scaling.
+
+    llama3 (as in Meta's LLaMA-3.1 code): wavelengths longer than the original context over `low_freq_factor` are stretched
+    by `factor`, those shorter than it over `high_freq_factor` are kept, those between are interpolated.
+    """
+    rope = config.rope_parameters
+    C = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    frequency = rope["rope_theta"] ** -(torch.arange(0, C, 2, dtype=torch.float32, device="cpu") / C)
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return frequency
+    if kind == "linear":
+        return frequency / rope["factor"]
+    if kind != "llama3":
+        raise ValueError(f"got rope_type {kind!r}, need default, linear or llama3: change rope_parameters in config.json")
+    low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    turns = context * frequency / (2 * math.pi)  # rotations within the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequency + (1 - keep) * frequency / rope["factor"]
+
+
+def rotate(x, cos, sin):
+    """Rotates channel pairs (c, c + C/2) of x [B, H, T, C] by the angles of cos, sin [B, 1, T, C] (RoPE, Eq. 34)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+def visible(q_branch, k_branch, q_index, k_index):
+    """The row mask [B, 1, Tq, Tk]: a query sees a key that is no later, not padding, and of the prompt or its own answer.
+
+    branch [B, T]: 0 prompt, 1… answers, -1 padding; index [T]: column in the row.
+    """
+    q, k = q_branch[:, None, :, None], k_branch[:, None, None, :]
+    return (k_index <= q_index[:, None]) & (k >= 0) & ((k == 0) | (k == q))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, D, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(D))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()
+        return self.weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, bias = config.hidden_size, config.attention_bias
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        C = getattr(config, "head_dim", None) or D // self.heads
+        self.q_proj = nn.Linear(D, self.heads * C, bias=bias)
+        self.k_proj = nn.Linear(D, self.kv_heads * C, bias=bias)
+        self.v_proj = nn.Linear(D, self.kv_heads * C, bias=bias)
+        self.o_proj = nn.Linear(self.heads * C, D, bias=bias)
+
+    def forward(self, x, rope, mask, cache=None):
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, C]
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [B, K, T, C]
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.extend(self, k, v)  # [B, K, S, C]
+        # Each kv-head serves H/K heads; expanded, so that a mask still reaches a fused CUDA kernel. Without a mask the row
+        # is plain causal (right padding is later than every real token); is_causal would be wrong for a cache.
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.activation = activation(config.hidden_act)
+        self.gate_proj = nn.Linear(D, hidden, bias=bias)
+        self.up_proj = nn.Linear(D, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, D, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaLayer(nn.Module):
+    """x [B, T, D] → [B, T, D]. With `recompute` only its input is kept for the backward pass."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.recompute = False
+        self.self_attn = LlamaAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, rope, mask, cache=None):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, rope, mask, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(x, rope, mask, cache)
+
+    def compute(self, x, rope, mask, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Token and image embeddings through the decoder; what is read of the final states is up to `read`."""
+
+    def __init__(self, config, image_token):
+        super().__init__()
+        self.image_token = image_token
+        self.frequencies = rope_frequencies(config)  # no buffer: a model built on `meta` needs its numbers
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, ids, position, mask, at, read, images=None, cache=None):
+        """ids, position [B, T]; mask [B, 1, T, S] or None for plain causal rows; images [R, I, D]: what stands at the image
+        tokens, in row order. → read(states [N, D] at the flat positions `at` [N], head weight [V, D])."""
+        x = self.model.embed_tokens(ids)  # [B, T, D]
+        if images is not None:
+            x = x.masked_scatter((ids == self.image_token).unsqueeze(-1), images.to(x.dtype))
+        angle = position[:, None, :, None] * self.frequencies.to(position.device)  # [B, 1, T, C/2]
+        angle = torch.cat([angle, angle], dim=-1)
+        rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for layer in self.model.layers:
+            x = layer(x, rope, mask, cache)
+        return read(self.model.norm(x.flatten(0, 1)[at]), self.lm_head.weight)
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """log softmax(states · headᵀ / temperature)[target], and the distribution's entropy, with logits made a chunk at a time.
+
+    Forward keeps no logits, backward makes them again. With p the softmax and H the entropy:
+    ∂ logp / ∂ logit_v = [v = target] − p_v, ∂ H / ∂ logit_v = −p_v (log p_v + H).
+    """
+
+    @staticmethod
+    def forward(ctx, states, head, target, temperature):
+        logprob = torch.empty(len(target), dtype=torch.float32, device=states.device)
+        entropy = torch.empty_like(logprob)
+        for rows in chunks(len(target), len(head)):
+            logp = F.log_softmax(F.linear(states[rows], head).float() / temperature, dim=-1)  # [n, V]
+            logprob[rows] = logp.gather(1, target[rows, None]).squeeze(1)
+            entropy[rows] = -(logp.exp() * logp).sum(-1)
+        ctx.save_for_backward(states, head, target, entropy)
+        ctx.temperature = temperature
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx, d_logprob, d_entropy):
+        states, head, target, entropy = ctx.saved_tensors
+        d_states = torch.empty_like(states)
+        # summed over chunks in fp32: in bf16 every addition would round the whole sum
+        d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for rows in chunks(len(target), len(head)):
+            logp = F.log_softmax(F.linear(states[rows], head).float() / ctx.temperature, dim=-1)
+            p = logp.exp()
+            d = -p * d_logprob[rows, None] - p * (logp + entropy[rows, None]) * d_entropy[rows, None]
+            d.scatter_add_(1, target[rows, None], d_logprob[rows, None])
+            d = (d / ctx.temperature).to(states.dtype)  # [n, V]
+            d_states[rows] = d @ head
+            if d_head is not None:
+                d_head += d.T @ states[rows]
+        return d_states, d_head, None, None
+
+
+def chunks(N, V, elements=2**24):
+    """Slices of N rows so that a chunk's [n, V] logits stay near `elements` numbers (64 MB in fp32)."""
+    n = max(1, elements // V)
+    return [slice(start, min(start + n, N)) for start in range(0, N, n)]
+
+
+# ---- the whole ----
+
+class VisionLLM(nn.Module):
+    """CLIP tower, projector and LLaMA under the names of a Hugging Face LLaVA checkpoint (config: LlavaConfig).
+
+    `features = model.vision_tower(batch.pixels)` is called first and passed in, so that models with equal frozen towers
+    can share one pass.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        drop_class = config.vision_feature_select_strategy == "default"
+        self.vision_tower = CLIPVision(config.vision_config, config.vision_feature_layer, drop_class)
+        self.multi_modal_projector = Projector(config)
+        self.language_model = Llama(config.text_config, config.image_token_index)
+
+    def set_recompute(self, on):
+        """Trades a second forward pass in backward for the memory of all activations inside a layer."""
+        for module in self.modules():
+            if hasattr(module, "recompute"):
+                module.recompute = on
+
+    def states(self, batch, features, at, read, cache=None):
+        """read(final states [N, D] at the flat positions `at` [N], head [V, D]) for a Batch (see data.py)."""
+        images = self.multi_modal_projector(features).unflatten(0, features.shape[:2])[batch.image]  # [R, I, D]
+        column = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+        mask = None if batch.causal else visible(batch.branch, batch.branch, column, column)
+        return self.language_model(batch.ids, batch.position, mask, at, read, images, cache)
+
+    def forward(self, batch, features, temperature=1.0, entropy=False):
+        """Batch, features [M, I, D of the tower] → log-probability of every target [N] (fp32, nats); with `entropy` also
+        the entropy of the distribution it was drawn from [N]. Target n is predicted by the state at source n."""
+        def read(states, head):
+            return TokenLogProbs.apply(states, head, batch.target, temperature)
+        logprob, entropies = self.states(batch, features, batch.source, read)
+        return (logprob, entropies) if entropy else logprob
+
+
+# ---- generation ----
+
+class Cache:
+    """Keys and values of every column so far, for rows of at most `size` columns; `branch` [B, S] is what each belongs to."""
+
+    def __init__(self, size):
+        self.size, self.length, self.store, self.branch = size, 0, {}, None
+
+    def append(self, branch):
+        """Announces the columns [B, T] that the next forward pass adds; → their mask over all columns [B, 1, T, S]."""
+        if self.branch is None:
+            self.branch = branch.new_full((len(branch), self.size), -1)
+        start, self.length = self.length, self.length + branch.shape[1]
+        self.branch[:, start:self.length] = branch
+        column = torch.arange(self.length, device=branch.device)
+        return visible(branch, self.branch[:, :self.length], column[start:], column)
+
+    def extend(self, layer, k, v):
+        """Stores a layer's keys and values [B, K, T, C] of the announced columns; → those of all columns [B, K, S, C]."""
+        if layer not in self.store:
+            B, K, _, C = k.shape
+            self.store[layer] = k.new_empty(B, K, self.size, C), v.new_empty(B, K, self.size, C)
+        keys, values = self.store[layer]
+        keys[:, :, self.length - k.shape[2]:self.length] = k
+        values[:, :, self.length - v.shape[2]:self.length] = v
+        return keys[:, :, :self.length], values[:, :, :self.length]
+
+
+def keyed_uniforms(seed, iteration, prompts, samples, steps):
+    """Uniforms in [0, 1) [B, samples, steps] (fp64) that depend on nothing but (seed, iteration, prompt, sample, step):
+    not on the batch, the rank or what was drawn before. prompts: B integers."""
+    return torch.from_numpy(np.stack([
+        [np.random.default_rng([seed, iteration, prompt, sample]).random(steps) for sample in range(samples)]
+        for prompt in prompts]))
+
+
+def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """logits [..., V] (fp32) → token ids [...]: the most likely (uniform None or temperature 0), else the inverse CDF of
+    the uniform [...] under the softmax at that temperature, cut to the top_k likeliest and to the smallest set whose
+    probability reaches top_p."""
+    if uniform is None or temperature == 0:
+        return logits.argmax(-1)
+    p = F.softmax(logits.double() / temperature, dim=-1)
+    if top_k:
+        p = p.masked_fill(p < p.topk(min(top_k, p.shape[-1]), dim=-1).values[..., -1:], 0)
+    if top_p < 1:
+        ranked, order = (p / p.sum(-1, keepdim=True)).sort(dim=-1, descending=True, stable=True)
+        outside = ranked.cumsum(-1) - ranked >= top_p  # what stands before a token already reaches top_p
+        p = p.masked_fill(outside.gather(-1, order.argsort(-1)), 0)
+    cdf = p.cumsum(-1)
+    # the first token whose CDF exceeds the draw: one of probability 0 never does
+    return torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(model, batch, features, max_new, stop, banned=(), uniforms=None, samples=1, temperature=1.0, top_k=0,
+             top_p=1.0, anyone=torch.any):
+    """Answers of a batch of prompts (rows without answers): one prefill, then one column a sample and step.
+
+    stop: ids that end an answer (kept as its last token); banned: ids never chosen; uniforms [B, samples, max_new] or None
+    for greedy; anyone(running): whether to go on (ranks that decode in step ask each other).
+    → answers[b][k]: list of ids, and their summed log-probability under the model at temperature 1 [B, samples].
+    """
+    device = batch.ids.device
+    B, T = batch.ids.shape
+    cache = Cache(T + samples * (max_new - 1))
+    cache.append(batch.branch)
+    length = (batch.branch == 0).sum(1)  # [B]
+    ends = torch.arange(B, device=device) * T + length - 1  # the prompt's last token predicts the first of every answer
+    logits = model.states(batch, features, ends, F.linear, cache)[:, None].expand(-1, samples, -1)  # [B, samples, V]
+    stop, banned = (torch.tensor(sorted(ids), device=device, dtype=torch.long) for ids in (stop, banned))
+    branch = torch.arange(1, samples + 1, device=device).expand(B, -1)
+    every = torch.arange(B * samples, device=device)
+    tokens = torch.zeros(B, samples, max_new, dtype=torch.long, device=device)
+    lengths = torch.zeros(B, samples, dtype=torch.long, device=device)
+    logprob = torch.zeros(B, samples, device=device)
+    running = (length > 0)[:, None].repeat(1, samples)  # a row of padding has nothing to say
+    for step in range(max_new):
+        logits = logits.float()
+        uniform = None if uniforms is None else uniforms[:, :, step].to(device)
+        allowed = logits.index_fill(-1, banned, -torch.inf)
+        token = choose(allowed, uniform, temperature, top_k, top_p)  # [B, samples]
+        tokens[:, :, step] = token
+        lengths += running
+        logprob += running * F.log_softmax(logits, dim=-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        running = running & ~torch.isin(token, stop)
+        if step + 1 == max_new or not anyone(running):
+            break
+        mask = cache.append(branch)
+        position = (length + step)[:, None].expand(-1, samples)
+        logits = model.language_model(token, position, mask, every, F.linear, cache=cache)
+        logits = logits.view(B, samples, -1)
+    tokens, lengths = tokens.tolist(), lengths.tolist()
+    return [[ids[:n] for ids, n in zip(*row)] for row in zip(tokens, lengths)], logprob

@@ -1,0 +1,138 @@
+"""Supervised fine-tuning of a vision-LLM, and LLaVA's pre-training of the projector (--train projector --template plain).
+
+    loss = − Σ log p(token | picture, row before the token) / n
+
+summed over the supervised tokens of all rows of the step, on all ranks; n is their number. Supervised are what the gpt turns
+say and the token that ends each. LLaVA-1.5, arXiv:2310.03744, section 3.4; departures: the mean is over all tokens of the
+step (not a mean of micro-batch means), and step k sees the same rows on any number of ranks.
+
+    python sft.py                                       # on the shapes world
+    torchrun --nproc_per_node=8 sft.py --model llava-hf/llava-1.5-7b-hf --data rows.json --images pictures --out out
+
+Legend: N supervised tokens.
+"""
+import argparse
+
+import torch
+
+import data
+import fsdp
+from model import generate
+
+
+def sft_loss(logprob, count):
+    """logprob [N] of a micro-batch's targets; count: targets of the whole step on all ranks. → scalar, to be summed."""
+    return -logprob.sum() / count
+
+
+@torch.no_grad()
+def evaluate(model, steps, world, args):
+    """Mean loss a supervised token over all held-out rows."""
+    total = count = 0
+    for micro_batches in data.loader(steps, 0, len(steps), args.workers):
+        for batch in micro_batches:
+            batch = batch.to(world.device)
+            total += model(batch, model.vision_tower(batch.pixels)).sum()
+            count += len(batch.target)
+    fsdp.reshard(model)
+    total, count = world.sum(total, count)
+    return -total / count
+
+
+@torch.no_grad()
+def show_answers(model, examples, processor, world, log, max_new=64):
+    """Prints greedy answers to a few held-out prompts; every rank decodes the same ones, so all stay in step."""
+    for example in examples[:3]:
+        prompt = data.Example(example.index, example.id, example.prompt, [], [], example.images)
+        batch = data.collate([prompt], processor).to(world.device)
+        features = model.vision_tower(batch.pixels)
+        (((ids,),), _) = generate(model, batch, features, max_new, processor.stop, processor.banned)
+        given = example.answers[0][example.kept[0]]
+        log.say(f"    {example.id}: {processor.text(ids)!r}  (given: {processor.text(given)!r})")
+    fsdp.reshard(model)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    fsdp.arguments(parser)
+    add = parser.add_argument_group("supervised fine-tuning").add_argument
+    add("--train", default="projector,llm", help="what is trained: any of projector,llm,vision, comma-joined")
+    add("--projector_lr", type=float, default=None, help="the projector's own peak learning rate (default: --lr)")
+    return fsdp.parse(parser, data_file="sft.json", shapes=dict(
+        eval_data=f"{fsdp.WORLD}/test.json", batch_size=64, micro_batch=64, lr=1e-3, warmup=40, max_steps=350))
+
+
+def main():
+    # check
+    args = parse_args()
+    world = fsdp.launch(args)
+    fsdp.check_out(args)
+    parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
+    train = args.train.split(",")
+    if not set(train) <= set(parts):
+        raise ValueError(f"got --train {args.train}, need any of projector,llm,vision, comma-joined")
+
+    # data
+    checkpoint = fsdp.open_checkpoint(args, world)
+    processor = checkpoint.processor
+    examples = fsdp.read_examples(args.data, "turns", processor, args, world)
+    held_out = fsdp.read_examples(args.eval_data, "turns", processor, args, world) if args.eval_data else []
+    steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size, args.seed,
+                       by_length=args.group_by_length == "yes")
+    eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size, shuffle=False)
+    total = args.max_steps or max(1, round(args.epochs * len(steps)))
+
+    # model and optimiser
+    model = fsdp.build(checkpoint, args, world, trainable=[parts[part] for part in train])
+    model.set_recompute(args.recompute)
+    groups = {}  # weight decay on matrices only; the projector has its own rate
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            lr = args.projector_lr if name.startswith(parts["projector"]) and args.projector_lr else args.lr
+            decay = args.weight_decay if parameter.ndim > 1 else 0.0
+            group = groups.setdefault((lr, decay), {"params": [], "peak": lr, "lr": lr, "weight_decay": decay})
+            group["params"].append(parameter)
+    optimizer = torch.optim.AdamW(groups.values())
+    parameters = [p for group in groups.values() for p in group["params"]]
+    fsdp.begin_run(args, world)
+    done = fsdp.load_checkpoint(args, model, optimizer)
+    log, stop = fsdp.Log(args, world, total, done), fsdp.Stop()
+    log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters, "
+            f"{world.size} ranks")
+
+    # loop
+    for step, micro_batches in enumerate(data.loader(steps, done, total, args.workers), done + 1):
+        factor = fsdp.schedule(step - 1, total, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
+        count, columns = world.sum(sum(len(batch.target) for batch in micro_batches),
+                                   sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
+        loss = 0.0
+        for batch in micro_batches:
+            batch = batch.to(world.device)
+            features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
+            logprob = model(batch, features)  # [N]
+            micro_loss = sft_loss(logprob, count)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        figures = {"loss": world.sum(loss)[0], "lr": factor * args.lr, "grad_norm": grad_norm}
+
+        stopped, ended = stop.asked(world), step == total
+        if held_out and not stopped and (ended or args.eval_every and step % args.eval_every == 0):
+            figures["eval_loss"] = evaluate(model, eval_steps, world, args)
+            show_answers(model, held_out, processor, world, log)
+        log.step(step, columns, **figures)
+        if stopped or ended or args.save_every and step % args.save_every == 0:
+            fsdp.save_checkpoint(args, world, step, model, optimizer)
+        if stopped:
+            log.say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
+            return
+    fsdp.export(model, processor, args, world)
+    log.say(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    fsdp.run(main)
