@@ -1,17 +1,18 @@
 """What goes in: rows of JSON → conversations → tokens and pixels → a Batch.
 
-A row is {"id", "image", "conversations": [{"from": "human" | "gpt" | "system", "value"}, …]}; the last gpt turn's value may be
-a list of answers, best first. It becomes an Example: a prompt and its answers, each answer seeing the prompt and itself only:
+A row is {"id", "image", "conversations": [{"from": "human" | "gpt" | "system", "value"}, …]}; the last gpt
+turn's value may be a list of answers, best first. It becomes an Example: a prompt and its answers, each
+answer seeing the prompt and itself only:
 
     ids       <bos> USER: <image>…<image> prompt | answer 1 … | answer 2 … | pad
     position  0 1 2 …                        P-1 | P P+1 …    | P P+1 …    |
     branch    0 0 0 …                          0 | 1 1 …      | 2 2 …      | -1
 
-The first token of every answer is predicted by the prompt's last token, each later one by the token before it.
+The first token of every answer is predicted by the prompt's last token, each later one by the token before
+it.
 
-Legend: B rows, T columns, P prompt length, N targets, A answers, M distinct images, R image runs, I tokens an image,
-S picture side. A mask says what is kept.
-"""
+Legend: B rows, T columns, P prompt length, N targets, A answers, M distinct images, R image runs, I tokens an
+image, S picture side. A mask says what is kept. """
 import dataclasses
 import functools
 import json
@@ -25,12 +26,14 @@ from transformers import AutoTokenizer
 
 IMAGE = "<image>"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TEMPLATE_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
 
 
 # ---- rows ----
 
 def load_rows(path):
-    """The rows of a .json, .jsonl or .txt file (a JSON list, or one JSON object a line). ValueError names the file and line."""
+    """The rows of a .json, .jsonl or .txt file (a JSON list, or one JSON object a line). ValueError names the
+    file and line."""
     if not os.path.isfile(path):
         raise ValueError(f"got --data {path}, need a .json, .jsonl or .txt file: no such file")
     with open(path, encoding="utf-8") as f:
@@ -47,9 +50,19 @@ def load_rows(path):
     return rows
 
 
+def read_json(folder, name, default=None):
+    """What folder/name holds, or default where there is no such file."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return default
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
 @dataclasses.dataclass
 class Conversation:
-    """A checked row. contents[i] is what roles[i] said, up to the final answer; answers: the final gpt turn's, best first."""
+    """A checked row. contents[i] is what roles[i] said, up to the final answer; answers: the final gpt
+    turn's, best first."""
     id: str
     roles: list
     contents: list
@@ -59,23 +72,24 @@ class Conversation:
 
 def read_row(row, images_dir, need_answer=True):
     """A row → Conversation; ValueError says what is wrong with it (the caller adds which row it is)."""
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list) or not row["conversations"]:
-        raise ValueError('need {"id", "image", "conversations": [{"from", "value"}, …]} with at least one turn')
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise ValueError('need {"id", "image", "conversations": [{"from", "value"}, …]} with a turn or more')
     roles, contents = [], []
-    for turn in row["conversations"]:
+    for turn in turns:
         if not isinstance(turn, dict) or "value" not in turn:
             raise ValueError(f'got the turn {str(turn)[:80]!r}, need {{"from", "value"}}')
         roles.append(turn.get("from"))
         contents.append(turn["value"])
     body = roles[1:] if roles[0] == "system" else roles
     if body != ["human", "gpt"] * (len(body) // 2) + ["human"] * (len(body) % 2) or not body:
-        raise ValueError(f"got turns from {roles}, need human and gpt in turn, human first (a system turn may lead)")
+        raise ValueError(f"got turns from {roles}, need human and gpt in turn, human first; system may lead")
     answers = []
     if roles[-1] == "gpt":
         roles, last = roles[:-1], contents.pop()
         answers = last if isinstance(last, list) else [last]
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-            raise ValueError(f"got the answer {str(last)[:80]!r}, need text that is not empty (or a list of such, best first)")
+            raise ValueError(f"got the answer {str(last)[:60]!r}, need text, or a list of texts, none empty")
     elif need_answer:
         raise ValueError("got no answer: the last turn is human; training needs a final gpt turn")
     if not all(isinstance(c, str) for c in contents):
@@ -85,14 +99,16 @@ def read_row(row, images_dir, need_answer=True):
     images = image_list(row.get("image"), images_dir)
     asked = sum(c.count(IMAGE) for role, c in zip(roles, contents) if role == "human")
     if asked > len(images):
-        raise ValueError(f"got {asked} {IMAGE} placeholders for {len(images)} images: add images or remove placeholders")
+        raise ValueError(f"got {asked} {IMAGE} placeholders for {len(images)} images: remove some")
     first = roles.index("human")
     contents[first] = f"{IMAGE}\n" * (len(images) - asked) + contents[first]
-    return Conversation(str(row.get("id")), roles, [c.strip() for c in contents], [a.strip() for a in answers], images)
+    contents, answers = [c.strip() for c in contents], [a.strip() for a in answers]
+    return Conversation(str(row.get("id")), roles, contents, answers, images)
 
 
 def image_list(value, images_dir):
-    """A row's `image` (path, list, comma-joined paths, null) → paths that exist below images_dir; else ValueError."""
+    """A row's `image` (path, list, comma-joined paths, null) → paths that exist below images_dir; else
+    ValueError."""
     names = value if isinstance(value, list) else [value] if value else []
     if isinstance(value, str) and "," in value and not os.path.isfile(os.path.join(images_dir, value)):
         names = [name.strip() for name in value.split(",")]
@@ -102,7 +118,7 @@ def image_list(value, images_dir):
             raise ValueError(f"got the image {name!r}, need a path")
         path = os.path.abspath(os.path.join(root, name))
         if os.path.commonpath([path, root]) != root:
-            raise ValueError(f"got the image {name!r}, which leaves --images {images_dir}: use paths below it")
+            raise ValueError(f"got the image {name!r}, outside --images {images_dir}: use paths below it")
         if not os.path.isfile(path):
             raise ValueError(f"no such picture: {path} (see --images)")
         paths.append(path)
@@ -111,54 +127,34 @@ def image_list(value, images_dir):
 
 # ---- templates ----
 
-# Each template is the chat_template.jinja that an export carries; text() takes a string or transformers' list of parts.
-_TEXT = ("{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
-         "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{%- endfor -%}{%- endif -%}{%- endmacro -%}")
-TEMPLATES = {
-    # LLaVA-1.5's conversation, vicuna v1
-    "vicuna": _TEXT + (
-        "{{ bos_token }}{% if messages[0]['role'] != 'system' %}A chat between a curious human and an artificial intelligence "
-        "assistant. The assistant gives helpful, detailed, and polite answers to the human's questions. {% endif %}"
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ text(m['content']) + ' ' }}"
-        "{% elif m['role'] == 'user' %}{{ 'USER: ' + text(m['content']) + ' ' }}"
-        "{% else %}{{ 'ASSISTANT: ' + text(m['content']) + eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"),
-    # Meta's LLaMA-2 chat: one <bos> a turn, the system prompt inside the first
-    "llama2": _TEXT + (
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ bos_token + '[INST] <<SYS>>\n' + text(m['content']) + "
-        "'\n<</SYS>>\n\n' }}{% elif m['role'] == 'user' %}{% if loop.first or loop.previtem['role'] != 'system' %}"
-        "{{ bos_token + '[INST] ' }}{% endif %}{{ text(m['content']) + ' [/INST]' }}"
-        "{% else %}{{ ' ' + text(m['content']) + ' ' + eos_token }}{% endif %}{% endfor %}"),
-    # Meta's LLaMA-3 chat: turns end with <|eot_id|>, which is not the tokenizer's eos
-    "llama3": _TEXT + (
-        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
-        "text(m['content']) + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"),
-    # LLaVA's projector pre-training: pictures, caption, newline; nothing else of the human turn
-    "plain": _TEXT + (
-        "{{ bos_token }}{% for m in messages %}{{ text(m['content']) }}{% if m['role'] == 'assistant' %}{{ '\n' }}{% endif %}"
-        "{% endfor %}"),
-}
+# templates/NAME.jinja, written as chat_template.jinja into an export; text() takes a string or transformers'
+# parts
+TEMPLATES = ("vicuna", "llama2", "llama3", "plain")
 
 
 class Template:
     """A chat template as the text between messages, and tokenisation piece by piece.
 
-    A template is rendered once a sequence of roles, with a sentinel as each message, and cut at the sentinels. Its own
-    special tokens become ids; what people wrote is always text, so a typed "</s>" never ends a turn.
-    """
+    A template is rendered once a sequence of roles, with a sentinel as each message, and cut at the
+    sentinels. Its own special tokens become ids; what people wrote is always text, so a typed "</s>" never
+    ends a turn. """
 
     def __init__(self, name, tokenizer, image_token):
         self.name, self.tokenizer, self.image_token = name, tokenizer, image_token
-        self.jinja = tokenizer.chat_template if name == "auto" else TEMPLATES[name]
+        self.jinja = tokenizer.chat_template
+        if name != "auto":
+            with open(os.path.join(TEMPLATE_DIR, f"{name}.jinja"), encoding="utf-8") as f:
+                self.jinja = f.read()
         if not self.jinja:
             raise ValueError(f"got --template auto, but {tokenizer.name_or_path} has no chat template: "
                              f"give --template {'|'.join(TEMPLATES)}")
         specials = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.special_ids = specials
-        self.specials = re.compile("(" + "|".join(re.escape(s) for s in sorted(specials, key=len, reverse=True)) + ")")
+        longest_first = sorted(specials, key=len, reverse=True)
+        self.specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         # a tokenizer of the SentencePiece kind puts a space in front of every text by itself
         self.prefixes = tokenizer.convert_ids_to_tokens(self.ids("a"))[0].startswith("▁")
+        self.adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
         self.gaps = functools.lru_cache(maxsize=256)(self.gaps)
         self.template_ids = functools.lru_cache(maxsize=4096)(self.piece_ids)
 
@@ -166,7 +162,8 @@ class Template:
         """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1]."""
         marks = [f"SENTINEL{i}X" for i in range(len(roles))]
         names = {"human": "user", "gpt": "assistant", "system": "system"}
-        for form in (lambda mark: mark, lambda mark: [{"type": "text", "text": mark}]):  # text-only and multi-modal templates
+        forms = (lambda mark: mark), (lambda mark: [{"type": "text", "text": mark}])  # templates take either
+        for form in forms:
             messages = [{"role": names[role], "content": form(mark)} for role, mark in zip(roles, marks)]
             try:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.jinja)
@@ -176,9 +173,8 @@ class Template:
                 why = "it reorders, repeats or drops messages"
             places = [text.find(mark) for mark in marks]
             if -1 not in places and places == sorted(places) and all(text.count(mark) == 1 for mark in marks):
-                gaps = re.split("|".join(marks), text)
-                bos = self.tokenizer.bos_token
-                if bos and not gaps[0].startswith(bos) and self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id:
+                gaps, bos = re.split("|".join(marks), text), self.tokenizer.bos_token
+                if self.adds_bos and not gaps[0].startswith(bos):
                     gaps[0] = bos + gaps[0]
                 return gaps
         raise ValueError(f"the chat template cannot be used for turns {list(roles)}: {why}; give --template "
@@ -193,7 +189,7 @@ class Template:
             return self.ids(text)
         if len(text) > 1 and text[0] == " ":
             return self.ids(text[1:])  # the tokenizer puts the joint's space back
-        newline, whole = self.ids("\n"), self.ids("\n" + text)  # no space at the joint: keep the tokenizer from adding one
+        newline, whole = self.ids("\n"), self.ids("\n" + text)  # no space here: keep it from adding one
         return whole[len(newline):] if whole[:len(newline)] == newline else self.ids(text)
 
     def split(self, gap):
@@ -208,15 +204,15 @@ class Template:
         for i, piece in enumerate(pieces):
             if isinstance(piece, int):
                 return pieces[:i + 1], pieces[i + 1:]
-        return [self.tokenizer.eos_token_id], self.split(gap.lstrip())  # a template without an end token: the tokenizer's
+        return [self.tokenizer.eos_token_id], self.split(gap.lstrip())  # no end token in it: the tokenizer's
 
     def stop_ids(self):
         """The last token of what ends an answer."""
         return {self.encode(["human"], ["a"], "b")[0][-1]}
 
     def encode(self, roles, contents, answer, all_turns=True):
-        """A conversation with its final answer → ids, and which of them are supervised: the answer (all_turns: every gpt
-        turn) and what ends it. One image token stands for each picture."""
+        """A conversation with its final answer → ids, and which of them are supervised: the answer
+        (all_turns: every gpt turn) and what ends it. One image token stands for each picture."""
         gaps = self.gaps((*roles, "gpt"))
         pieces, follow = [], self.split(gaps[0])  # [text or id, supervised, from the template]
         for i, (role, content) in enumerate(zip((*roles, "gpt"), (*contents, answer))):
@@ -266,12 +262,14 @@ def read_picture(path):
     with Image.open(path) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):
-            picture = Image.fromarray((np.asarray(picture, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
+            grey = np.asarray(picture, dtype=np.float64) / 257  # 65535 / 255
+            picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
         return picture.convert("RGB")
 
 
 def picture_error(path):
-    """What is wrong with a picture file, or None. Decodes it, JPEG at an eighth of its size: enough to find a torn file."""
+    """What is wrong with a picture file, or None. Decodes it, JPEG at an eighth of its size: enough to find a
+    torn file."""
     try:
         with Image.open(path) as picture:
             picture.draft("RGB", (1, 1))
@@ -282,8 +280,8 @@ def picture_error(path):
 
 
 def to_pixels(picture, size, mode="crop", mean=CLIP_MEAN, std=CLIP_STD):
-    """RGB picture → [3, S, S] fp32, as CLIPImageProcessor does it: shorter side to S (bicubic), centre crop, normalised;
-    mode `pad` first pads to a square with the mean colour, as LLaVA-1.5 does."""
+    """RGB picture → [3, S, S] fp32, as CLIPImageProcessor does it: shorter side to S (bicubic), centre crop,
+    normalised; mode `pad` first pads to a square with the mean colour, as LLaVA-1.5 does."""
     if mode == "pad":
         side = max(picture.size)
         square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in mean))
@@ -302,7 +300,8 @@ def to_pixels(picture, size, mode="crop", mean=CLIP_MEAN, std=CLIP_STD):
 
 @dataclasses.dataclass
 class Example:
-    """A tokenised row. ids are int32 arrays with one image token a picture; answers may be none (a prompt)."""
+    """A tokenised row. ids are int32 arrays with one image token a picture; answers may be none (a
+    prompt)."""
     index: int  # of its row in the file
     id: str
     prompt: np.ndarray  # [P]
@@ -328,9 +327,10 @@ class Processor:
     max_len: int
 
     def example(self, index, conversation, answers, all_turns=False):
-        """A conversation with the given answers (none: a prompt) → Example cut to max_len, and whether an answer lost its
-        tail. Example is None where the prompt alone does not fit. all_turns (one answer only): earlier gpt turns are
-        supervised too, and what follows the first of them counts as the answer."""
+        """A conversation with the given answers (none: a prompt) → Example cut to max_len, and whether an
+        answer lost its tail. Example is None where the prompt alone does not fit. all_turns (one answer
+        only): earlier gpt turns are supervised too, and what follows the first of them counts as the
+        answer."""
         assert len(answers) == 1 or not all_turns, answers
         coded = [self.template.encode(conversation.roles, conversation.contents, answer, all_turns)
                  for answer in answers or [""]]
@@ -343,7 +343,7 @@ class Processor:
         for ids, kept in coded[:len(answers)]:
             ids, kept = np.array(ids[P:], dtype=np.int32), np.array(kept[P:])
             fits = np.searchsorted(self.lengths(ids).cumsum(), room, side="right")
-            end = 1 + np.flatnonzero(kept[:fits]).max(initial=-1)  # behind the last supervised token that fits
+            end = 1 + np.flatnonzero(kept[:fits]).max(initial=-1)  # the last supervised token that fits
             if end == 0:
                 return None, False
             cut |= bool(kept[end:].any())
@@ -357,6 +357,9 @@ class Processor:
         """Sampled or given ids as text, without what ends them."""
         return self.tokenizer.decode([i for i in ids if i not in self.stop], skip_special_tokens=True).strip()
 
+    def pixels(self, path):
+        return to_pixels(read_picture(path), self.size, self.mode, self.mean, self.std)
+
     def lengths(self, ids):
         """Columns that each id takes: I for a picture, else 1."""
         return np.where(ids == self.image_token, self.image_tokens, 1)
@@ -366,17 +369,16 @@ class Processor:
 
 
 def load_processor(folder, config, args):
-    """The Processor of a checkpoint folder, with <image> and <pad> added where its vocabulary lacks them (config then says
-    so). → Processor, and None or (old, new) number of embedding rows."""
+    """The Processor of a checkpoint folder, with <image> and <pad> added where its vocabulary lacks them
+    (config then says so). → Processor, and None or (old, new) number of embedding rows."""
     source = args.tokenizer or folder
     if not os.path.isfile(os.path.join(source, "tokenizer.json")):
-        raise ValueError(f"{source}: no tokenizer.json; make one: python -c \"from transformers import AutoTokenizer; "
-                         f"AutoTokenizer.from_pretrained('{source}').save_pretrained('DIR')\" and give --tokenizer DIR")
+        raise ValueError(
+            f"{source}: no tokenizer.json; make one: python -c \"from transformers import AutoTokenizer; "
+            f"AutoTokenizer.from_pretrained('{source}').save_pretrained('DIR')\" and give --tokenizer DIR")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    old_template = os.path.join(folder, "chat_template.json")
-    if not tokenizer.chat_template and os.path.isfile(old_template):
-        with open(old_template, encoding="utf-8") as f:
-            tokenizer.chat_template = json.load(f)["chat_template"]
+    if not tokenizer.chat_template:  # older processors kept it in a file of its own
+        tokenizer.chat_template = read_json(folder, "chat_template.json", {}).get("chat_template")
     pad = tokenizer.pad_token or "<pad>"
     new = [token for token in (IMAGE, pad) if token not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"pad_token": pad, "additional_special_tokens": [IMAGE]},
@@ -393,7 +395,8 @@ def load_processor(folder, config, args):
         grown = text.vocab_size, -(-len(tokenizer) // 64) * 64
         text.vocab_size = grown[1]
     template = Template(args.template, tokenizer, image_token)
-    stop = template.stop_ids() | {tokenizer.eos_token_id} | generation_stops(folder)
+    eos = read_json(folder, "generation_config.json", {}).get("eos_token_id")
+    stop = template.stop_ids() | {tokenizer.eos_token_id} | set(eos if isinstance(eos, list) else [eos])
     banned = {image_token, tokenizer.pad_token_id, *range(len(tokenizer), text.vocab_size)} - stop
     picture = picture_settings(folder)
     mode = args.image_mode if args.image_mode != "auto" else picture["mode"]
@@ -404,57 +407,46 @@ def load_processor(folder, config, args):
         args.max_len), grown
 
 
-def generation_stops(folder):
-    path = os.path.join(folder, "generation_config.json")
-    if not os.path.isfile(path):
-        return set()
-    with open(path, encoding="utf-8") as f:
-        eos = json.load(f).get("eos_token_id")
-    return set(eos) if isinstance(eos, list) else {eos}
-
-
 def picture_settings(folder):
-    """How a checkpoint wants its pictures: preprocessor_config.json, else an original LLaVA's image_aspect_ratio."""
+    """How a checkpoint wants its pictures: preprocessor_config.json, else an original LLaVA's
+    image_aspect_ratio."""
     settings = {}
     for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as f:
-                found = json.load(f)
-            settings.update(found.get("image_processor", found))
+        found = read_json(folder, name, {})
+        settings.update(found.get("image_processor", found))
     pad = settings.get("do_pad") or settings.get("image_aspect_ratio") == "pad"
     return {"mode": "pad" if pad else "crop", "mean": tuple(settings.get("image_mean", CLIP_MEAN)),
             "std": tuple(settings.get("image_std", CLIP_STD))}
 
 
 def save_processor(processor, config, folder):
-    """Writes tokenizer, chat template, picture settings and generation configuration as transformers' LlavaProcessor and
-    generate() read them."""
+    """Writes tokenizer, chat template, picture settings and generation configuration as transformers'
+    LlavaProcessor and generate() read them."""
     processor.tokenizer.save_pretrained(folder)
     S, pad = processor.size, processor.mode == "pad"
-    patch = config.vision_config.patch_size
-    files = {
-        "preprocessor_config.json": {
-            "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
-            "processor_class": "LlavaProcessor", "do_resize": True, "size": {"shortest_edge": S}, "resample": 3,
-            "do_center_crop": True, "crop_size": {"height": S, "width": S}, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": processor.mean, "image_std": processor.std, "do_convert_rgb": True,
-            **({"do_pad": True} if pad else {})},
-        "processor_config.json": {
-            "processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": patch,
-            "num_additional_image_tokens": 1, "vision_feature_select_strategy": config.vision_feature_select_strategy},
-        "generation_config.json": {
-            "bos_token_id": processor.tokenizer.bos_token_id, "eos_token_id": sorted(processor.stop),
-            "pad_token_id": processor.pad},
-    }
-    for name, content in files.items():
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+    preprocessor = {
+        "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor", "do_convert_rgb": True, **({"do_pad": True} if pad else {}),
+        "do_resize": True, "size": {"shortest_edge": S}, "resample": int(Image.Resampling.BICUBIC),
+        "do_center_crop": True, "crop_size": {"height": S, "width": S},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": processor.mean, "image_std": processor.std}
+    both = {
+        "processor_class": "LlavaProcessor", "image_token": IMAGE,
+        "patch_size": config.vision_config.patch_size, "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy}
+    generation = {
+        "bos_token_id": processor.tokenizer.bos_token_id, "eos_token_id": sorted(processor.stop),
+        "pad_token_id": processor.pad}
+    for name, content in (("preprocessor", preprocessor), ("processor", both), ("generation", generation)):
+        with open(os.path.join(folder, f"{name}_config.json"), "w", encoding="utf-8") as f:
             json.dump(content, f, indent=2)
 
 
 def check_rows(rows, images_dir, source, need_answer=True, skip_bad_rows=False, world=None):
-    """Rows → (index, Conversation) of the good ones, and how many were bad. A bad row is a ValueError that names it, or is
-    reported and skipped. world.share(function, items) spreads the look at every picture over threads and ranks."""
+    """Rows → (index, Conversation) of the good ones, and how many were bad. A bad row is a ValueError that
+    names it, or is reported and skipped. world.share(function, items) spreads the look at every picture over
+    threads and ranks."""
     good, errors = [], {}
     for index, row in enumerate(rows):
         try:
@@ -464,10 +456,12 @@ def check_rows(rows, images_dir, source, need_answer=True, skip_bad_rows=False, 
             if not skip_bad_rows:
                 break
     paths = sorted({path for _, conversation in good for path in conversation.images})
-    torn = {path: error for path, error in zip(paths, (world.share if world else map)(picture_error, paths)) if error}
+    found = world.share(picture_error, paths) if world else map(picture_error, paths)
+    torn = {path: error for path, error in zip(paths, found) if error}
     for index, conversation in good:
-        found = [torn[path] for path in conversation.images if path in torn]
-        errors.update({index: found[0]} if found else {})
+        for path in conversation.images:
+            if path in torn:
+                errors[index] = torn[path]
     for index in sorted(errors):
         name = rows[index].get("id") if isinstance(rows[index], dict) else None
         message = f"{source}: row {index} (id {name}): {errors[index]}"
@@ -481,8 +475,9 @@ def check_rows(rows, images_dir, source, need_answer=True, skip_bad_rows=False, 
 
 
 def build_examples(conversations, processor, which):
-    """(index, Conversation) pairs → Examples, and counts of rows too long and of answers cut. which: `turns` (the best
-    answer and every earlier gpt turn supervised), `answers` (all answers of the last turn), `prompt`."""
+    """(index, Conversation) pairs → Examples, and counts of rows too long and of answers cut. which: `turns`
+    (the best answer and every earlier gpt turn supervised), `answers` (all answers of the last turn),
+    `prompt`."""
     examples, counts = [], {"too_long": 0, "cut": 0}
     for index, conversation in conversations:
         answers = {"turns": conversation.answers[:1], "answers": conversation.answers, "prompt": []}[which]
@@ -506,7 +501,7 @@ class Batch:
     ids: torch.Tensor  # [B, T]
     position: torch.Tensor  # [B, T]
     branch: torch.Tensor  # [B, T]
-    pixels: torch.Tensor  # [M, 3, S, S]; one blank picture where there is none, so that every rank runs the tower
+    pixels: torch.Tensor  # [M, 3, S, S]; one blank picture where there is none: every rank runs the tower
     image: torch.Tensor  # [R] which of the M each run of image tokens shows, in row order
     target: torch.Tensor  # [N] ids to predict
     source: torch.Tensor  # [N] flat position (row · T + column) whose state predicts it
@@ -520,60 +515,63 @@ class Batch:
                        for value in (getattr(self, field.name) for field in dataclasses.fields(self))))
 
 
-def collate(examples, processor):
-    """Examples → Batch, padded on the right to the longest. No examples: one row of padding with nothing to predict."""
-    rows, paths, targets, last, owner = [], [], [], [], []
-    for b, example in enumerate(examples):
-        prompt = processor.expand(example.prompt)
-        P = len(prompt)
-        ids, position, branch = [prompt], [np.arange(P)], [np.zeros(P)]
-        start = P
-        for a, (answer, kept) in enumerate(zip(example.answers, example.kept), 1):
-            kept = np.repeat(kept, processor.lengths(answer))
-            answer = processor.expand(answer)
-            n = len(answer)
-            ids.append(answer)
-            position.append(np.arange(P, P + n))
-            branch.append(np.full(n, a))
-            before = np.concatenate([[P - 1], np.arange(start, start + n - 1)])  # the column that predicts each token
-            targets.append((answer[kept], b, before[kept], len(owner)))
-            last.append((b, start + np.flatnonzero(kept)[-1]))
-            owner.append(b)
-            start += n
-        rows.append([np.concatenate(part) for part in (ids, position, branch)])
-        paths += example.images
-    rows = rows or [[np.array([processor.pad]), np.zeros(1), np.full(1, -1)]]
-    T = max(len(row[0]) for row in rows)
-    ids, position, branch = (
-        torch.from_numpy(np.stack([np.pad(row[i], (0, T - len(row[i])), constant_values=fill) for row in rows]).astype(np.int64))
-        for i, fill in enumerate((processor.pad, 0, -1)))
-    distinct = {path: m for m, path in enumerate(dict.fromkeys(paths))}
-    assert (ids == processor.image_token).sum() == processor.image_tokens * len(paths), (len(paths), examples)
-    pixels = [to_pixels(read_picture(path), processor.size, processor.mode, processor.mean, processor.std)
-              for path in distinct] or [torch.zeros(3, processor.size, processor.size)]
+def layout(example, processor):
+    """Example → its row [5, T]: ids, position, branch, the column that predicts each token, whether it is a
+    target."""
+    prompt = processor.expand(example.prompt)
+    P = start = len(prompt)
+    parts = [np.stack([prompt, np.arange(P), *np.zeros((3, P))])]
+    for a, (answer, kept) in enumerate(zip(example.answers, example.kept), 1):
+        kept = np.repeat(kept, processor.lengths(answer))
+        answer = processor.expand(answer)
+        n = len(answer)
+        source = np.arange(start, start + n) - 1
+        source[0] = P - 1  # an answer's first token is predicted by the prompt's last
+        parts.append(np.stack([answer, np.arange(P, P + n), np.full(n, a), source, kept]))
+        start += n
+    return np.concatenate(parts, axis=1).astype(np.int64)
 
-    def flat(parts):
-        return torch.from_numpy(np.concatenate([np.zeros(0), *parts]).astype(np.int64))
+
+def collate(examples, processor):
+    """Examples → Batch, padded on the right to the longest. No examples: a row of padding with nothing to
+    predict."""
+    padding = np.array([[processor.pad], [0], [-1], [0], [0]])
+    rows = [layout(example, processor) for example in examples] or [padding]
+    T = max(row.shape[1] for row in rows)
+    rows = [np.concatenate([row, padding.repeat(T - row.shape[1], axis=1)], axis=1) for row in rows]
+    ids, position, branch, source, kept = torch.from_numpy(np.stack(rows, axis=1))  # [B, T] each
+    at = kept.flatten().nonzero().squeeze(1)  # [N] flat positions of the targets
+    row = at // T
+    answers = torch.tensor([len(example.answers) for example in examples] or [0])  # [B]
+    answer = (answers.cumsum(0) - answers)[row] + branch.flatten()[at] - 1
+    last = torch.zeros(int(answers.sum()), dtype=torch.long).scatter_reduce(0, answer, at, "amax")
+
+    paths = [path for example in examples for path in example.images]
+    distinct = {path: m for m, path in enumerate(dict.fromkeys(paths))}
+    assert (ids == processor.image_token).sum() == processor.image_tokens * len(paths), (ids, paths)
+    pixels = [processor.pixels(path) for path in distinct] or [torch.zeros(3, processor.size, processor.size)]
+    image = torch.tensor([distinct[path] for path in paths], dtype=torch.long)
     return Batch(
-        ids, position, branch, torch.stack(pixels), torch.tensor([distinct[path] for path in paths], dtype=torch.long),
-        target=flat(t for t, *_ in targets), source=flat(b * T + before for _, b, before, _ in targets),
-        answer=flat(np.full(len(t), a) for t, _, _, a in targets), last=flat([b * T + column] for b, column in last),
-        row=torch.tensor(owner, dtype=torch.long), causal=all(len(example.answers) < 2 for example in examples))
+        ids, position, branch, torch.stack(pixels), image, target=ids.flatten()[at],
+        source=row * T + source.flatten()[at], answer=answer, last=last,
+        row=torch.arange(len(answers)).repeat_interleave(answers), causal=bool((answers < 2).all()))
 
 
 class Steps(torch.utils.data.Dataset):
-    """Item k: the micro-batches of optimiser step k for this rank, every rank as many (short ones hold padding only).
+    """Item k: the micro-batches of optimiser step k for this rank, every rank as many (short ones hold
+    padding only).
 
-    Step k takes the same rows whatever the number of ranks; within it, rows of similar length share a micro-batch
-    (by_length). shuffle: every epoch in an order keyed by (seed, epoch); else in file order.
-    """
+    Step k takes the same rows whatever the number of ranks; within it, rows of similar length share a
+    micro-batch (by_length). shuffle: every epoch in an order keyed by (seed, epoch); else in file order. """
 
-    def __init__(self, examples, processor, batch_size, micro_batch, rank, world, seed=0, shuffle=True, by_length=True):
-        self.examples, self.processor, self.batch_size, self.micro_batch = examples, processor, batch_size, micro_batch
-        self.rank, self.world, self.seed, self.shuffle, self.by_length = rank, world, seed, shuffle, by_length
+    def __init__(self, examples, processor, batch_size, micro_batch, rank, world, seed=0, shuffle=True,
+                 by_length=True):
+        self.examples, self.processor = examples, processor
+        self.batch_size, self.micro_batch, self.rank, self.world = batch_size, micro_batch, rank, world
+        self.seed, self.shuffle, self.by_length = seed, shuffle, by_length
         self.per_epoch = -(-len(examples) // batch_size)
-        self.columns = np.array([sum(processor.lengths(ids).sum() for ids in (example.prompt, *example.answers))
-                                 for example in examples])
+        self.columns = np.array([sum(processor.lengths(ids).sum() for ids in (e.prompt, *e.answers))
+                                 for e in examples])
         self.order = functools.lru_cache(maxsize=1)(self.order)
 
     def __len__(self):
@@ -600,5 +598,5 @@ class Steps(torch.utils.data.Dataset):
 
 def loader(steps, first, last, workers):
     """A DataLoader over steps first … last − 1, decoded ahead by worker processes."""
-    return torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=workers,
-                                       prefetch_factor=2 if workers else None)
+    order = range(first, last)
+    return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers)

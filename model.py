@@ -9,22 +9,24 @@ The input is a row: a prompt once, then its answers end to end, each seeing the 
     position  0 1 2 …                       P-1  | P P+1 …  | P P+1 …  |
     branch    0 0 0 …                         0  | 1 1 …    | 2 2 …    | -1
 
-Module names are those of the Hugging Face checkpoint llava-hf/llava-1.5-7b-hf, configurations are transformers'.
-Logits are made only where they are read, chunk by chunk; no [B, T, V] tensor exists.
+Module names are those of the Hugging Face checkpoint llava-hf/llava-1.5-7b-hf, configurations are
+transformers'. Logits are made only where they are read, chunk by chunk; no [B, T, V] tensor exists.
 
-Legend: B rows, T positions, N positions read, M images, I tokens an image, R image runs in the rows, D width, H heads,
-K kv-heads, C channels a head, V vocabulary, S cached columns. A mask says what is kept.
+Legend: B rows, T positions, N positions read, M images, I tokens an image, R image runs in the rows, D width,
+H heads, K kv-heads, C channels a head, V vocabulary, S cached columns. A mask says what is kept.
 
 Papers: CLIP arXiv:2103.00020, LLaVA arXiv:2304.08485, LLaVA-1.5 arXiv:2310.03744, LLaMA arXiv:2302.13971,
 RoPE arXiv:2104.09864, GQA arXiv:2305.13245.
 """
 import math
+import re
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 # ---- CLIP vision tower ----
 
@@ -41,7 +43,7 @@ ACTIVATIONS = {
 def activation(name):
     """The function a configuration's activation name stands for; ValueError for one that is not here."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"got the activation {name!r}, need one of {sorted(ACTIVATIONS)}: change config.json")
+        raise ValueError(f"got the activation {name!r}, need one of {sorted(ACTIVATIONS)} in config.json")
     return ACTIVATIONS[name]
 
 
@@ -101,21 +103,20 @@ class CLIPLayer(nn.Module):
 class CLIPVision(nn.Module):
     """pixels [M, 3, S, S] → the hidden states of one layer [M, I, D], class token dropped or kept.
 
-    `feature_layer` counts as transformers' hidden_states do: 0 is the embedding, -1 the last layer's output. Later
-    layers and `post_layernorm` are never reached; they are there to be loaded and exported.
-    """
+    `feature_layer` counts as transformers' hidden_states do: 0 is the embedding, -1 the last layer's output.
+    Later layers and `post_layernorm` are never reached; they are there to be loaded and exported. """
 
     def __init__(self, config, feature_layer=-2, drop_class=True):
         super().__init__()
         L = config.num_hidden_layers
         self.depth = feature_layer if feature_layer >= 0 else L + 1 + feature_layer
         if not 0 <= self.depth <= L:
-            raise ValueError(f"got vision_feature_layer {feature_layer}, need {-L - 1}..{L} for a tower of {L} layers")
+            raise ValueError(f"got vision_feature_layer {feature_layer}, need {-L - 1}..{L} for {L} layers")
         self.drop_class = drop_class
         self.recompute = False
         self.vision_model = nn.ModuleDict({
             "embeddings": CLIPEmbeddings(config),
-            "pre_layrnorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),  # CLIP's own spelling
+            "pre_layrnorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),  # CLIP's spelling
             "encoder": nn.ModuleDict({"layers": nn.ModuleList(CLIPLayer(config) for _ in range(L))}),
             "post_layernorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
         })
@@ -131,7 +132,8 @@ class CLIPVision(nn.Module):
 
 
 class Projector(nn.Module):
-    """features [M, I, D of the tower] → [M · I, D of the LLaMA]: two layers with an activation, or `linear`: one."""
+    """features [M, I, D of the tower] → [M · I, D of the LLaMA]: two layers with an activation, or `linear`:
+    one."""
 
     def __init__(self, config):
         super().__init__()
@@ -146,8 +148,8 @@ class Projector(nn.Module):
 
 
 def is_linear(config):
-    """Whether the projector is one linear layer. transformers knows two layers only, so such a checkpoint is written
-    with the identity as its second layer and this mark in its configuration."""
+    """Whether the projector is one linear layer. transformers knows two layers only, so such a checkpoint is
+    written with the identity as its second layer and this mark in its configuration."""
     return getattr(config, "mm_projector_type", None) == "linear"
 
 
@@ -156,9 +158,9 @@ def is_linear(config):
 def rope_frequencies(config):
     """Radians a position for each pair of channels [C/2] (fp32), with linear or llama3 scaling.
 
-    llama3 (as in Meta's LLaMA-3.1 code): wavelengths longer than the original context over `low_freq_factor` are stretched
-    by `factor`, those shorter than it over `high_freq_factor` are kept, those between are interpolated.
-    """
+    llama3 (as in Meta's LLaMA-3.1 code): wavelengths longer than the original context over `low_freq_factor`
+    are stretched by `factor`, those shorter than it over `high_freq_factor` are kept, those between are
+    interpolated. """
     rope = config.rope_parameters
     C = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequency = rope["rope_theta"] ** -(torch.arange(0, C, 2, dtype=torch.float32, device="cpu") / C)
@@ -168,21 +170,23 @@ def rope_frequencies(config):
     if kind == "linear":
         return frequency / rope["factor"]
     if kind != "llama3":
-        raise ValueError(f"got rope_type {kind!r}, need default, linear or llama3: change rope_parameters in config.json")
-    low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-    turns = context * frequency / (2 * math.pi)  # rotations within the original context
+        raise ValueError(f"got rope_type {kind!r}, need default, linear or llama3 in config.json")
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in that context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * frequency + (1 - keep) * frequency / rope["factor"]
 
 
 def rotate(x, cos, sin):
-    """Rotates channel pairs (c, c + C/2) of x [B, H, T, C] by the angles of cos, sin [B, 1, T, C] (RoPE, Eq. 34)."""
+    """Rotates channel pairs (c, c + C/2) of x [B, H, T, C] by the angles of cos, sin [B, 1, T, C] (RoPE, Eq.
+    34)."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 def visible(q_branch, k_branch, q_index, k_index):
-    """The row mask [B, 1, Tq, Tk]: a query sees a key that is no later, not padding, and of the prompt or its own answer.
+    """The row mask [B, 1, Tq, Tk]: a query sees a key that is no later, not padding, and of the prompt or its
+    own answer.
 
     branch [B, T]: 0 prompt, 1… answers, -1 padding; index [T]: column in the row.
     """
@@ -219,8 +223,9 @@ class LlamaAttention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(self, k, v)  # [B, K, S, C]
-        # Each kv-head serves H/K heads; expanded, so that a mask still reaches a fused CUDA kernel. Without a mask the row
-        # is plain causal (right padding is later than every real token); is_causal would be wrong for a cache.
+        # Each kv-head serves H/K heads; expanded, so that a mask still reaches a fused CUDA kernel. Without a
+        # mask the row is plain causal (right padding is later than every real token); is_causal would be
+        # wrong for a cache.
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -277,8 +282,9 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids, position, mask, at, read, images=None, cache=None):
-        """ids, position [B, T]; mask [B, 1, T, S] or None for plain causal rows; images [R, I, D]: what stands at the image
-        tokens, in row order. → read(states [N, D] at the flat positions `at` [N], head weight [V, D])."""
+        """ids, position [B, T]; mask [B, 1, T, S] or None for plain causal rows; images [R, I, D]: what
+        stands at the image tokens, in row order. → read(states [N, D] at the flat positions `at` [N], head
+        weight [V, D])."""
         x = self.model.embed_tokens(ids)  # [B, T, D]
         if images is not None:
             x = x.masked_scatter((ids == self.image_token).unsqueeze(-1), images.to(x.dtype))
@@ -291,7 +297,8 @@ class Llama(nn.Module):
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(states · headᵀ / temperature)[target], and the distribution's entropy, with logits made a chunk at a time.
+    """log softmax(states · headᵀ / temperature)[target], and the distribution's entropy, with logits made a
+    chunk at a time.
 
     Forward keeps no logits, backward makes them again. With p the softmax and H the entropy:
     ∂ logp / ∂ logit_v = [v = target] − p_v, ∂ H / ∂ logit_v = −p_v (log p_v + H).
@@ -336,11 +343,11 @@ def chunks(N, V, elements=2**24):
 # ---- the whole ----
 
 class VisionLLM(nn.Module):
-    """CLIP tower, projector and LLaMA under the names of a Hugging Face LLaVA checkpoint (config: LlavaConfig).
+    """CLIP tower, projector and LLaMA under the names of a Hugging Face LLaVA checkpoint (config:
+    LlavaConfig).
 
-    `features = model.vision_tower(batch.pixels)` is called first and passed in, so that models with equal frozen towers
-    can share one pass.
-    """
+    `features = model.vision_tower(batch.pixels)` is called first and passed in, so that models with equal
+    frozen towers can share one pass. """
 
     def __init__(self, config):
         super().__init__()
@@ -358,30 +365,92 @@ class VisionLLM(nn.Module):
 
     def states(self, batch, features, at, read, cache=None):
         """read(final states [N, D] at the flat positions `at` [N], head [V, D]) for a Batch (see data.py)."""
-        images = self.multi_modal_projector(features).unflatten(0, features.shape[:2])[batch.image]  # [R, I, D]
+        projected = self.multi_modal_projector(features).unflatten(0, features.shape[:2])  # [M, I, D]
+        images = projected[batch.image]  # [R, I, D]
         column = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         mask = None if batch.causal else visible(batch.branch, batch.branch, column, column)
         return self.language_model(batch.ids, batch.position, mask, at, read, images, cache)
 
     def forward(self, batch, features, temperature=1.0, entropy=False):
-        """Batch, features [M, I, D of the tower] → log-probability of every target [N] (fp32, nats); with `entropy` also
-        the entropy of the distribution it was drawn from [N]. Target n is predicted by the state at source n."""
+        """Batch, features [M, I, D of the tower] → log-probability of every target [N] (fp32, nats); with
+        `entropy` also the entropy of the distribution it was drawn from [N]. Target n is predicted by the
+        state at source n."""
         def read(states, head):
             return TokenLogProbs.apply(states, head, batch.target, temperature)
         logprob, entropies = self.states(batch, features, batch.source, read)
         return (logprob, entropies) if entropy else logprob
 
 
+# ---- checkpoints: their configurations and the names in them ----
+
+def llava_config(folder, raw, clip=None, projector=None):
+    """raw: the config.json in folder, of transformers' LLaVA; or, with the folder of its CLIP and the kind of
+    its projector, of an original LLaVA or a LLaMA. → LlavaConfig with image_seq_length set; image_token_index
+    None where the tokenizer has to say."""
+    if clip is None:
+        config = LlavaConfig.from_pretrained(folder)
+    else:
+        if projector not in ("mlp2x_gelu", "linear"):
+            raise ValueError(f"{folder}: got the projector {projector!r}, need mlp2x_gelu or linear")
+        # an original LLaVA's config is that of its LLaMA plus mm_*; AutoConfig would take it for
+        # transformers'
+        text = {key: value for key, value in raw.items() if key != "model_type" and not key.startswith("mm_")}
+        classes = {"cls_patch": "full", "patch": "default"}[raw.get("mm_vision_select_feature", "patch")]
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig.from_pretrained(clip), text_config=LlamaConfig(**text),
+            vision_feature_layer=raw.get("mm_vision_select_layer", -2),
+            vision_feature_select_strategy=classes,
+            projector_hidden_act="linear" if projector == "linear" else "gelu")
+        config.mm_projector_type, config.image_token_index = projector, None
+    text, vision = config.text_config, config.vision_config
+    if (text.model_type, vision.model_type) != ("llama", "clip_vision_model"):
+        raise ValueError(f"{folder}: got a {text.model_type} and a {vision.model_type}, need a llama and a "
+                         "clip_vision_model")
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(f"{folder}: got vision_feature_layer {config.vision_feature_layer}, need one layer")
+    tied = config.tie_word_embeddings or text.tie_word_embeddings
+    config.tie_word_embeddings = text.tie_word_embeddings = tied
+    patches = (vision.image_size // vision.patch_size) ** 2
+    config.image_seq_length = patches + (config.vision_feature_select_strategy == "full")
+    return config
+
+
+# spellings of a tensor's name → ours, that of llava-hf/llava-1.5-7b-hf; the first that fits is applied
+SPELLINGS = [(re.compile(pattern), name) for pattern, name in [
+    (r"^model\.mm_projector\.(?:0\.)?(weight|bias)$", r"multi_modal_projector.linear_1.\1"),  # original LLaVA
+    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
+    (r"^model\.language_model\.", "language_model.model."),  # transformers' names in memory
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+    (r"^model\.", "language_model.model."),  # a LLaMA
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^vision_model\.", "vision_tower.vision_model."),  # a CLIP
+    (r"^(embeddings|pre_layrnorm|encoder|post_layernorm)\.", r"vision_tower.vision_model.\1."),
+]]
+EXTRAS = re.compile(r"text_model\.|logit_scale$|(visual|text)_projection\.weight$|position_ids$|inv_freq$")
+
+
+def our_name(name):
+    """A tensor's name in any known checkpoint → the name of our parameter."""
+    for pattern, replacement in SPELLINGS:
+        if pattern.search(name):
+            name = pattern.sub(replacement, name)
+            break
+    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+
+
 # ---- generation ----
 
 class Cache:
-    """Keys and values of every column so far, for rows of at most `size` columns; `branch` [B, S] is what each belongs to."""
+    """Keys and values of every column so far, for rows of at most `size` columns; `branch` [B, S] is what
+    each belongs to."""
 
     def __init__(self, size):
         self.size, self.length, self.store, self.branch = size, 0, {}, None
 
     def append(self, branch):
-        """Announces the columns [B, T] that the next forward pass adds; → their mask over all columns [B, 1, T, S]."""
+        """Announces the columns [B, T] that the next forward pass adds; → their mask over all columns [B, 1,
+        T, S]."""
         if self.branch is None:
             self.branch = branch.new_full((len(branch), self.size), -1)
         start, self.length = self.length, self.length + branch.shape[1]
@@ -390,7 +459,8 @@ class Cache:
         return visible(branch, self.branch[:, :self.length], column[start:], column)
 
     def extend(self, layer, k, v):
-        """Stores a layer's keys and values [B, K, T, C] of the announced columns; → those of all columns [B, K, S, C]."""
+        """Stores a layer's keys and values [B, K, T, C] of the announced columns; → those of all columns [B,
+        K, S, C]."""
         if layer not in self.store:
             B, K, _, C = k.shape
             self.store[layer] = k.new_empty(B, K, self.size, C), v.new_empty(B, K, self.size, C)
@@ -401,17 +471,17 @@ class Cache:
 
 
 def keyed_uniforms(seed, iteration, prompts, samples, steps):
-    """Uniforms in [0, 1) [B, samples, steps] (fp64) that depend on nothing but (seed, iteration, prompt, sample, step):
-    not on the batch, the rank or what was drawn before. prompts: B integers."""
+    """Uniforms in [0, 1) [B, samples, steps] (fp64) that depend on nothing but (seed, iteration, prompt,
+    sample, step): not on the batch, the rank or what was drawn before. prompts: B integers."""
     return torch.from_numpy(np.stack([
         [np.random.default_rng([seed, iteration, prompt, sample]).random(steps) for sample in range(samples)]
         for prompt in prompts]))
 
 
 def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """logits [..., V] (fp32) → token ids [...]: the most likely (uniform None or temperature 0), else the inverse CDF of
-    the uniform [...] under the softmax at that temperature, cut to the top_k likeliest and to the smallest set whose
-    probability reaches top_p."""
+    """logits [..., V] (fp32) → token ids [...]: the most likely (uniform None or temperature 0), else the
+    inverse CDF of the uniform [...] under the softmax at that temperature, cut to the top_k likeliest and to
+    the smallest set whose probability reaches top_p."""
     if uniform is None or temperature == 0:
         return logits.argmax(-1)
     p = F.softmax(logits.double() / temperature, dim=-1)
@@ -427,21 +497,22 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @torch.no_grad()
-def generate(model, batch, features, max_new, stop, banned=(), uniforms=None, samples=1, temperature=1.0, top_k=0,
-             top_p=1.0, anyone=torch.any):
+def generate(model, batch, features, max_new, stop, banned=(), uniforms=None, samples=1, temperature=1.0,
+             top_k=0, top_p=1.0, anyone=torch.any):
     """Answers of a batch of prompts (rows without answers): one prefill, then one column a sample and step.
 
-    stop: ids that end an answer (kept as its last token); banned: ids never chosen; uniforms [B, samples, max_new] or None
-    for greedy; anyone(running): whether to go on (ranks that decode in step ask each other).
-    → answers[b][k]: list of ids, and their summed log-probability under the model at temperature 1 [B, samples].
-    """
+    stop: ids that end an answer (kept as its last token); banned: ids never chosen; uniforms [B, samples,
+    max_new] or None for greedy; anyone(running): whether to go on (ranks that decode in step ask each other).
+    → answers[b][k]: list of ids, and their summed log-probability under the model at temperature 1 [B,
+    samples]. """
     device = batch.ids.device
     B, T = batch.ids.shape
     cache = Cache(T + samples * (max_new - 1))
     cache.append(batch.branch)
     length = (batch.branch == 0).sum(1)  # [B]
-    ends = torch.arange(B, device=device) * T + length - 1  # the prompt's last token predicts the first of every answer
-    logits = model.states(batch, features, ends, F.linear, cache)[:, None].expand(-1, samples, -1)  # [B, samples, V]
+    ends = torch.arange(B, device=device) * T + length - 1  # the prompt's last token predicts all answers' first
+    logits = model.states(batch, features, ends, F.linear, cache)  # [B, V]
+    logits = logits[:, None].expand(-1, samples, -1)  # [B, samples, V]
     stop, banned = (torch.tensor(sorted(ids), device=device, dtype=torch.long) for ids in (stop, banned))
     branch = torch.arange(1, samples + 1, device=device).expand(B, -1)
     every = torch.arange(B * samples, device=device)

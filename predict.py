@@ -1,13 +1,15 @@
-"""Answers of a vision-LLM to the rows of a data file, in their order, as JSON lines.
+r"""Answers of a vision-LLM to the rows of a data file, in their order, as JSON lines.
 
-    python predict.py                                                         # greedy, the shapes world's test set
-    python predict.py --num_samples 8 --temperature 1                         # eight samples a row
-    python predict.py --score                                                 # log-probability of the rows' own answers
-    torchrun --nproc_per_node=8 predict.py --model out --data rows.json --images pictures --out answers.jsonl
+    python predict.py                                   # greedy, the shapes world's test set
+    python predict.py --num_samples 8                   # eight samples a row
+    python predict.py --score                           # log-probability of the rows' own answers
+    torchrun --nproc_per_node=8 predict.py --model out --data rows.json --images pictures \
+        --out answers.jsonl
 
-Each line is {"id", "image", "prompt", "answer", "label"?}; with --num_samples K also "answers": [{"text", "logprob"}], with
---score instead of an answer "answers": [{"text", "logprob", "tokens"}]. A log-probability is the sum over the answer's
-tokens, its end token included, in nats at temperature 1. A row whose prompt does not fit --max_len has the answer null.
+Each line is {"id", "image", "prompt", "answer", "label"?}; with --num_samples K also "answers": [{"text",
+"logprob"}]; with --score no answer but "answers": [{"text", "logprob", "tokens"}]. A log-probability is the sum
+over the answer's tokens, its end token included, in nats at temperature 1. A row whose prompt does not fit
+--max_len has the answer null.
 
 Legend: A answers of a batch.
 """
@@ -26,7 +28,8 @@ from model import generate, keyed_uniforms
 
 @torch.no_grad()
 def score(model, batch, processor, examples):
-    """Log-probability [A] and length of the rows' own answers, by teacher forcing. → answers of each example"""
+    """Log-probability [A] and length of the rows' own answers, by teacher forcing. → answers of each
+    example"""
     logprob = model(batch, model.vision_tower(batch.pixels))  # [N]
     total = logprob.new_zeros(len(batch.last)).index_add(0, batch.answer, logprob).tolist()
     tokens = torch.bincount(batch.answer, minlength=len(batch.last)).tolist()
@@ -41,14 +44,16 @@ def sample(model, batch, processor, examples, args, anyone):
     if args.temperature > 0 and examples:
         uniforms = keyed_uniforms(args.seed, 0, [e.index for e in examples], args.num_samples, args.max_new)
     features = model.vision_tower(batch.pixels)
-    answers, logprob = generate(model, batch, features, args.max_new, processor.stop, processor.banned, uniforms,
-                                args.num_samples, args.temperature, args.top_k, args.top_p, anyone)
+    answers, logprob = generate(
+        model, batch, features, args.max_new, processor.stop, processor.banned, uniforms, args.num_samples,
+        args.temperature, args.top_k, args.top_p, anyone)
     return [[{"text": processor.text(ids), "logprob": lp} for ids, lp in zip(*row)]
             for row in zip(answers, logprob.tolist())][:len(examples)]
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     fsdp.arguments(parser, training=False)
     add = parser.add_argument_group("prediction").add_argument
     add("--micro_batch", type=int, default=8, help="rows a forward pass on one rank")
@@ -56,9 +61,9 @@ def parse_args():
     add("--num_samples", type=int, default=1, help="answers a row")
     add("--temperature", type=float, default=None, help="0: greedy (default: 0, or 1 with --num_samples)")
     add("--top_k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
-    add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens that make up this probability")
+    add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens up to this mass")
     add("--score", action="store_true", help="score the rows' own answers instead of generating")
-    add("--sharded", action="store_true", help="keep weights sharded while decoding, for models that do not fit")
+    add("--sharded", action="store_true", help="keep weights sharded while decoding: less memory, slower")
     tuned = os.path.join(fsdp.ROOT, "runs", "sft")  # what `python sft.py` leaves
     tuned = {"model": tuned} if os.path.isfile(os.path.join(tuned, "config.json")) else {}
     args = fsdp.parse(parser, data_file="test.json", shapes=dict(micro_batch=64, max_new=32, **tuned))
@@ -80,8 +85,8 @@ def main():
     processor = checkpoint.processor
     rows, conversations = fsdp.read_conversations(args.data, args, world, need_answer=args.score)
     examples, counts = data.build_examples(conversations, processor, "answers" if args.score else "prompt")
-    steps = data.Steps(examples, processor, args.micro_batch * world.size, args.micro_batch, world.rank, world.size,
-                       shuffle=False, by_length=False)
+    steps = data.Steps(examples, processor, args.micro_batch * world.size, args.micro_batch, world.rank,
+                       world.size, shuffle=False, by_length=False)
 
     # model
     model = fsdp.build(checkpoint, args, world)
@@ -96,7 +101,8 @@ def main():
             if args.score:
                 answers = score(model, batch, processor, mine)
             else:
-                answers = sample(model, batch, processor, mine, args, world.any if args.sharded else torch.any)
+                anyone = world.any if args.sharded else torch.any  # sharded weights: all ranks decode in step
+                answers = sample(model, batch, processor, mine, args, anyone)
             for part in world.gather([(example.index, answer) for example, answer in zip(mine, answers)]):
                 found.update(part)
             if world.rank == 0 and time.time() - shown > 5:
@@ -108,7 +114,8 @@ def main():
     lines, right, labelled = [], 0, 0
     for index, conversation in conversations:
         row, answers = rows[index], found.get(index)
-        line = {"id": row.get("id", index), "image": row.get("image"), "prompt": processor.template.render(conversation)}
+        prompt = processor.template.render(conversation)
+        line = {"id": row.get("id", index), "image": row.get("image"), "prompt": prompt}
         if not args.score:
             line["answer"] = answers[0]["text"] if answers else None
             if conversation.answers:

@@ -1,17 +1,21 @@
-"""Supervised fine-tuning of a vision-LLM, and LLaVA's pre-training of the projector (--train projector --template plain).
+r"""Supervised fine-tuning of a vision-LLM, and LLaVA's pre-training of the projector (--train projector
+--template plain).
 
     loss = − Σ log p(token | picture, row before the token) / n
 
-summed over the supervised tokens of all rows of the step, on all ranks; n is their number. Supervised are what the gpt turns
-say and the token that ends each. LLaVA-1.5, arXiv:2310.03744, section 3.4; departures: the mean is over all tokens of the
-step (not a mean of micro-batch means), and step k sees the same rows on any number of ranks.
+summed over the supervised tokens of all rows of the step, on all ranks; n is their number. Supervised are
+what the gpt turns say and the token that ends each. LLaVA-1.5, arXiv:2310.03744, section 3.4; departures: the
+mean is over all tokens of the step (not a mean of micro-batch means), and step k sees the same rows on any
+number of ranks.
 
     python sft.py                                       # on the shapes world
-    torchrun --nproc_per_node=8 sft.py --model llava-hf/llava-1.5-7b-hf --data rows.json --images pictures --out out
+    torchrun --nproc_per_node=8 sft.py --model llava-hf/llava-1.5-7b-hf --data rows.json --images pictures \
+        --out out
 
 Legend: N supervised tokens.
 """
 import argparse
+import os
 
 import torch
 
@@ -21,7 +25,8 @@ from model import generate
 
 
 def sft_loss(logprob, count):
-    """logprob [N] of a micro-batch's targets; count: targets of the whole step on all ranks. → scalar, to be summed."""
+    """logprob [N] of a micro-batch's targets; count: targets of the whole step on all ranks. → scalar, to be
+    summed."""
     return -logprob.sum() / count
 
 
@@ -41,7 +46,8 @@ def evaluate(model, steps, world, args):
 
 @torch.no_grad()
 def show_answers(model, examples, processor, world, log, max_new=64):
-    """Prints greedy answers to a few held-out prompts; every rank decodes the same ones, so all stay in step."""
+    """Prints greedy answers to a few held-out prompts; every rank decodes the same ones, so all stay in
+    step."""
     for example in examples[:3]:
         prompt = data.Example(example.index, example.id, example.prompt, [], [], example.images)
         batch = data.collate([prompt], processor).to(world.device)
@@ -53,13 +59,15 @@ def show_answers(model, examples, processor, world, log, max_new=64):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     fsdp.arguments(parser)
     add = parser.add_argument_group("supervised fine-tuning").add_argument
     add("--train", default="projector,llm", help="what is trained: any of projector,llm,vision, comma-joined")
-    add("--projector_lr", type=float, default=None, help="the projector's own peak learning rate (default: --lr)")
+    add("--projector_lr", type=float, default=None, help="the projector's own peak rate (default: --lr)")
     return fsdp.parse(parser, data_file="sft.json", shapes=dict(
-        eval_data=f"{fsdp.WORLD}/test.json", batch_size=64, micro_batch=64, lr=1e-3, warmup=40, max_steps=350))
+        eval_data=os.path.join(fsdp.WORLD, "test.json"), batch_size=64, micro_batch=64, lr=1e-3, warmup=40,
+        max_steps=350))
 
 
 def main():
@@ -77,9 +85,10 @@ def main():
     processor = checkpoint.processor
     examples = fsdp.read_examples(args.data, "turns", processor, args, world)
     held_out = fsdp.read_examples(args.eval_data, "turns", processor, args, world) if args.eval_data else []
-    steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size, args.seed,
-                       by_length=args.group_by_length == "yes")
-    eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size, shuffle=False)
+    steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
+                       args.seed, by_length=args.group_by_length == "yes")
+    eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
+                            shuffle=False)
     total = args.max_steps or max(1, round(args.epochs * len(steps)))
 
     # model and optimiser
@@ -90,15 +99,14 @@ def main():
         if parameter.requires_grad:
             lr = args.projector_lr if name.startswith(parts["projector"]) and args.projector_lr else args.lr
             decay = args.weight_decay if parameter.ndim > 1 else 0.0
-            group = groups.setdefault((lr, decay), {"params": [], "peak": lr, "lr": lr, "weight_decay": decay})
-            group["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups.values())
-    parameters = [p for group in groups.values() for p in group["params"]]
+            groups.setdefault((lr, decay), []).append(parameter)
+    optimizer = torch.optim.AdamW([{"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
+                                   for (lr, decay), params in groups.items()])
+    parameters = [parameter for params in groups.values() for parameter in params]
     fsdp.begin_run(args, world)
     done = fsdp.load_checkpoint(args, model, optimizer)
     log, stop = fsdp.Log(args, world, total, done), fsdp.Stop()
-    log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters, "
-            f"{world.size} ranks")
+    log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters")
 
     # loop
     for step, micro_batches in enumerate(data.loader(steps, done, total, args.workers), done + 1):
