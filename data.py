@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import re
+import time
 
 import numpy as np
 import torch
@@ -27,6 +28,18 @@ from transformers import AutoTokenizer
 IMAGE = "<image>"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEMPLATE_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
+
+
+def progress(items, what):
+    """Yields the items of a list; on rank 0 says every ten seconds how far it is, and how long the rest will
+    take."""
+    start = shown = time.time()
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.time() - shown > 10 and os.environ.get("RANK", "0") == "0":
+            shown = time.time()
+            left = (shown - start) / done * (len(items) - done)
+            print(f"{what}: {done}/{len(items)}, {left:.0f} s left", flush=True)
 
 
 # ---- rows ----
@@ -448,7 +461,7 @@ def check_rows(rows, images_dir, source, need_answer=True, skip_bad_rows=False, 
     names it, or is reported and skipped. world.share(function, items) spreads the look at every picture over
     threads and ranks."""
     good, errors = [], {}
-    for index, row in enumerate(rows):
+    for index, row in enumerate(progress(rows, f"{source}: rows checked")):
         try:
             good.append((index, read_row(row, images_dir, need_answer)))
         except ValueError as error:
@@ -456,7 +469,8 @@ def check_rows(rows, images_dir, source, need_answer=True, skip_bad_rows=False, 
             if not skip_bad_rows:
                 break
     paths = sorted({path for _, conversation in good for path in conversation.images})
-    found = world.share(picture_error, paths) if world else map(picture_error, paths)
+    what = f"{source}: pictures looked at"
+    found = world.share(picture_error, paths, what) if world else map(picture_error, paths)
     torn = {path: error for path, error in zip(paths, found) if error}
     for index, conversation in good:
         for path in conversation.images:
@@ -479,7 +493,7 @@ def build_examples(conversations, processor, which):
     (the best answer and every earlier gpt turn supervised), `answers` (all answers of the last turn),
     `prompt`."""
     examples, counts = [], {"too_long": 0, "cut": 0}
-    for index, conversation in conversations:
+    for index, conversation in progress(conversations, "rows tokenised"):
         answers = {"turns": conversation.answers[:1], "answers": conversation.answers, "prompt": []}[which]
         example, cut = processor.example(index, conversation, answers, all_turns=which == "turns")
         counts["cut"] += cut

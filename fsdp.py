@@ -130,17 +130,12 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
-    def share(self, function, items):
-        """[function(item) for item in items], spread over ranks and threads, with progress where it takes
-        long."""
-        mine, done, start = items[self.rank::self.size], [], time.time()
+    def share(self, function, items, what):
+        """[function(item) for item in items], the work spread over ranks and threads."""
+        mine = items[self.rank::self.size]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for result in pool.map(function, mine):
-                done.append(result)
-                seconds = time.time() - start
-                if self.rank == 0 and seconds > 10 and len(done) % 1000 == 0:
-                    left = seconds / len(done) * (len(mine) - len(done))
-                    print(f"{function.__name__}: {len(done)}/{len(mine)}, {left:.0f} s left", flush=True)
+            waiting = [pool.submit(function, item) for item in mine]
+            done = [future.result() for future in data.progress(waiting, what)]
         results = [None] * len(items)
         for rank, part in enumerate(self.gather(done)):
             results[rank::self.size] = part
@@ -156,7 +151,7 @@ class World:
                 error = raised
         failed = self.gather(error is not None)[0]
         if failed:
-            raise error or RuntimeError("rank 0 failed; see its message")
+            raise error or ValueError("rank 0 failed and says why")
 
 
 def launch(args):
@@ -215,8 +210,8 @@ def fetch(name, world):
             if not glob.glob(os.path.join(folder, "*.safetensors")):
                 snapshot_download(name, allow_patterns=["*.bin"])
         except Exception as error:
-            raise ValueError(f"got {name!r}, need a checkpoint folder or a hub id; there is no such folder, and "
-                             f"the hub says: {error}") from error
+            raise ValueError(f"got {name!r}, need a checkpoint folder or a hub id; there is no such folder, "
+                             f"and the hub says: {error}") from error
     world.first(download)
     return snapshot_download(name, allow_patterns=[*patterns, "*.bin"], local_files_only=True)
 
@@ -316,7 +311,7 @@ def fill(model, tensors, grown, seed):
     """Streams every parameter in: each rank reads its own rows only. Rows that the vocabulary has grown by
     are the mean of the old ones; parameters without a tensor are drawn, keyed by (seed, name): N(0, 0.02²),
     biases 0."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in data.progress([*model.named_parameters()], "tensors read"):
         local, mesh = parameter.to_local(), parameter.device_mesh
         n, size, mine = parameter.shape[0], mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
         chunk = -(-n // size)  # FSDP2 shards rows as torch.chunk does
@@ -644,7 +639,7 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
     for i, group in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
         held = {}
-        for name, parameter in group:
+        for name, parameter in data.progress(group, f"{file}: tensors written"):
             whole = parameter.detach().full_tensor()  # collective: every rank takes part
             if world.rank == 0:
                 held[name] = whole.to(dtype).cpu().contiguous()

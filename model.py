@@ -510,7 +510,7 @@ def generate(model, batch, features, max_new, stop, banned=(), uniforms=None, sa
     cache = Cache(T + samples * (max_new - 1))
     cache.append(batch.branch)
     length = (batch.branch == 0).sum(1)  # [B]
-    ends = torch.arange(B, device=device) * T + length - 1  # the prompt's last token predicts all answers' first
+    ends = torch.arange(B, device=device) * T + length - 1  # where every answer's first token is predicted
     logits = model.states(batch, features, ends, F.linear, cache)  # [B, V]
     logits = logits[:, None].expand(-1, samples, -1)  # [B, samples, V]
     stop, banned = (torch.tensor(sorted(ids), device=device, dtype=torch.long) for ids in (stop, banned))

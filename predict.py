@@ -6,10 +6,10 @@ r"""Answers of a vision-LLM to the rows of a data file, in their order, as JSON 
     torchrun --nproc_per_node=8 predict.py --model out --data rows.json --images pictures \
         --out answers.jsonl
 
-Each line is {"id", "image", "prompt", "answer", "label"?}; with --num_samples K also "answers": [{"text",
-"logprob"}]; with --score no answer but "answers": [{"text", "logprob", "tokens"}]. A log-probability is the sum
-over the answer's tokens, its end token included, in nats at temperature 1. A row whose prompt does not fit
---max_len has the answer null.
+Each line is {"id", "image", "prompt", "answer", "label"?}; with --num_samples K also
+"answers": [{"text", "logprob"}]; with --score no answer but "answers": [{"text", "logprob", "tokens"}].
+A log-probability is the sum over the answer's tokens, its end token included, in nats at temperature 1.
+A row whose prompt does not fit --max_len has the answer null.
 
 Legend: A answers of a batch.
 """
