@@ -49,15 +49,19 @@ def load_rows(path):
     file and line."""
     if not os.path.isfile(path):
         raise ValueError(f"got --data {path}, need a .json, .jsonl or .txt file: no such file")
-    with open(path, encoding="utf-8") as f:
-        text = f.read().strip()
+    rows, line = [], 0
     try:
+        with open(path, encoding="utf-8") as f:
+            text = f.read().strip()
         if text.startswith("["):
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}): need a list of rows, or one row a line") from error
+            for one in text.split("\n"):
+                line += 1
+                rows += [json.loads(one)] if one.strip() else []
+    except ValueError as error:  # of the decoder or of json
+        where = f" in line {line}" if line else ""
+        raise ValueError(f"{path}: not JSON{where} ({error}): need a list, or one row a line") from error
     if not rows:
         raise ValueError(f"{path}: got no rows, need at least one")
     return rows
@@ -116,6 +120,7 @@ def read_row(row, images_dir, need_answer=True):
     first = roles.index("human")
     contents[first] = f"{IMAGE}\n" * (len(images) - asked) + contents[first]
     contents, answers = [c.strip() for c in contents], [a.strip() for a in answers]
+    "".join(contents + answers).encode()  # a UnicodeEncodeError for half a surrogate pair is a ValueError
     return Conversation(str(row.get("id")), roles, contents, answers, images)
 
 
@@ -169,29 +174,27 @@ class Template:
         self.prefixes = tokenizer.convert_ids_to_tokens(self.ids("a"))[0].startswith("▁")
         self.adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
         self.gaps = functools.lru_cache(maxsize=256)(self.gaps)
-        self.template_ids = functools.lru_cache(maxsize=4096)(self.piece_ids)
+        self.piece_ids = functools.lru_cache(maxsize=2**14)(self.piece_ids)
 
     def gaps(self, roles):
         """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1]."""
-        marks = [f"SENTINEL{i}X" for i in range(len(roles))]
+        marks, why = [f"SENTINEL{i}X" for i in range(len(roles))], []
         names = {"human": "user", "gpt": "assistant", "system": "system"}
-        forms = (lambda mark: mark), (lambda mark: [{"type": "text", "text": mark}])  # templates take either
-        for form in forms:
+        for form in (lambda mark: mark), (lambda mark: [{"type": "text", "text": mark}]):  # they take either
             messages = [{"role": names[role], "content": form(mark)} for role, mark in zip(roles, marks)]
             try:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.jinja)
             except Exception as error:  # jinja raises whatever the template raises
-                text, why = "", error
-            else:
-                why = "it reorders, repeats or drops messages"
-            places = [text.find(mark) for mark in marks]
-            if -1 not in places and places == sorted(places) and all(text.count(mark) == 1 for mark in marks):
-                gaps, bos = re.split("|".join(marks), text), self.tokenizer.bos_token
+                why.append(str(error))
+                continue
+            if re.findall(r"SENTINEL\d+X", text) == marks:
+                gaps, bos = re.split(r"SENTINEL\d+X", text), self.tokenizer.bos_token
                 if self.adds_bos and not gaps[0].startswith(bos):
                     gaps[0] = bos + gaps[0]
                 return gaps
-        raise ValueError(f"the chat template cannot be used for turns {list(roles)}: {why}; give --template "
-                         f"{'|'.join(TEMPLATES)}")
+            why.append("it reorders, repeats or drops messages")
+        raise ValueError(f"the chat template cannot be used for turns {list(roles)}: {'; '.join(why)}; "
+                         f"give --template {'|'.join(TEMPLATES)}")
 
     def ids(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -227,37 +230,32 @@ class Template:
         """A conversation with its final answer → ids, and which of them are supervised: the answer
         (all_turns: every gpt turn) and what ends it. One image token stands for each picture."""
         gaps = self.gaps((*roles, "gpt"))
-        pieces, follow = [], self.split(gaps[0])  # [text or id, supervised, from the template]
+        pieces, follow = [], self.split(gaps[0])  # [text or id, whether it is supervised]
         for i, (role, content) in enumerate(zip((*roles, "gpt"), (*contents, answer))):
-            pieces += [(piece, False, True) for piece in follow]
-            if role == "human":
-                said = re.split(f"({IMAGE})", content)
-                if self.name == "plain":
-                    said = [s for s in said if s == IMAGE]
-                pieces += [(self.image_token if s == IMAGE else s, False, False) for s in said if s]
-                follow = self.split(gaps[i + 1])
-            elif role == "gpt":
+            pieces += [[piece, False] for piece in follow]
+            follow = self.split(gaps[i + 1])
+            if role == "gpt":
                 keep = all_turns or i == len(roles)
                 end, follow = self.after_answer(gaps[i + 1])
-                pieces += [(content, keep, False)] + [(piece, keep, True) for piece in end]
+                pieces += [[piece, keep] for piece in (content, *end)]
+            elif role == "human":
+                said = re.split(f"({IMAGE})", content)
+                said = [part for part in said if part == IMAGE or self.name != "plain"]
+                pieces += [[self.image_token if part == IMAGE else part, False] for part in said]
             else:
-                pieces.append((content, False, False))
-                follow = self.split(gaps[i + 1])
+                pieces.append([content, False])
         return self.tokenise(pieces)
 
     def tokenise(self, pieces):
-        ids, kept, first = [], [], True
-        pieces = [list(piece) for piece in pieces]
         for left, right in zip(pieces, pieces[1:]):  # the space at a joint belongs to the piece behind it
             if isinstance(left[0], str) and isinstance(right[0], str) and left[0].endswith(" "):
                 left[0], right[0] = left[0][:-1], " " + right[0]
-        for piece, keep, own in pieces:
-            if isinstance(piece, int):
-                new, first = [piece], True
-            elif piece:
-                new, first = (self.template_ids if own else self.piece_ids)(piece, first), False
-            else:
-                new = []
+        ids, kept, first = [], [], True
+        for piece, keep in pieces:
+            if piece == "":
+                continue
+            new = [piece] if isinstance(piece, int) else self.piece_ids(piece, first)
+            first = isinstance(piece, int)
             ids += new
             kept += [keep] * len(new)
         return ids, kept
@@ -286,7 +284,7 @@ def picture_error(path):
     try:
         with Image.open(path) as picture:
             picture.draft("RGB", (1, 1))
-            picture.load()
+            ImageOps.exif_transpose(picture).load()
     except Exception as error:  # decoders raise many kinds
         return f"cannot read the picture {path}: {error}"
     return None
