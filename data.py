@@ -51,9 +51,9 @@ def load_rows(path):
         raise ValueError(f"got --data {path}, need a .json, .jsonl or .txt file: no such file")
     rows, line = [], 0
     try:
-        with open(path, encoding="utf-8") as f:
-            text = f.read().strip()
-        if text.startswith("["):
+        with open(path, encoding="utf-8-sig") as f:
+            text = f.read()
+        if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
             for one in text.split("\n"):
@@ -160,6 +160,8 @@ class Template:
     def __init__(self, name, tokenizer, image_token):
         self.name, self.tokenizer, self.image_token = name, tokenizer, image_token
         self.jinja = tokenizer.chat_template
+        if isinstance(self.jinja, dict):  # several, by name
+            self.jinja = self.jinja.get("default")
         if name != "auto":
             with open(os.path.join(TEMPLATE_DIR, f"{name}.jinja"), encoding="utf-8") as f:
                 self.jinja = f.read()
@@ -212,15 +214,17 @@ class Template:
         """A template's own text → pieces: texts and the ids of its special tokens."""
         return [self.special_ids.get(piece, piece) for piece in self.specials.split(gap) if piece]
 
-    def after_answer(self, gap):
-        """The gap behind an answer → (pieces that end the answer, pieces of what follows)."""
+    def after_answer(self, gap, last_gap):
+        """The gap behind an answer → (pieces that end the answer, pieces of what follows). A template without
+        an end token (last_gap, behind the final answer, has none) gets the tokenizer's."""
         pieces = self.split(gap)
         if self.name == "plain":
             return pieces, []
-        for i, piece in enumerate(pieces):
-            if isinstance(piece, int):
-                return pieces[:i + 1], pieces[i + 1:]
-        return [self.tokenizer.eos_token_id], self.split(gap.lstrip())  # no end token in it: the tokenizer's
+        special, last = ([isinstance(p, int) for p in ps] for ps in (pieces, self.split(last_gap)))
+        if not (any(special) and any(last)):
+            return [self.tokenizer.eos_token_id], self.split(gap.lstrip())
+        end = 1 + special.index(True)
+        return pieces[:end], pieces[end:]
 
     def stop_ids(self):
         """The last token of what ends an answer."""
@@ -236,7 +240,7 @@ class Template:
             follow = self.split(gaps[i + 1])
             if role == "gpt":
                 keep = all_turns or i == len(roles)
-                end, follow = self.after_answer(gaps[i + 1])
+                end, follow = self.after_answer(gaps[i + 1], gaps[-1])
                 pieces += [[piece, keep] for piece in (content, *end)]
             elif role == "human":
                 said = re.split(f"({IMAGE})", content)
@@ -269,7 +273,8 @@ class Template:
 # ---- pictures ----
 
 def read_picture(path):
-    """A picture file as RGB, turned upright (EXIF), 16-bit grey brought to 8 bits."""
+    """A picture file as RGB, turned upright (EXIF), 16-bit grey brought to 8 bits. Transparency is dropped,
+    as LLaVA does; transformers 5 lays it on white."""
     with Image.open(path) as picture:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):
@@ -426,8 +431,8 @@ def picture_settings(folder):
         found = read_json(folder, name, {})
         settings.update(found.get("image_processor", found))
     pad = settings.get("do_pad") or settings.get("image_aspect_ratio") == "pad"
-    return {"mode": "pad" if pad else "crop", "mean": tuple(settings.get("image_mean", CLIP_MEAN)),
-            "std": tuple(settings.get("image_std", CLIP_STD))}
+    return {"mode": "pad" if pad else "crop", "mean": tuple(settings.get("image_mean") or CLIP_MEAN),
+            "std": tuple(settings.get("image_std") or CLIP_STD)}
 
 
 def save_processor(processor, config, folder):
@@ -479,7 +484,8 @@ def check_rows(rows, images_dir, source, need_answer=True, skip_bad_rows=False, 
         message = f"{source}: row {index} (id {name}): {errors[index]}"
         if not skip_bad_rows:
             raise ValueError(message + "; --skip_bad_rows leaves such rows out")
-        print(f"skipped {message}", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"skipped {message}", flush=True)
     good = [(index, conversation) for index, conversation in good if index not in errors]
     if not good:
         raise ValueError(f"{source}: all {len(rows)} rows are bad, need at least one good row")
@@ -611,4 +617,6 @@ class Steps(torch.utils.data.Dataset):
 def loader(steps, first, last, workers):
     """A DataLoader over steps first … last − 1, decoded ahead by worker processes."""
     order = range(first, last)
-    return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers)
+    fork = "fork" if workers else None  # the rows are shared, not copied
+    return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers,
+                                       multiprocessing_context=fork)

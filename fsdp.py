@@ -77,6 +77,7 @@ def arguments(parser, training=True):
     add("--max_steps", type=int, default=0, help="optimiser steps, in place of --epochs")
     add("--lr", type=float, default=2e-5, help="peak learning rate")
     add("--warmup", type=float, default=0.03, help="linear warm-up: steps, or below 1 a share of all steps")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of squared gradients")
     add("--weight_decay", type=float, default=0.0, help="AdamW's, not on norms and biases")
     add("--grad_clip", type=float, default=1.0, help="largest global gradient norm (0: no clipping)")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")

@@ -49,11 +49,13 @@ def show_answers(model, examples, processor, world, log, max_new=64):
     """Prints greedy answers to a few held-out prompts; every rank decodes the same ones, so all stay in
     step."""
     for example in examples[:3]:
-        prompt = data.Example(example.index, example.id, example.prompt, [], [], example.images)
+        images = example.images[:int((example.prompt == processor.image_token).sum())]
+        prompt = data.Example(example.index, example.id, example.prompt, [], [], images)
         batch = data.collate([prompt], processor).to(world.device)
         features = model.vision_tower(batch.pixels)
         (((ids,),), _) = generate(model, batch, features, max_new, processor.stop, processor.banned)
-        given = example.answers[0][example.kept[0]]
+        kept = example.kept[0].tolist()
+        given = example.answers[0][:kept.index(False) if False in kept else None]  # of the first turn
         log.say(f"    {example.id}: {processor.text(ids)!r}  (given: {processor.text(given)!r})")
     fsdp.reshard(model)
 
@@ -66,8 +68,8 @@ def parse_args():
     add("--train", default="projector,llm", help="what is trained: any of projector,llm,vision, comma-joined")
     add("--projector_lr", type=float, default=None, help="the projector's own peak rate (default: --lr)")
     return fsdp.parse(parser, data_file="sft.json", shapes=dict(
-        eval_data=os.path.join(fsdp.WORLD, "test.json"), batch_size=64, micro_batch=64, lr=1e-3, warmup=40,
-        max_steps=350))
+        eval_data=os.path.join(fsdp.WORLD, "test.json"), batch_size=64, micro_batch=64, lr=2e-3, warmup=40,
+        adam_beta2=0.98, max_steps=350))
 
 
 def main():
@@ -101,7 +103,7 @@ def main():
             decay = args.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, decay), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
-                                   for (lr, decay), params in groups.items()])
+                                   for (lr, decay), params in groups.items()], betas=(0.9, args.adam_beta2))
     parameters = [parameter for params in groups.values() for parameter in params]
     fsdp.begin_run(args, world)
     done = fsdp.load_checkpoint(args, model, optimizer)

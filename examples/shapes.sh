@@ -8,7 +8,7 @@ world="$dir/world" test="--data $dir/world/test.json --images $dir/world/images 
 
 $python examples/shapes.py --out "$world" --seed "$seed"
 $python sft.py --model "$world/model" --data "$world/sft.json" --images "$world/images" --out "$dir/sft" --seed "$seed" \
-  --eval_data "$world/test.json" --batch_size 64 --micro_batch 64 --lr 1e-3 --warmup 40 --max_steps 350
+  --eval_data "$world/test.json" --batch_size 64 --micro_batch 64 --lr 2e-3 --adam_beta2 0.98 --warmup 40 --max_steps 350
 $python predict.py --model "$dir/sft" $test --seed "$seed" --out "$dir/sft-greedy.jsonl"
 $python predict.py --model "$dir/sft" $test --seed "$seed" --temperature 1 --out "$dir/sft-sampled.jsonl"
 $python examples/shapes.py --world "$world" --evaluate "$dir/sft-greedy.jsonl" "$dir/sft-sampled.jsonl"

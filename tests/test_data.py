@@ -821,8 +821,8 @@ def test_kinds_of_pictures(tmp_path, name):
 
 
 def test_16_bit_grey(tmp_path):
-    """A 16-bit grey PNG keeps its greys: 257 levels become one."""
-    values = np.array([[0, 257, 1000, 128 * 257, 254 * 257, 65535]], dtype=np.uint16)
+    """A 16-bit grey PNG keeps its greys: 257 levels become one, not 256."""
+    values = np.array([[0, 257, 1000, 128 * 257, 65280, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as opened:
         assert opened.mode.startswith("I")
