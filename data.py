@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import re
+import signal
 import time
 
 import numpy as np
@@ -73,7 +74,10 @@ def read_json(folder, name, default=None):
     if not os.path.isfile(path):
         return default
     with open(path, encoding="utf-8") as f:
-        return json.load(f)
+        try:
+            return json.load(f)
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error}): need a whole checkpoint folder") from error
 
 
 @dataclasses.dataclass
@@ -400,7 +404,7 @@ def load_processor(folder, config, args):
     tokenizer.add_special_tokens({"pad_token": pad, "additional_special_tokens": [IMAGE]},
                                  replace_extra_special_tokens=False)
     image_token, text = tokenizer.convert_tokens_to_ids(IMAGE), config.text_config
-    if config.image_token_index not in (None, image_token):
+    if config.image_token_index not in (-1, image_token):
         raise ValueError(f"{source}: {IMAGE} is token {image_token}, but config.json's image_token_index is "
                          f"{config.image_token_index}: the tokenizer is of another checkpoint")
     config.image_token_index, grown = image_token, None
@@ -619,4 +623,9 @@ def loader(steps, first, last, workers):
     order = range(first, last)
     fork = "fork" if workers else None  # the rows are shared, not copied
     return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers,
-                                       multiprocessing_context=fork)
+                                       multiprocessing_context=fork, worker_init_fn=outlive_sigterm)
+
+
+def outlive_sigterm(_):
+    """Workers leave SIGTERM to the training process, which still needs them for the step in hand."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

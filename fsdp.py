@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlavaConfig
@@ -83,6 +84,13 @@ def arguments(parser, training=True):
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
 
 
+LEAST = {  # the smallest value an option can have
+    1: ("batch_size", "micro_batch", "keep", "replicas", "max_len", "num_samples", "max_new"),
+    0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "warmup", "weight_decay", "top_k",
+        "seed"),
+    1e-9: ("epochs", "top_p")}
+
+
 def parse(parser, data_file, shapes, argv=None):
     """Parses the command line. Without --model and --llm the shapes world is meant: its files and the sizes
     in `shapes` become the defaults, and it is made on first use."""
@@ -100,9 +108,10 @@ def parse(parser, data_file, shapes, argv=None):
     args.images = args.images or os.path.dirname(os.path.abspath(args.data))
     name = os.path.splitext(os.path.basename(parser.prog))[0]
     args.out = args.out or os.path.join(ROOT, "runs", name + ("" if hasattr(args, "resume") else ".jsonl"))
-    for option in ("batch_size", "micro_batch", "keep", "replicas", "max_len"):
-        if getattr(args, option, 1) < 1:
-            parser.error(f"got --{option} {getattr(args, option)}, need at least 1")
+    for least, options in LEAST.items():
+        for option in options:
+            if getattr(args, option, least) < least:
+                parser.error(f"got --{option} {getattr(args, option)}, need at least {least}")
     return args
 
 
@@ -166,7 +175,9 @@ def launch(args):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if size % args.replicas:
         raise ValueError(f"got --replicas {args.replicas}, need a divisor of the {size} ranks")
-    mesh = init_device_mesh(kind, (args.replicas, size // args.replicas) if args.replicas > 1 else (size,))
+    shape = args.replicas, size // args.replicas
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if args.replicas > 1 else mesh["shard"]
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
     world = World(dist.get_rank(), size, device, mesh)
     if args.images == os.path.join(WORLD, "images"):
@@ -218,13 +229,16 @@ def fetch(name, world):
 
 
 def read_config(args, world):
-    """--model, or --llm and --clip → LlavaConfig, and the folders whose tensors make up the model."""
+    """--model, or --llm and --clip → LlavaConfig, the folder that has the tokenizer, and the folders whose
+    tensors make up the model; where two hold the same tensor, that of the later."""
     folder = fetch(args.model or args.llm, world)
     raw = data.read_json(folder, "config.json")
     if raw is None:
         raise ValueError(f"{folder}: no config.json: need a checkpoint folder")
     if args.model and "text_config" in raw:
-        return llava_config(folder, raw), [folder]
+        if args.clip:
+            raise ValueError(f"got --clip {args.clip}, but {folder} has a tower of its own: leave it out")
+        return llava_config(folder, raw), folder, [folder]
     if args.model and "mm_vision_tower" not in raw:
         raise ValueError(f"{folder}: got --model of the kind {raw.get('model_type')!r}, need a LLaVA; "
                          "give a LLaMA as --llm, with --clip")
@@ -232,7 +246,8 @@ def read_config(args, world):
         raise ValueError(f"{folder}: got --llm of the kind {raw.get('model_type')!r}, need llama")
     clip = fetch(args.clip or raw["mm_vision_tower"], world)
     projector = args.projector if args.llm else raw.get("mm_projector_type", "linear")
-    return llava_config(folder, raw, clip, projector), [folder, clip]
+    # an original LLaVA may hold a tower that was trained with it; one asked for with --clip goes before it
+    return llava_config(folder, raw, clip, projector), folder, [folder, clip] if args.clip else [clip, folder]
 
 
 def open_tensors(folders, world):
@@ -253,7 +268,10 @@ def open_tensors(folders, world):
             if file.endswith(".bin"):
                 found = torch.load(file, weights_only=True, mmap=True)
             else:
-                handle = safe_open(file, "pt")
+                try:
+                    handle = safe_open(file, "pt")
+                except SafetensorError as error:
+                    raise ValueError(f"{file}: cannot be read ({error}): fetch it again") from error
                 found = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (no dict)
             tensors.update({our_name(key): rows for key, rows in found.items() if not EXTRAS.search(key)})
     return tensors
@@ -368,8 +386,8 @@ class Checkpoint:
 
 
 def open_checkpoint(args, world):
-    config, folders = read_config(args, world)
-    processor, grown = data.load_processor(folders[0], config, args)
+    config, folder, folders = read_config(args, world)
+    processor, grown = data.load_processor(folder, config, args)
     return Checkpoint(config, folders, processor, grown, fresh=bool(args.llm))
 
 
@@ -453,7 +471,7 @@ def schedule(step, steps, warmup):
 
 # ---- what a run leaves behind ----
 
-RUN_FILES = ("checkpoints", "log.jsonl", "args.json", "config.json", "model*.safetensors*", "export.part")
+RUN_FILES = ("checkpoints", "log.jsonl", "config.json", "model*.safetensors*", "export.part")
 FREE = {"resume", "overwrite", "out", "save_every", "keep", "eval_every", "workers", "wandb", "micro_batch",
         "replicas"}  # options that may differ after a resume
 
@@ -464,6 +482,8 @@ def check_out(args):
     earlier = data.read_json(args.out, "args.json")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise ValueError(f"got --out {args.out}, which is a file, need a folder")
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        raise ValueError("--wandb needs Weights & Biases: pip install wandb")
     if earlier is None:
         if os.path.isdir(args.out) and os.listdir(args.out):
             raise ValueError(f"got --out {args.out}, neither empty nor an earlier run: choose another")
@@ -486,15 +506,14 @@ def check_out_file(args):
 def begin_run(args, world):
     """Makes --out, clears an earlier run that is to be replaced, and writes args.json."""
     def begin():
-        if not args.resume:
-            for pattern in RUN_FILES:
-                for path in glob.glob(os.path.join(args.out, pattern)):
-                    shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        os.makedirs(os.path.join(args.out, "checkpoints"), exist_ok=True)
         git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
         versions = {package.__name__: package.__version__ for package in (torch, transformers, safetensors)}
         about = {"ranks": world.size, "versions": versions, "commit": git.stdout.strip() or None}
+        old = [path for pattern in RUN_FILES for path in glob.glob(os.path.join(args.out, pattern))]
+        for path in old if not args.resume else []:
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         write_json(os.path.join(args.out, "args.json"), {**vars(args), **about})
+        os.makedirs(os.path.join(args.out, "checkpoints"), exist_ok=True)
         print(*(f"--{key} {value}" for key, value in vars(args).items() if value not in (None, False)))
     world.first(begin)
 
@@ -528,10 +547,7 @@ class Log:
         write_text(path, "".join(kept))
         self.file = open(path, "a", buffering=1)
         if args.wandb:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ValueError("--wandb needs Weights & Biases: pip install wandb") from error
+            import wandb
             self.wandb = wandb.init(project=args.wandb, config=vars(args), name=os.path.basename(args.out))
 
     def step(self, step, tokens=0, **figures):
@@ -623,6 +639,7 @@ def load_checkpoint(args, model, *optimizers):
 def export(model, processor, args, world, file_bytes=5 * 10**9):
     """Writes --out as a Hugging Face LLaVA checkpoint: gathered tensor by tensor, in files of at most
     file_bytes, and moved in place when all are whole."""
+    reshard(model)
     dtype, config = DTYPES[args.dtype], model.config
     part = os.path.join(args.out, "export.part")
     world.first(shutil.rmtree, part, True)

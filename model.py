@@ -128,7 +128,7 @@ class CLIPVision(nn.Module):
                 x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x)
-        return x[:, 1:].contiguous() if self.drop_class else x
+        return x[:, 1:].clone() if self.drop_class else x  # FSDP wants no view returned
 
 
 class Projector(nn.Module):
@@ -401,7 +401,7 @@ def llava_config(folder, raw, clip=None, projector=None):
             vision_feature_layer=raw.get("mm_vision_select_layer", -2),
             vision_feature_select_strategy=classes,
             projector_hidden_act="linear" if projector == "linear" else "gelu")
-        config.mm_projector_type, config.image_token_index = projector, None
+        config.mm_projector_type, config.image_token_index = projector, -1
     text, vision = config.text_config, config.vision_config
     if (text.model_type, vision.model_type) != ("llama", "clip_vision_model"):
         raise ValueError(f"{folder}: got a {text.model_type} and a {vision.model_type}, need a llama and a "

@@ -308,7 +308,8 @@ def make_config(tokenizer):
 
 
 def initialise(module, seed):
-    """Norms start at one, biases at zero, everything else at N(0, 0.02) keyed by its name."""
+    """Norms start at one, biases at zero, everything else at N(0, 0.02) keyed by its name; the tower's
+    positions at N(0, 0.3), so that a patch's feature tells its place (captions are in reading order)."""
     import torch
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
@@ -316,7 +317,8 @@ def initialise(module, seed):
         elif "norm" in name:  # CLIP spells one of its own "pre_layrnorm"
             torch.nn.init.ones_(parameter)
         else:
-            drawn = keyed(seed, name).normal(0, 0.02, tuple(parameter.shape))
+            std = 0.3 if "position_embedding" in name else 0.02
+            drawn = keyed(seed, name).normal(0, std, tuple(parameter.shape))
             parameter.data.copy_(torch.from_numpy(drawn))
 
 

@@ -1,0 +1,217 @@
+"""predict.py: answers, samples and scores against transformers; the same file on one rank and on two."""
+import functools
+import json
+import math
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+from PIL import Image
+from tiny import MIXED, fork
+
+ROWS = [  # one turn each
+    {**row, "conversations": row["conversations"][:2]} for row in MIXED]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A checkpoint that has learned its rows well enough to end its answers, pictures, rows."""
+    folder = tmp_path_factory.mktemp("predict")
+    tiny.make_model(folder / "start")
+    tiny.make_images(folder / "images")
+    tiny.write_rows(folder / "rows.json", ROWS)
+    done = fork("sft", "--model", folder / "start", "--data", folder / "rows.json", "--images",
+                folder / "images", "--out", folder / "model", "--batch_size", 10, "--micro_batch", 10,
+                "--max_steps", 35, "--lr", "1e-2", "--workers", 0, "--template", "vicuna")
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predict(place, tmp_path_factory):
+    """Options → predict.py's Run and the text that it wrote; every run is made once."""
+    @functools.cache
+    def run(*options, ranks=1, data="rows.json"):
+        out = tmp_path_factory.mktemp("out") / "answers.jsonl"
+        done = fork("predict", "--model", place / "model", "--data", place / data, "--images",
+                    place / "images", "--out", out, "--max_new", 20, "--workers", 0, *options, ranks=ranks)
+        assert done.code == 0, done.err
+        return done, out.read_text()
+    return run
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def oracle(place):
+    model = hf.LlavaForConditionalGeneration.from_pretrained(place / "model").eval()
+    return model, hf.AutoProcessor.from_pretrained(place / "model")
+
+
+def inputs(row, processor, place, answer=None):
+    """A one-turn row as transformers' own processor makes it."""
+    paths = row.get("image") or []
+    paths = paths if isinstance(paths, list) else [paths]
+    asked = row["conversations"][0]["value"]
+    asked = "<image>\n" * (len(paths) - asked.count("<image>")) + asked
+    chat = [{"role": "user", "content": asked.strip()}]
+    chat += [{"role": "assistant", "content": answer}] if answer else []
+    text = processor.apply_chat_template(chat, add_generation_prompt=not answer)
+    pictures = [Image.open(place / "images" / path).convert("RGB") for path in paths]
+    return processor(text=text, images=pictures or None, return_tensors="pt", add_special_tokens=False)
+
+
+def test_greedy_answers_are_transformers(place, predict, oracle):
+    """Row by row the text of transformers.generate, which may not choose <image> and <pad> either; rows in
+    the file's order, with what was asked."""
+    model, processor = oracle
+    banned = [processor.tokenizer.pad_token_id, processor.tokenizer.convert_tokens_to_ids("<image>")]
+    done, text = predict("--micro_batch", 4)
+    found = lines(text)
+    assert [line["id"] for line in found] == [row["id"] for row in ROWS]
+    for row, line in zip(ROWS, found):
+        given = inputs(row, processor, place)
+        with torch.no_grad():
+            ids = model.generate(**given, max_new_tokens=20, do_sample=False, suppress_tokens=banned)
+        answer = processor.tokenizer.decode(ids[0, given.input_ids.shape[1]:], skip_special_tokens=True)
+        assert line["answer"] == answer.strip()
+        assert line.keys() == {"id", "image", "prompt", "answer", "label"}
+        assert line["image"] == row.get("image")
+        assert line["label"] == row["conversations"][1]["value"].strip()
+        pictures = row.get("image") or []
+        assert line["prompt"].count("<image>") == (len(pictures) if isinstance(pictures, list) else 1)
+        assert line["prompt"].startswith("<s>A chat between") and line["prompt"].endswith("ASSISTANT:")
+    assert len({line["answer"] for line in found}) > 3  # it learned to look at what is asked
+    right = sum(line["answer"] == line["label"] for line in found)
+    assert 0 < right and f"10 rows, 0 too long, exact match {right / 10:.4f} of 10" in done.out
+
+
+MODES = {"greedy": ["--micro_batch", 3], "samples": ["--micro_batch", 3, "--num_samples", 3],
+         "score": ["--micro_batch", 3, "--score"]}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_write_the_same_file(mode, predict):
+    """Byte for byte, in the rows' order, with a rank that runs out of rows; weights sharded or gathered."""
+    one = predict(*MODES[mode])[1]
+    assert predict(*MODES[mode], ranks=2)[1] == one
+    assert predict(*MODES[mode], "--sharded", ranks=2)[1] == one
+    assert [line["id"] for line in lines(one)] == [row["id"] for row in ROWS]
+
+
+def test_samples_do_not_depend_on_the_batch(predict):
+    """Any --micro_batch draws the same answers; log-probabilities are equal to rounding. Another seed draws
+    others, and the answers of a row differ."""
+    expected = lines(predict("--micro_batch", 3, "--num_samples", 3)[1])
+    for size in (1, 10):
+        for line, other in zip(expected, lines(predict("--micro_batch", size, "--num_samples", 3)[1])):
+            assert [a["text"] for a in line["answers"]] == [a["text"] for a in other["answers"]]
+            for a, b in zip(line["answers"], other["answers"]):
+                assert math.isclose(a["logprob"], b["logprob"], rel_tol=1e-4)
+            assert line["answer"] == line["answers"][0]["text"] and len(line["answers"]) == 3
+    others = lines(predict("--micro_batch", 3, "--num_samples", 3, "--seed", 1)[1])
+    assert [line["answers"] for line in others] != [line["answers"] for line in expected]
+    assert any(len({a["text"] for a in line["answers"]}) > 1 for line in expected)
+    one = lines(predict("--micro_batch", 3, "--temperature", 1.0)[1])
+    assert [line["answer"] for line in one] == [line["answer"] for line in expected]  # the first of many
+    nearly = lines(predict("--micro_batch", 3, "--num_samples", 2, "--top_k", 1)[1])
+    greedy = lines(predict("--micro_batch", 3)[1])
+    assert all({a["text"] for a in n["answers"]} == {g["answer"]} for n, g in zip(nearly, greedy))
+
+
+def test_scores_are_transformers(place, predict, oracle):
+    """--score: the summed log-probability of each of a row's answers, end token included, and its length."""
+    model, processor = oracle
+    rows = [{**row, "conversations": [row["conversations"][0], {"from": "gpt", "value": answers}]}
+            for row, answers in zip(ROWS, (["a red circle", "no"], "yes", ["a", "a blue star", "no"]))]
+    tiny.write_rows(place / "ranked.json", rows)
+    for row, line in zip(rows, lines(predict("--score", data="ranked.json")[1]), strict=True):
+        assert "answer" not in line and "label" not in line
+        answers = row["conversations"][1]["value"]
+        answers = answers if isinstance(answers, list) else [answers]
+        for answer, scored in zip(answers, line["answers"], strict=True):
+            start = inputs(row, processor, place).input_ids.shape[1]
+            given = inputs(row, processor, place, answer)
+            ids = given.input_ids[0]
+            with torch.no_grad():
+                logp = model(**given).logits[0].log_softmax(-1)
+            expected = logp[torch.arange(start - 1, len(ids) - 1), ids[start:]].sum()
+            assert scored["text"] == answer and scored["tokens"] == len(ids) - start
+            assert int(ids[-1]) == processor.tokenizer.eos_token_id
+            assert math.isclose(scored["logprob"], expected, rel_tol=1e-5)
+
+
+def test_a_sampled_logprob_is_its_score(place, predict):
+    """What --num_samples says of an answer, --score says of it too, where it ended by itself."""
+    sampled = lines(predict("--micro_batch", 3, "--num_samples", 3)[1])
+    rows = [{**row, "conversations": [row["conversations"][0], {"from": "gpt", "value": [
+        a["text"] for a in line["answers"]]}]} for row, line in zip(ROWS, sampled)
+        if all(a["text"] for a in line["answers"])]
+    tiny.write_rows(place / "sampled.json", rows)
+    scored = {line["id"]: line["answers"] for line in lines(predict("--score", data="sampled.json")[1])}
+    equal = [math.isclose(a["logprob"], b["logprob"], rel_tol=1e-4)
+             for line in sampled for a, b in zip(line["answers"], scored.get(line["id"], []))]
+    assert sum(equal) > len(equal) / 2  # others were cut at --max_new, or have a spelling of their own
+
+
+def test_a_row_without_room_has_no_answer(predict, place):
+    """--max_len below a row's prompt: its answer is null, in its place, and it counts as too long."""
+    tiny.write_rows(place / "long.json", [ROWS[1], {**ROWS[3], "conversations": [
+        {"from": "human", "value": "What is it? " * 60}, {"from": "gpt", "value": "a star"}]}, ROWS[0]])
+    done, text = predict("--max_len", 150, data="long.json")
+    answers = [line["answer"] for line in lines(text)]
+    assert answers[1] is None and answers[0] is not None and answers[2] is not None
+    assert "3 rows, 1 too long" in done.out and " of 3" in done.out
+    scored = lines(predict("--max_len", 150, "--score", data="long.json")[1])
+    assert [line["answers"] is None for line in scored] == [False, True, False]
+
+
+def test_rows_without_an_answer_have_no_label(predict, place):
+    """Prompts alone are answered; there is no label and no exact match then."""
+    prompts = [{**row, "conversations": row["conversations"][:1]} for row in ROWS]
+    tiny.write_rows(place / "prompts.json", prompts)
+    done, text = predict("--micro_batch", 4, data="prompts.json")
+    assert all("label" not in line for line in lines(text)) and "exact match" not in done.out
+    labelled = lines(predict("--micro_batch", 4)[1])
+    assert [line["answer"] for line in lines(text)] == [line["answer"] for line in labelled]
+
+
+def test_a_user_predicts_on_two_ranks(place, predict, tmp_path):
+    """torchrun, worker processes, into a folder that is not there yet; then --overwrite's rule."""
+    argv = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
+            "--out", tmp_path / "new" / "answers.jsonl", "--max_new", 20, "--micro_batch", 3]
+    done = tiny.command("predict", *argv, ranks=2)
+    assert done.code == 0, done.err
+    assert "wrote" in done.out and "Traceback" not in done.err
+    text = (tmp_path / "new" / "answers.jsonl").read_text()
+    assert text == predict("--micro_batch", 3)[1]
+    done = fork("predict", *argv)
+    assert done.code == 2 and "which exists: --overwrite replaces it" in done.error
+    assert (tmp_path / "new" / "answers.jsonl").read_text() == text
+    assert fork("predict", *argv, "--max_new", 1, "--overwrite").code == 0
+    assert (tmp_path / "new" / "answers.jsonl").read_text() != text
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["answers.jsonl"]
+
+
+WRONG = {
+    "folder": (["--out", "{}"], "which is a folder, need a .jsonl file"),
+    "greedy samples": (["--num_samples", 2, "--temperature", 0], "need a temperature above 0"),
+    "no data": (["--data", "{}/nowhere.json"], "no such file"),
+    "nothing to score": (["--data", "{}/asked.json", "--score"], "got no answer"),
+    "no samples": (["--num_samples", 0], "--num_samples 0"),
+    "no tokens": (["--max_new", 0], "--max_new 0"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_said(wrong, place, tmp_path):
+    """One line that says it, exit code 2, and no file."""
+    tiny.write_rows(place / "asked.json", [{**ROWS[0], "conversations": ROWS[0]["conversations"][:1]}])
+    options, message = WRONG[wrong]
+    done = fork("predict", "--model", place / "model", "--data", place / "rows.json", "--images",
+                place / "images", "--out", tmp_path / "out.jsonl", *[str(o).format(place) for o in options])
+    assert message in done.error and done.code == 2, done.err
+    assert not list(tmp_path.iterdir())

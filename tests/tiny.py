@@ -1,0 +1,277 @@
+"""A LLaVA small enough to be made in a moment, pictures and rows for it, and ways to run the scripts on them.
+
+The model has random weights, large enough for every part to matter: a CLIP tower (2 layers, 4 patches), a
+projector and a LLaMA (2 layers, width 32) with a tokenizer of LLaMA's kind. transformers' model with the same
+weights, `peer`, is what tests compare with.
+"""
+import dataclasses
+import functools
+import importlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+       "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+os.environ.update(ENV)  # of every process that a test starts
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers as hf  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+
+PATCHES = 4  # of a picture of 16 × 16 in patches of 8 × 8
+CORPUS = [
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the human's questions. USER: ASSISTANT: ",
+    "Describe the image. What is in the picture? a red circle, a blue square and a green star. yes no"]
+
+
+# ---- a checkpoint ----
+
+def make_tokenizer(folder, specials=True):
+    """LLaMA's kind: "▁" is a space, every text gets one in front, unknown letters become bytes. specials:
+    with <pad> and <image>."""
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    learned.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=121, show_progress=False))
+    learned = json.loads(learned.to_str())["model"]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += sorted(learned["vocab"], key=learned["vocab"].get)
+    vocab = {word: i for i, word in enumerate(words)}
+    merges = [tuple(merge) for merge in learned["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    more = {"pad_token": "<pad>", "additional_special_tokens": ["<image>"]} if specials else {}
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False, **more)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def clip_config(**changes):
+    settings = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "image_size": 16, "patch_size": 8, "projection_dim": 20}
+    return hf.CLIPVisionConfig(**{**settings, **changes})
+
+
+def llama_config(tokenizer, **changes):
+    settings = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+                "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": tokenizer.pad_token_id}
+    return hf.LlamaConfig(**{**settings, **changes})
+
+
+def llava_config(tokenizer, **changes):
+    text = llama_config(tokenizer, **changes)
+    return hf.LlavaConfig(
+        vision_config=clip_config(), text_config=text, tie_word_embeddings=text.tie_word_embeddings,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=PATCHES,
+        vision_feature_layer=-2, vision_feature_select_strategy="default", projector_hidden_act="gelu")
+
+
+@torch.no_grad()
+def randomise(model, seed=0):
+    """Norms near 1, biases off 0, everything else of a size that keeps activations near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        scale = 0.1 if p.ndim < 2 else 0.7 if "embed" in name else p[0].numel() ** -0.5
+        p.copy_(scale * torch.randn(p.shape, generator=generator) + (p.ndim == 1 and name.endswith("weight")))
+    return model.eval()
+
+
+def make_peer(tokenizer, seed=0, **changes):
+    return randomise(hf.LlavaForConditionalGeneration(llava_config(tokenizer, **changes)), seed)
+
+
+# what a tensor is called: transformers' name in memory → that in a file
+HUB = {"model.vision_tower.": "vision_tower.vision_model.", "lm_head.": "language_model.lm_head.",
+       "model.multi_modal_projector.": "multi_modal_projector.",
+       "model.language_model.": "language_model.model."}
+NEW = {**HUB, "model.vision_tower.": "vision_tower."}  # as transformers 5 saves
+MEMORY = {key: key for key in HUB}
+ORIGINAL = {"model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+            "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+            "model.language_model.": "model.", "lm_head.": "lm_head."}
+
+
+def named(model, spelling):
+    """A transformers model's tensors under the names of a spelling; a tied head is left out, as files do."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        prefix = next((prefix for prefix in spelling if name.startswith(prefix)), None)
+        if prefix and name not in tied:
+            tensors[spelling[prefix] + name[len(prefix):]] = tensor.clone()
+    return tensors
+
+
+def write(folder, tensors, files=1):
+    """Tensors as model.safetensors, or as several files with their index."""
+    if files == 1:
+        return save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    names, where = list(tensors), {}
+    for i in range(files):
+        file = f"model-{i + 1:05}-of-{files:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::files]}, folder / file, {"format": "pt"})
+        where.update(dict.fromkeys(names[i::files], file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def write_processor(folder):
+    """What stands beside the weights: picture settings, chat template, generation configuration."""
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
+        "size": {"shortest_edge": 16}, "resample": 3, "do_center_crop": True,
+        "crop_size": {"height": 16, "width": 16}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    shutil.copy(ROOT / "templates" / "vicuna.jinja", folder / "chat_template.jinja")
+
+
+def make_model(folder, spelling=HUB, files=1, seed=0, **changes):
+    """A LLaVA checkpoint folder. → transformers' model with the same weights"""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(folder)
+    peer = make_peer(tokenizer, seed, **changes)
+    peer.config.save_pretrained(folder)
+    write(folder, named(peer, spelling), files)
+    write_processor(folder)
+    return peer
+
+
+# ---- rows ----
+
+SIZES = [(16, 16), (40, 24), (20, 33), (64, 64), (17, 50), (31, 16)]
+
+
+def make_images(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, size in enumerate(SIZES):
+        noise = np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"p{i}.png")
+
+
+def row(i, image, *turns):
+    """turns: human, gpt, human, gpt, …"""
+    roles = ("human", "gpt") * len(turns)
+    said = [{"from": role, "value": value} for role, value in zip(roles, turns)]
+    return {"id": f"row {i}", **({"image": image} if image else {}), "conversations": said}
+
+
+MIXED = [  # pictures, text alone, two pictures, several turns; of unequal lengths
+    row(0, "p0.png", "<image>\nDescribe the image.", "a red circle"),
+    row(1, None, "yes or no?", "no"),
+    row(2, ["p1.png", "p2.png"], "<image>\n<image>\nWhat is it?", "a blue square and a green star."),
+    row(3, "p3.png", "What is this?\n<image>", "a star", "and the other?", "a red square, a blue square."),
+    row(4, None, "What is a polite answer? " * 4, "yes. " * 12),
+    row(5, "p4.png", "Describe the picture.", "a green circle and a red star, a curious picture"),
+    row(6, "p5.png", "What is in the image?", "no"),
+    row(7, None, "no?", "yes", "yes?", "no", "and the human?", "a human gives answers."),
+    row(8, "p0.png", "Describe it in detail.", "a blue circle " * 6),
+    row(9, "p1.png", "a star?", "yes, a star"),
+]
+
+
+def write_rows(path, rows):
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def log(out):
+    """log.jsonl's objects, without the speed."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+# ---- running a script ----
+
+@dataclasses.dataclass
+class Run:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self):
+        """The message that the user is left with."""
+        found = re.search(r"^(?:\w+\.py: )?error: (.*)\Z", self.err.strip(), re.MULTILINE | re.DOTALL)
+        return found[1] if found else ""
+
+
+def command(script, *argv, ranks=1):
+    """A script as a user runs it: `python script.py …`, or torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    start = [sys.executable, *(torchrun if ranks > 1 else []), ROOT / f"{script}.py"]
+    done = subprocess.run([*start, *map(str, argv)], capture_output=True, text=True, timeout=240,
+                          cwd=tempfile.gettempdir())
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def fork(script, *argv, ranks=1, prepare=None):
+    """The same, but forked from a process that has imported everything: two seconds, not ten. prepare() is
+    called in every rank first and may patch what it likes. → rank 0's Run"""
+    return spread(functools.partial(main, script, argv, prepare), ranks)
+
+
+def main(script, argv, prepare=None):
+    """What `python script.py argv…` does, in this process."""
+    sys.argv = [f"{script}.py", *map(str, argv)]
+    if prepare:
+        prepare()
+    importlib.import_module("fsdp").run(importlib.import_module(script).main)
+
+
+def spread(function, ranks, timeout=200):
+    """function() in `ranks` processes, with torchrun's environment. Once one fails, the others end too. →
+    rank 0's Run, with a failed rank's exit code"""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sft", "predict", "tiny"])
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as logs:
+        processes = [context.Process(target=rank_main, args=(function, rank, ranks, port, logs))
+                     for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        deadline = time.time() + timeout
+        while alive := [process for process in processes if process.is_alive()]:
+            multiprocessing.connection.wait([process.sentinel for process in alive], timeout=1)
+            if time.time() > deadline or any(process.exitcode for process in processes):
+                for process in processes:
+                    process.join(5 if time.time() < deadline else 0)
+                    process.kill()
+        text = {name: (Path(logs) / name).read_text() for name in os.listdir(logs)}
+    assert time.time() < deadline, f"still running after {timeout} s\n{text}"
+    code = next((process.exitcode for process in processes if process.exitcode), 0)
+    return Run(code, text["out0"], "".join(text[f"err{rank}"] for rank in reversed(range(ranks))))
+
+
+def rank_main(function, rank, ranks, port, logs):
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{logs}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+    torch.set_num_threads(1)
+    if ranks > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    function()
