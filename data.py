@@ -364,8 +364,6 @@ class Processor:
             ids, kept = np.array(ids[P:], dtype=np.int32), np.array(kept[P:])
             fits = np.searchsorted(self.lengths(ids).cumsum(), room, side="right")
             end = 1 + np.flatnonzero(kept[:fits]).max(initial=-1)  # the last supervised token that fits
-            if end == 0:
-                return None, False
             cut |= bool(kept[end:].any())
             example.answers.append(ids[:end])
             example.kept.append(kept[:end])
@@ -533,7 +531,7 @@ class Batch:
     causal: bool  # no row has two answers: plain causal attention will do
 
     def to(self, device):
-        return Batch(*(value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+        return Batch(*(value.to(device) if torch.is_tensor(value) else value
                        for value in (getattr(self, field.name) for field in dataclasses.fields(self))))
 
 
@@ -591,13 +589,11 @@ class Steps(torch.utils.data.Dataset):
         self.examples, self.processor = examples, processor
         self.batch_size, self.micro_batch, self.rank, self.world = batch_size, micro_batch, rank, world
         self.seed, self.shuffle, self.by_length = seed, shuffle, by_length
-        self.per_epoch = -(-len(examples) // batch_size)
         self.columns = np.array([sum(processor.lengths(ids).sum() for ids in (e.prompt, *e.answers))
                                  for e in examples])
-        self.order = functools.lru_cache(maxsize=1)(self.order)
 
     def __len__(self):
-        return self.per_epoch
+        return -(-len(self.examples) // self.batch_size)  # steps an epoch
 
     def order(self, epoch):
         if not self.shuffle:
@@ -606,7 +602,7 @@ class Steps(torch.utils.data.Dataset):
 
     def groups(self, step):
         """The micro-batches of this rank as lists of example indices."""
-        epoch, k = divmod(step, self.per_epoch)
+        epoch, k = divmod(step, len(self))
         rows = self.order(epoch)[k * self.batch_size:(k + 1) * self.batch_size]
         if self.by_length:
             rows = rows[np.argsort(self.columns[rows], kind="stable")]

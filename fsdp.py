@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlavaConfig
 
 import data
-from model import EXTRAS, VisionLLM, is_linear, llava_config, our_name
+from model import EXTRAS, VOCABULARY, VisionLLM, check_names, is_linear, llava_config, our_name
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 WORLD = os.path.join(ROOT, "runs", "shapes")  # of examples/shapes.py, used where no --model is given
@@ -86,8 +87,8 @@ def arguments(parser, training=True):
 
 LEAST = {  # the smallest value an option can have
     1: ("batch_size", "micro_batch", "keep", "replicas", "max_len", "num_samples", "max_new"),
-    0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "warmup", "weight_decay", "top_k",
-        "seed"),
+    0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "projector_lr", "warmup",
+        "weight_decay", "adam_beta2", "seed", "top_k", "temperature"),
     1e-9: ("epochs", "top_p")}
 
 
@@ -110,8 +111,9 @@ def parse(parser, data_file, shapes, argv=None):
     args.out = args.out or os.path.join(ROOT, "runs", name + ("" if hasattr(args, "resume") else ".jsonl"))
     for least, options in LEAST.items():
         for option in options:
-            if getattr(args, option, least) < least:
-                parser.error(f"got --{option} {getattr(args, option)}, need at least {least}")
+            value = getattr(args, option, None)
+            if value is not None and value < least:
+                parser.error(f"got --{option} {value}, need at least {least}")
     return args
 
 
@@ -161,11 +163,13 @@ class World:
                 error = raised
         failed = self.gather(error is not None)[0]
         if failed:
-            raise error or ValueError("rank 0 failed and says why")
+            raise error or SystemExit(2)  # rank 0 says why
 
 
 def launch(args):
     """Starts the process group and makes the mesh. → World"""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # workers hand over each tensor as an open file
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked after it was used
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -199,8 +203,8 @@ def run(main):
     except ValueError as error:
         if os.path.dirname(os.path.abspath(traceback.extract_tb(error.__traceback__)[-1].filename)) != ROOT:
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        print("error:" if rank == "0" else f"rank {rank}: error:", error, file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -266,7 +270,7 @@ def open_tensors(folders, world):
             if not os.path.isfile(file):
                 raise ValueError(f"{file}: named by model.safetensors.index.json, but there is no such file")
             if file.endswith(".bin"):
-                found = torch.load(file, weights_only=True, mmap=True)
+                found = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
             else:
                 try:
                     handle = safe_open(file, "pt")
@@ -278,51 +282,26 @@ def open_tensors(folders, world):
 
 
 def mapped(file, world):
-    """A .bin that can be read row by row: itself, or for torch's old format a copy that rank 0 makes once."""
+    """A .bin that can be read row by row: itself, or for torch's old format a copy that rank 0 makes once in
+    the system's folder for temporary files."""
     try:
-        torch.load(file, weights_only=True, mmap=True)
+        torch.load(file, weights_only=True, mmap=True, map_location="cpu")
         return file
-    except RuntimeError:
+    except RuntimeError:  # the old format, or a torn file
         stamp = hashlib.sha256(f"{os.path.abspath(file)} {os.path.getmtime(file)}".encode()).hexdigest()[:16]
         copy = os.path.join(tempfile.gettempdir(), f"{stamp}.safetensors")
 
     def convert():
-        whole = {key: value.clone() for key, value in torch.load(file, weights_only=True).items()}
-        safetensors.torch.save_file(whole, copy + ".part")
+        if os.path.isfile(copy):
+            return
+        try:
+            whole = torch.load(file, weights_only=True, map_location="cpu")
+        except Exception as error:
+            raise ValueError(f"{file}: cannot be read ({error}): fetch it again") from error
+        safetensors.torch.save_file({key: value.clone() for key, value in whole.items()}, copy + ".part")
         os.replace(copy + ".part", copy)
-    if not os.path.isfile(copy):
-        world.first(convert)
+    world.first(convert)
     return copy
-
-
-def shape_of(rows):
-    return tuple(rows.shape if torch.is_tensor(rows) else rows.get_shape())
-
-
-def check_names(model, tensors, checkpoint):
-    """Every parameter found, every tensor used, every shape equal; else a ValueError that lists the
-    difference."""
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    ignored = {"language_model.lm_head.weight"} if model.config.text_config.tie_word_embeddings else set()
-    if is_linear(model.config):
-        ignored |= {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"}
-    found = {name: shape_of(rows) for name, rows in tensors.items()}
-    missing = wanted.keys() - found.keys()
-    if checkpoint.fresh:
-        missing = {name for name in missing if not name.startswith("multi_modal_projector.")}
-    grown, unknown = checkpoint.grown, found.keys() - wanted.keys() - ignored
-    problems = [f"missing: {name} {wanted[name]}" for name in sorted(missing)]
-    problems += [f"not known: {name} {found[name]}" for name in sorted(unknown)]
-    for name in sorted(wanted.keys() & found.keys()):
-        want = (grown[0], *wanted[name][1:]) if grown and name in VOCABULARY else wanted[name]
-        if found[name] != want:
-            problems.append(f"shape: {name} is {found[name]}, need {want}")
-    if problems:
-        where = " + ".join(checkpoint.folders)
-        raise ValueError("\n  ".join([f"the weights in {where} do not fit its config.json:", *problems]))
-
-
-VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
 @torch.no_grad()
@@ -407,7 +386,7 @@ def build(checkpoint, args, world, trainable=()):
         parameter.requires_grad = name.startswith(tuple(trainable)) and not name.startswith(tuple(unreached))
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else DTYPES[args.dtype])
     tensors = open_tensors(checkpoint.folders, world)
-    check_names(model, tensors, checkpoint)
+    check_names(model, tensors, checkpoint.grown, checkpoint.fresh, checkpoint.folders)
     shard(model, world, DTYPES[args.dtype])
     model.to_empty(device=world.device)
     fill(model, tensors, checkpoint.grown, args.seed)
@@ -490,6 +469,9 @@ def check_out(args):
     elif args.resume:
         differ = [f"--{key} {earlier.get(key)} then, {value} now" for key, value in vars(args).items()
                   if key not in FREE and earlier.get(key) != value]
+        if not checkpoint_steps(args.out) and os.path.exists(os.path.join(args.out, "config.json")):
+            raise ValueError(f"got --resume, but {args.out} is a finished run without its checkpoints: "
+                             "give --overwrite to replace it")
         if differ and checkpoint_steps(args.out):
             raise ValueError(f"cannot resume {args.out}: got {'; '.join(differ)}; use the old values")
     elif not args.overwrite:
@@ -501,14 +483,21 @@ def check_out_file(args):
         raise ValueError(f"got --out {args.out}, which is a folder, need a .jsonl file")
     if os.path.exists(args.out) and not args.overwrite:
         raise ValueError(f"got --out {args.out}, which exists: --overwrite replaces it")
+    parent = os.path.dirname(os.path.abspath(args.out))
+    os.makedirs(parent, exist_ok=True)
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"got --out {args.out}, whose folder cannot be written to: choose another")
 
 
 def begin_run(args, world):
     """Makes --out, clears an earlier run that is to be replaced, and writes args.json."""
     def begin():
-        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = None
+        if shutil.which("git"):
+            git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+            commit = git.stdout.strip() or None
         versions = {package.__name__: package.__version__ for package in (torch, transformers, safetensors)}
-        about = {"ranks": world.size, "versions": versions, "commit": git.stdout.strip() or None}
+        about = {"ranks": world.size, "versions": versions, "commit": commit}
         old = [path for pattern in RUN_FILES for path in glob.glob(os.path.join(args.out, pattern))]
         for path in old if not args.resume else []:
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
@@ -550,16 +539,20 @@ class Log:
             import wandb
             self.wandb = wandb.init(project=args.wandb, config=vars(args), name=os.path.basename(args.out))
 
-    def step(self, step, tokens=0, **figures):
-        """step counts from 1; tokens: those of the step over all ranks. Tensors and floats are written
-        unrounded."""
-        now, elapsed = time.time(), time.time() - self.last
-        self.last = now
+    def seconds(self):
+        """Since the last call, so that what lies between steps (evaluation, saving) is not counted as
+        theirs."""
+        elapsed, self.last = time.time() - self.last, time.time()
+        return elapsed
+
+    def step(self, step, tokens, seconds, **figures):
+        """step counts from 1; tokens of the step over all ranks, and the seconds it took. Tensors and floats
+        are written unrounded."""
+        now = time.time()
         if self.quiet:
             return
         figures = {"step": step, **{k: float(v) for k, v in figures.items()}}
-        if tokens:
-            figures["tokens_per_second"] = tokens / elapsed
+        figures["tokens_per_second"] = tokens / seconds
         self.file.write(json.dumps(figures) + "\n")
         if self.wandb:
             self.wandb.log(figures, step=step)
@@ -567,7 +560,7 @@ class Log:
         hidden = ("step", "tokens_per_second")
         shown = "  ".join(f"{key} {value:<9.4g}" for key, value in figures.items() if key not in hidden)
         left = f"{int(left) // 60:>3}:{int(left) % 60:02} left"
-        print(f"{step:>6}/{self.steps}  {shown}  {tokens / elapsed:7.0f} tokens/s  {left}", flush=True)
+        print(f"{step:>6}/{self.steps}  {shown}  {tokens / seconds:7.0f} tokens/s  {left}", flush=True)
 
     def say(self, text):
         if not self.quiet:
@@ -626,9 +619,9 @@ def save_checkpoint(args, world, step, model, *optimizers):
     world.first(rename)
 
 
-def load_checkpoint(args, model, *optimizers):
+def load_checkpoint(args, world, model, *optimizers):
     """Loads the last checkpoint, if --resume asks for it and there is one. → the number of steps done"""
-    steps = checkpoint_steps(args.out) if args.resume else []
+    steps = world.gather(checkpoint_steps(args.out) if args.resume else [])[0]  # what rank 0 sees
     if not steps:
         return 0
     folder = os.path.join(args.out, "checkpoints", f"step_{steps[-1]}")

@@ -439,6 +439,32 @@ def our_name(name):
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
 
 
+VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+
+
+def check_names(model, tensors, grown, fresh, folders):
+    """Every parameter found among the tensors (name → tensor or safetensors slice), every tensor used, every
+    shape equal; else a ValueError that lists the difference. grown: (old, new) rows of a vocabulary that gets
+    more than the folders hold; fresh: the projector is drawn, not read."""
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: tuple(t.shape if torch.is_tensor(t) else t.get_shape()) for name, t in tensors.items()}
+    optional = {"language_model.lm_head.weight"} if model.config.text_config.tie_word_embeddings else set()
+    if is_linear(model.config):  # the identity that transformers needs as a second layer
+        optional |= {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"}
+    missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys() - optional
+    if fresh:
+        missing = {name for name in missing if not name.startswith("multi_modal_projector.")}
+    problems = [f"missing: {name} {wanted[name]}" for name in sorted(missing)]
+    problems += [f"not known: {name} {found[name]}" for name in sorted(unknown)]
+    for name in sorted(wanted.keys() & found.keys()):
+        want = (grown[0], *wanted[name][1:]) if grown and name in VOCABULARY else wanted[name]
+        if found[name] != want:
+            problems.append(f"shape: {name} is {found[name]}, need {want}")
+    if problems:
+        where = " + ".join(folders)
+        raise ValueError("\n  ".join([f"the weights in {where} do not fit its config.json:", *problems]))
+
+
 # ---- generation ----
 
 class Cache:

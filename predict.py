@@ -127,7 +127,8 @@ def main():
     world.first(fsdp.write_text, args.out, "".join(lines))
     if world.rank == 0:
         accuracy = f", exact match {right / labelled:.4f} of {labelled}" if labelled else ""
-        print(f"wrote {args.out}: {len(lines)} rows, {counts['too_long']} too long{accuracy}", flush=True)
+        length = f"{counts['too_long']} too long, {counts['cut']} cut"
+        print(f"wrote {args.out}: {len(lines)} rows, {length}{accuracy}", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def show_answers(model, examples, processor, world, log, max_new=64):
         prompt = data.Example(example.index, example.id, example.prompt, [], [], images)
         batch = data.collate([prompt], processor).to(world.device)
         features = model.vision_tower(batch.pixels)
-        (((ids,),), _) = generate(model, batch, features, max_new, processor.stop, processor.banned)
+        (((ids,),), _) = generate(model, batch, features, max_new, processor.stop, processor.banned,
+                                    anyone=world.any)
         kept = example.kept[0].tolist()
         given = example.answers[0][:kept.index(False) if False in kept else None]  # of the first turn
         log.say(f"    {example.id}: {processor.text(ids)!r}  (given: {processor.text(given)!r})")
@@ -82,6 +83,9 @@ def main():
     if not set(train) <= set(parts):
         raise ValueError(f"got --train {args.train}, need any of projector,llm,vision, comma-joined")
 
+    if args.projector_lr is not None and "projector" not in train:
+        raise ValueError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
+
     # data
     checkpoint = fsdp.open_checkpoint(args, world)
     processor = checkpoint.processor
@@ -99,14 +103,15 @@ def main():
     groups = {}  # weight decay on matrices only; the projector has its own rate
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            lr = args.projector_lr if name.startswith(parts["projector"]) and args.projector_lr else args.lr
+            own_rate = args.projector_lr is not None and name.startswith(parts["projector"])
+            lr = args.projector_lr if own_rate else args.lr
             decay = args.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, decay), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
                                    for (lr, decay), params in groups.items()], betas=(0.9, args.adam_beta2))
     parameters = [parameter for params in groups.values() for parameter in params]
     fsdp.begin_run(args, world)
-    done = fsdp.load_checkpoint(args, model, optimizer)
+    done = fsdp.load_checkpoint(args, world, model, optimizer)
     log, stop = fsdp.Log(args, world, total, done), fsdp.Stop()
     log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters")
 
@@ -128,15 +133,17 @@ def main():
         grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        figures = {"loss": world.sum(loss)[0], "lr": factor * args.lr, "grad_norm": grad_norm}
+        figures = {"loss": world.sum(loss)[0], "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+        seconds = log.seconds()
 
         stopped, ended = stop.asked(world), step == total
         if held_out and not stopped and (ended or args.eval_every and step % args.eval_every == 0):
             figures["eval_loss"] = evaluate(model, eval_steps, world, args)
             show_answers(model, held_out, processor, world, log)
-        log.step(step, columns, **figures)
+        log.step(step, columns, seconds, **figures)
         if stopped or ended or args.save_every and step % args.save_every == 0:
             fsdp.save_checkpoint(args, world, step, model, optimizer)
+        log.seconds()
         if stopped:
             log.say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
             return

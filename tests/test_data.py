@@ -126,7 +126,7 @@ LIKE2 = ["tiny2", pytest.param("llama2", marks=NO_REAL)]
 LIKE3 = ["tiny3", pytest.param("llama3", marks=NO_REAL)]
 
 
-def make_config(vocab_size=None, image_token=None):
+def make_config(vocab_size=None, image_token=-1):
     """What load_processor reads and writes of a LlavaConfig."""
     return SimpleNamespace(
         image_token_index=image_token,
