@@ -82,7 +82,6 @@ def main():
     train = args.train.split(",")
     if not set(train) <= set(parts):
         raise ValueError(f"got --train {args.train}, need any of projector,llm,vision, comma-joined")
-
     if args.projector_lr is not None and "projector" not in train:
         raise ValueError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
 
@@ -133,7 +132,7 @@ def main():
         grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        figures = {"loss": world.sum(loss)[0], "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+        figures = {"loss": world.sum(loss)[0], "lr": optimizer.param_groups[-1]["lr"], "grad_norm": grad_norm}
         seconds = log.seconds()
 
         stopped, ended = stop.asked(world), step == total
