@@ -86,7 +86,7 @@ def test_greedy_answers_are_transformers(place, predict, oracle):
         assert line["prompt"].startswith("<s>A chat between") and line["prompt"].endswith("ASSISTANT:")
     assert len({line["answer"] for line in found}) > 3  # it learned to look at what is asked
     right = sum(line["answer"] == line["label"] for line in found)
-    assert 0 < right and f"10 rows, 0 too long, exact match {right / 10:.4f} of 10" in done.out
+    assert 0 < right and f"10 rows, 0 too long, 0 cut, exact match {right / 10:.4f} of 10" in done.out
 
 
 MODES = {"greedy": ["--micro_batch", 3], "samples": ["--micro_batch", 3, "--num_samples", 3],
