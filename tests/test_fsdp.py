@@ -761,3 +761,13 @@ def test_each_rank_loads_its_part_only(tmp_path):
         peaks[streamed] = json.loads((tmp_path / f"peaks-{streamed}.json").read_text())
     assert min(peaks[True]) > 0.4 * size  # the measurement sees what is loaded
     assert max(peaks[True]) <= 0.65 * min(peaks[False]), (peaks, size)
+
+
+def test_schedule_by_hand():
+    """Linear warm-up to the peak, half of it halfway down the cosine, nearly nothing at the last step."""
+    assert [fsdp.schedule(step, 24, 4) for step in (0, 3)] == pytest.approx([1 / 5, 4 / 5])
+    assert [fsdp.schedule(step, 24, 4) for step in (4, 9, 14, 19)] == pytest.approx(
+        [1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5])
+    assert 0 < fsdp.schedule(23, 24, 4) < 0.01
+    assert fsdp.schedule(0, 100, 0.03) == pytest.approx(1 / 4)  # below 1: a share of all steps
+    assert fsdp.schedule(0, 10, 0) == 1
