@@ -16,6 +16,7 @@ image, S picture side. A mask says what is kept. """
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import signal
@@ -77,7 +78,7 @@ def read_json(folder, name, default=None):
         try:
             return json.load(f)
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}): need a whole checkpoint folder") from error
+            raise ValueError(f"{path}: not JSON ({error}): need a whole file") from error
 
 
 @dataclasses.dataclass
@@ -89,9 +90,10 @@ class Conversation:
     contents: list
     answers: list
     images: list  # paths below the picture folder
+    margin: float = 0.0  # by how much the first of two answers is better, where the row says so
 
 
-def read_row(row, images_dir, need_answer=True):
+def read_row(row, images_dir, need_answers=1):
     """A row → Conversation; ValueError says what is wrong with it (the caller adds which row it is)."""
     turns = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns:
@@ -111,8 +113,14 @@ def read_row(row, images_dir, need_answer=True):
         answers = last if isinstance(last, list) else [last]
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise ValueError(f"got the answer {str(last)[:60]!r}, need text, or a list of texts, none empty")
-    elif need_answer:
+    elif need_answers:
         raise ValueError("got no answer: the last turn is human; training needs a final gpt turn")
+    if len(answers) < need_answers:
+        raise ValueError(f"got {len(answers)} answer, need {need_answers} or more, best first, as the last "
+                         "gpt turn's value")
+    margin = 0.0 if row.get("margin") is None else row["margin"]
+    if type(margin) not in (int, float) or not math.isfinite(margin) or margin and len(answers) != 2:
+        raise ValueError(f"got the margin {margin!r}, {len(answers)} answers; need a number, and two")
     if not all(isinstance(c, str) for c in contents):
         raise ValueError("got a turn whose value is not text; only the last gpt turn may be a list")
     if not all(c.strip() for role, c in zip(roles, contents) if role == "gpt"):
@@ -125,7 +133,7 @@ def read_row(row, images_dir, need_answer=True):
     contents[first] = f"{IMAGE}\n" * (len(images) - asked) + contents[first]
     contents, answers = [c.strip() for c in contents], [a.strip() for a in answers]
     "".join(contents + answers).encode()  # a UnicodeEncodeError for half a surrogate pair is a ValueError
-    return Conversation(str(row.get("id")), roles, contents, answers, images)
+    return Conversation(str(row.get("id")), roles, contents, answers, images, float(margin))
 
 
 def image_list(value, images_dir):
@@ -280,7 +288,7 @@ def read_picture(path):
     """A picture file as RGB, turned upright (EXIF), 16-bit grey brought to 8 bits. Transparency is dropped,
     as LLaVA does; transformers 5 lays it on white."""
     with Image.open(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
+        ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode.startswith("I"):
             grey = np.asarray(picture, dtype=np.float64) / 257  # 65535 / 255
             picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
@@ -293,7 +301,8 @@ def picture_error(path):
     try:
         with Image.open(path) as picture:
             picture.draft("RGB", (1, 1))
-            ImageOps.exif_transpose(picture).load()
+            ImageOps.exif_transpose(picture, in_place=True)
+            picture.load()
     except Exception as error:  # decoders raise many kinds
         return f"cannot read the picture {path}: {error}"
     return None
@@ -310,10 +319,16 @@ def to_pixels(picture, size, mode="crop", mean=CLIP_MEAN, std=CLIP_STD):
     short = min(picture.size)
     picture = picture.resize([int(size * edge / short) for edge in picture.size], Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    array = np.asarray(picture.crop((left, top, left + size, top + size)))
-    array = (array.astype(np.float64) / 255).astype(np.float32)
-    array = (array - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    array = np.asarray(picture.crop((left, top, left + size, top + size)))  # [S, S, 3] bytes
+    return torch.from_numpy(np.stack([values[array[..., c]] for c, values in enumerate(levels(mean, std))]))
+
+
+@functools.cache
+def levels(mean, std):
+    """What each of a byte's 256 values becomes in each channel [3, 256] (fp32), rounded as
+    CLIPImageProcessor rounds."""
+    scaled = (np.arange(256) / 255).astype(np.float32)
+    return (scaled - np.float32(mean)[:, None]) / np.float32(std)[:, None]
 
 
 # ---- examples ----
@@ -328,6 +343,7 @@ class Example:
     answers: list  # of [n]
     kept: list  # of [n] bool: the answer's tokens that are predicted
     images: list  # paths
+    margin: float = 0.0
 
 
 @dataclasses.dataclass
@@ -357,7 +373,7 @@ class Processor:
         P = coded[0][1].index(True)
         prompt = np.array(coded[0][0][:P], dtype=np.int32)
         room = self.max_len - self.lengths(prompt).sum()
-        example, cut = Example(index, conversation.id, prompt, [], [], conversation.images), False
+        example, cut = Example(index, conversation.id, prompt, [], [], [], conversation.margin), False
         if room <= 0:
             return None, False
         for ids, kept in coded[:len(answers)]:
@@ -370,6 +386,11 @@ class Processor:
         left = [prompt, *example.answers]
         example.images = conversation.images[:sum(int((ids == self.image_token).sum()) for ids in left)]
         return example, cut
+
+    @property
+    def pictures(self):
+        """How it makes pixels: equal ones make equal pixels."""
+        return self.size, self.image_tokens, self.mode, self.mean, self.std
 
     def text(self, ids):
         """Sampled or given ids as text, without what ends them."""
@@ -461,14 +482,14 @@ def save_processor(processor, config, folder):
             json.dump(content, f, indent=2)
 
 
-def check_rows(rows, images_dir, source, need_answer=True, skip_bad_rows=False, world=None):
+def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, world=None):
     """Rows → (index, Conversation) of the good ones, and how many were bad. A bad row is a ValueError that
     names it, or is reported and skipped. world.share(function, items) spreads the look at every picture over
     threads and ranks."""
     good, errors = [], {}
     for index, row in enumerate(progress(rows, f"{source}: rows checked")):
         try:
-            good.append((index, read_row(row, images_dir, need_answer)))
+            good.append((index, read_row(row, images_dir, need_answers)))
         except ValueError as error:
             errors[index] = str(error)
             if not skip_bad_rows:
@@ -494,13 +515,16 @@ def check_rows(rows, images_dir, source, need_answer=True, skip_bad_rows=False, 
     return good, len(errors)
 
 
+ANSWERS_NEEDED = {"prompt": 0, "turns": 1, "answers": 1, "ranked": 2}  # by a row of each kind of examples
+
+
 def build_examples(conversations, processor, which):
     """(index, Conversation) pairs → Examples, and counts of rows too long and of answers cut. which: `turns`
     (the best answer and every earlier gpt turn supervised), `answers` (all answers of the last turn),
-    `prompt`."""
+    `ranked` (the same; two at least), `prompt`."""
     examples, counts = [], {"too_long": 0, "cut": 0}
     for index, conversation in progress(conversations, "rows tokenised"):
-        answers = {"turns": conversation.answers[:1], "answers": conversation.answers, "prompt": []}[which]
+        answers = conversation.answers[:{"turns": 1, "prompt": 0}.get(which)]
         example, cut = processor.example(index, conversation, answers, all_turns=which == "turns")
         counts["cut"] += cut
         if example is None:
@@ -535,6 +559,15 @@ class Batch:
                        for value in (getattr(self, field.name) for field in dataclasses.fields(self))))
 
 
+def by_row(values, row):
+    """A number an answer [A] and the row it stands in [A] (rising) → rows of answers, best first [rows with
+    answers, most answers], and which of them there are."""
+    count = torch.bincount(row)  # a batch of padding has no rows
+    most = int(count.max()) if len(count) else 0
+    kept = torch.arange(most, device=row.device) < count[:, None]
+    return values.new_zeros(kept.shape).masked_scatter(kept, values), kept
+
+
 def layout(example, processor):
     """Example → its row [5, T]: ids, position, branch, the column that predicts each token, whether it is a
     target."""
@@ -552,9 +585,9 @@ def layout(example, processor):
     return np.concatenate(parts, axis=1).astype(np.int64)
 
 
-def collate(examples, processor):
+def collate(examples, processor, pixels=None):
     """Examples → Batch, padded on the right to the longest. No examples: a row of padding with nothing to
-    predict."""
+    predict. pixels: of the same examples' pictures, where they are at hand."""
     padding = np.array([[processor.pad], [0], [-1], [0], [0]])
     rows = [layout(example, processor) for example in examples] or [padding]
     T = max(row.shape[1] for row in rows)
@@ -569,10 +602,12 @@ def collate(examples, processor):
     paths = [path for example in examples for path in example.images]
     distinct = {path: m for m, path in enumerate(dict.fromkeys(paths))}
     assert (ids == processor.image_token).sum() == processor.image_tokens * len(paths), (ids, paths)
-    pixels = [processor.pixels(path) for path in distinct] or [torch.zeros(3, processor.size, processor.size)]
+    if pixels is None:
+        blank = torch.zeros(3, processor.size, processor.size)
+        pixels = torch.stack([processor.pixels(path) for path in distinct] or [blank])
     image = torch.tensor([distinct[path] for path in paths], dtype=torch.long)
     return Batch(
-        ids, position, branch, torch.stack(pixels), image, target=ids.flatten()[at],
+        ids, position, branch, pixels, image, target=ids.flatten()[at],
         source=row * T + source.flatten()[at], answer=answer, last=last,
         row=torch.arange(len(answers)).repeat_interleave(answers), causal=bool((answers < 2).all()))
 

@@ -3,6 +3,7 @@
 One process is a world of size one: plain `python` and `torchrun --nproc_per_node=8` take the same path, NCCL
 on GPUs and gloo on CPUs. Everything collective is in this file, so that the training scripts read as if there
 were one machine. """
+import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -32,7 +33,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlavaConfig
 
 import data
-from model import EXTRAS, VOCABULARY, VisionLLM, check_names, is_linear, llava_config, our_name
+from model import (
+    EXTRAS,
+    VOCABULARY,
+    LoRA,
+    VisionLLM,
+    add_lora,
+    check_names,
+    initial_std,
+    is_linear,
+    llava_config,
+    our_name,
+)
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 WORLD = os.path.join(ROOT, "runs", "shapes")  # of examples/shapes.py, used where no --model is given
@@ -83,12 +95,18 @@ def arguments(parser, training=True):
     add("--weight_decay", type=float, default=0.0, help="AdamW's, not on norms and biases")
     add("--grad_clip", type=float, default=1.0, help="largest global gradient norm (0: no clipping)")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
+    add("--lora_rank", type=int, default=0, help="train LoRA adapters in place of the LLaMA (0: no LoRA)")
+    add("--lora_alpha", type=float, default=16, help="LoRA's update is scaled by alpha / rank")
+    add("--save_adapter", action="store_true", help="adapters (no projector) in OUT/adapter too, as PEFT's")
 
 
 LEAST = {  # the smallest value an option can have
-    1: ("batch_size", "micro_batch", "keep", "replicas", "max_len", "num_samples", "max_new"),
+    1: ("batch_size", "micro_batch", "keep", "replicas", "max_len", "num_samples", "max_new",
+        "rollout_batch", "samples_per_prompt", "ppo_epochs", "kl_horizon"),
     0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "projector_lr", "warmup",
-        "weight_decay", "adam_beta2", "seed", "top_k", "temperature"),
+        "weight_decay", "adam_beta2", "seed", "top_k", "temperature", "lora_rank", "center_coef",
+        "center_rows", "sft_coef", "score_clip", "kl_coef", "target_kl", "gamma", "lam", "clip_range",
+        "value_clip", "kl_stop", "critic_lr", "critic_warmup", "show_every", "ptx_coef"),
     1e-9: ("epochs", "top_p")}
 
 
@@ -107,6 +125,8 @@ def parse(parser, data_file, shapes, argv=None):
     if not args.data:
         parser.error("--data is needed with --model: a file of rows (README: data format)")
     args.images = args.images or os.path.dirname(os.path.abspath(args.data))
+    if getattr(args, "save_adapter", False) and not args.lora_rank:
+        parser.error("got --save_adapter without --lora_rank: there is no adapter to save")
     name = os.path.splitext(os.path.basename(parser.prog))[0]
     args.out = args.out or os.path.join(ROOT, "runs", name + ("" if hasattr(args, "resume") else ".jsonl"))
     for least, options in LEAST.items():
@@ -115,6 +135,13 @@ def parse(parser, data_file, shapes, argv=None):
             if value is not None and value < least:
                 parser.error(f"got --{option} {value}, need at least {least}")
     return args
+
+
+def left_by(script, option="model"):
+    """The default of an option on the shapes world: what a script without arguments has left, if it has
+    run."""
+    folder = os.path.join(ROOT, "runs", script)
+    return {option: folder} if os.path.isfile(os.path.join(folder, "config.json")) else {}
 
 
 # ---- launch ----
@@ -272,13 +299,18 @@ def open_tensors(folders, world):
             if file.endswith(".bin"):
                 found = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
             else:
-                try:
-                    handle = safe_open(file, "pt")
-                except SafetensorError as error:
-                    raise ValueError(f"{file}: cannot be read ({error}): fetch it again") from error
-                found = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (no dict)
+                found = slices(file)
             tensors.update({our_name(key): rows for key, rows in found.items() if not EXTRAS.search(key)})
     return tensors
+
+
+def slices(file):
+    """A safetensors file's names → what reads the rows it is sliced for."""
+    try:
+        handle = safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: cannot be read ({error}): fetch it again") from error
+    return {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (no dict)
 
 
 def mapped(file, world):
@@ -307,8 +339,7 @@ def mapped(file, world):
 @torch.no_grad()
 def fill(model, tensors, grown, seed):
     """Streams every parameter in: each rank reads its own rows only. Rows that the vocabulary has grown by
-    are the mean of the old ones; parameters without a tensor are drawn, keyed by (seed, name): N(0, 0.02²),
-    biases 0."""
+    are the mean of the old ones; parameters without a tensor are drawn, keyed by (seed, name)."""
     for name, parameter in data.progress([*model.named_parameters()], "tensors read"):
         local, mesh = parameter.to_local(), parameter.device_mesh
         n, size, mine = parameter.shape[0], mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
@@ -317,9 +348,8 @@ def fill(model, tensors, grown, seed):
         assert len(local) == stop - start, (name, local.shape, start, stop)
         if name not in tensors:
             key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
-            whole = torch.zeros(parameter.shape)
-            if parameter.ndim > 1:
-                whole.normal_(0, 0.02, generator=torch.Generator().manual_seed(key))
+            whole = torch.empty(parameter.shape)
+            whole.normal_(0, initial_std(name, whole.shape), generator=torch.Generator().manual_seed(key))
             local.copy_(whole[start:stop])
             continue
         old = grown[0] if grown and name in VOCABULARY else n
@@ -332,11 +362,11 @@ def fill(model, tensors, grown, seed):
 
 # ---- reading data ----
 
-def read_conversations(path, args, world, need_answer=True):
+def read_conversations(path, args, world, need_answers):
     """A data file → its rows and the (index, Conversation) pairs of the good ones; every picture is looked
     at."""
     rows = data.load_rows(path)
-    conversations, bad = data.check_rows(rows, args.images, path, need_answer, args.skip_bad_rows, world)
+    conversations, bad = data.check_rows(rows, args.images, path, need_answers, args.skip_bad_rows, world)
     if world.rank == 0 and bad:
         print(f"{path}: {bad} of {len(rows)} rows are bad and left out", flush=True)
     return rows, conversations
@@ -344,7 +374,7 @@ def read_conversations(path, args, world, need_answer=True):
 
 def read_examples(path, which, processor, args, world):
     """A data file → Examples (see data.build_examples), with a word on what was left out or cut."""
-    rows, conversations = read_conversations(path, args, world, need_answer=which != "prompt")
+    rows, conversations = read_conversations(path, args, world, data.ANSWERS_NEEDED[which])
     examples, counts = data.build_examples(conversations, processor, which)
     if world.rank == 0 and any(counts.values()):
         print(f"{path}: --max_len {args.max_len} leaves out {counts['too_long']} of {len(rows)} rows, whose "
@@ -361,47 +391,93 @@ class Checkpoint:
     folders: list  # whose tensors make it up
     processor: data.Processor
     grown: tuple  # (old, new) embedding rows, or None
-    fresh: bool  # whether the projector is drawn, not read
+    fresh: tuple  # parts of the names of parameters that are drawn where no tensor is found
 
 
 def open_checkpoint(args, world):
+    """--model, or --llm with --clip → Checkpoint"""
     config, folder, folders = read_config(args, world)
     processor, grown = data.load_processor(folder, config, args)
-    return Checkpoint(config, folders, processor, grown, fresh=bool(args.llm))
+    fresh = ("multi_modal_projector.", ".lora_") if args.llm else (".lora_",)
+    return Checkpoint(config, folders, processor, grown, fresh)
+
+
+def open_other(name, processor, args, world, reward=False):
+    """A second LLaVA → Checkpoint. Its tokenizer has to be the processor's. reward: it needs a scalar head,
+    as rm.py leaves it, and has a template and picture settings of its own."""
+    other = argparse.Namespace(**vars(args))
+    other.model, other.llm, other.clip = name, None, None
+    if reward:
+        other.tokenizer, other.template, other.image_mode = None, "auto", "auto"
+    checkpoint = open_checkpoint(other, world)
+    if checkpoint.processor.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+        raise ValueError(f"{name}: its tokenizer is not that of {args.model or args.llm}, need the same")
+    if reward and not any(os.path.isfile(os.path.join(folder, SCORE)) for folder in checkpoint.folders):
+        raise ValueError(f"{name}: no {SCORE}, need a reward model: what rm.py leaves in --out")
+    return checkpoint
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SCORE = "score.safetensors"  # a reward model's scalar head, which transformers does not read
 
 
-def build(checkpoint, args, world, trainable=()):
+def build(checkpoint, args, world, trainable=(), score=False):
     """The checkpoint's model, sharded and filled. trainable: prefixes of the names that are trained (fp32
-    masters); all else is frozen, in the compute dtype. Build optimisers before the first forward pass."""
-    config = checkpoint.config
+    masters; with --lora_rank adapters stand for the LLaMA's weights); all else is frozen, in the compute
+    dtype. score: with a scalar head, drawn where the checkpoint has none. Build optimisers before the first
+    forward pass."""
+    config, lora = checkpoint.config, trainable and args.lora_rank
     with torch.device("meta"):
-        model = VisionLLM(config)
+        model = VisionLLM(config, score)
+        if lora:
+            add_lora(model, args.lora_rank, args.lora_alpha)
     unreached = ["vision_tower.vision_model.post_layernorm."] + [
         f"vision_tower.vision_model.encoder.layers.{i}."
         for i in range(model.vision_tower.depth, config.vision_config.num_hidden_layers)]
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.startswith(tuple(trainable)) and not name.startswith(tuple(unreached))
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else DTYPES[args.dtype])
-    tensors = open_tensors(checkpoint.folders, world)
-    check_names(model, tensors, checkpoint.grown, checkpoint.fresh, checkpoint.folders)
+        if lora and name.startswith("language_model.") and ".lora_" not in name:
+            parameter.requires_grad = False
+        master = parameter.requires_grad or name.startswith("score.")
+        parameter.data = parameter.data.to(torch.float32 if master else DTYPES[args.dtype])
+    if lora and not any(".lora_" in name and p.requires_grad for name, p in model.named_parameters()):
+        raise ValueError(f"got --lora_rank {args.lora_rank} without llm in --train: adapters are the LLaMA's")
+    tensors, fresh = open_tensors(checkpoint.folders, world), checkpoint.fresh
+    if score:
+        fresh += ("score.",)
+        for file in (os.path.join(folder, SCORE) for folder in checkpoint.folders):
+            if os.path.isfile(file):
+                tensors.update({f"score.{key}": rows for key, rows in slices(file).items()})
+    check_names(model, tensors, checkpoint.grown, fresh, checkpoint.folders)
     shard(model, world, DTYPES[args.dtype])
     model.to_empty(device=world.device)
     fill(model, tensors, checkpoint.grown, args.seed)
     return model
 
 
+def share_tower(model, other, world):
+    """Lets other use model's vision tower where both hold the same frozen weights, so that each picture
+    passes one tower once. → whether they share it"""
+    ours, theirs = (dict(m.vision_tower.named_parameters()) for m in (model, other))
+    kinds = [(m.vision_tower.depth, m.vision_tower.drop_class) for m in (model, other)]
+    equal = kinds[0] == kinds[1] and ours.keys() == theirs.keys() and all(
+        not p.requires_grad and torch.equal(p.to_local(), theirs[n].to_local()) for n, p in ours.items())
+    if all(world.gather(equal)):
+        other.vision_tower = model.vision_tower
+    return other.vision_tower is model.vision_tower
+
+
 def roots(model):
-    return model.language_model, model.multi_modal_projector, model.vision_tower
+    score = [model.score] if hasattr(model, "score") else []
+    return model.language_model, model.multi_modal_projector, model.vision_tower, *score
 
 
 def shard(model, world, dtype):
-    """fully_shard on each root, the LLaMA's layers as units of their own. Gradients are summed over ranks,
-    not averaged."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    """fully_shard on each root, the LLaMA's layers as units of their own; scores are computed in fp32.
+    Gradients are summed over ranks, not averaged."""
     for unit in (*model.language_model.model.layers, *roots(model)):
+        unit_dtype = torch.float32 if unit is getattr(model, "score", None) else dtype
+        policy = MixedPrecisionPolicy(param_dtype=unit_dtype, reduce_dtype=torch.float32)
         fully_shard(unit, mesh=world.mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # these settings do not reach child units by themselves
@@ -450,7 +526,8 @@ def schedule(step, steps, warmup):
 
 # ---- what a run leaves behind ----
 
-RUN_FILES = ("checkpoints", "log.jsonl", "config.json", "model*.safetensors*", "export.part")
+RUN_FILES = ("checkpoints", "log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
+             "reference.json", "rollouts", "export.part")
 FREE = {"resume", "overwrite", "out", "save_every", "keep", "eval_every", "workers", "wandb", "micro_batch",
         "replicas"}  # options that may differ after a resume
 
@@ -523,9 +600,9 @@ class Log:
     """log.jsonl: one object a step, and on rank 0 one aligned line on the terminal. After a resume every step
     stands once."""
 
-    def __init__(self, args, world, steps, done):
+    def __init__(self, args, world, steps, done, shown=("loss", "lr", "grad_norm", "eval_loss")):
         self.quiet, self.steps, self.first, self.start = world.rank != 0, steps, done, time.time()
-        self.wandb, self.last = None, time.time()
+        self.shown, self.wandb, self.last = shown, None, time.time()
         if self.quiet:
             return
         path = os.path.join(args.out, "log.jsonl")
@@ -557,8 +634,7 @@ class Log:
         if self.wandb:
             self.wandb.log(figures, step=step)
         left = (now - self.start) / (step - self.first) * (self.steps - step)
-        hidden = ("step", "tokens_per_second")
-        shown = "  ".join(f"{key} {value:<9.4g}" for key, value in figures.items() if key not in hidden)
+        shown = "  ".join(f"{key} {value:<9.4g}" for key, value in figures.items() if key in self.shown)
         left = f"{int(left) // 60:>3}:{int(left) % 60:02} left"
         print(f"{step:>6}/{self.steps}  {shown}  {tokens / seconds:7.0f} tokens/s  {left}", flush=True)
 
@@ -591,15 +667,16 @@ def checkpoint_steps(out):
 
 
 def trained_state(model, optimizers):
-    """The trained parameters and AdamW's state under stable names; the state is made where no step was taken
-    yet, to be loaded into."""
+    """The trained parameters, buffers and AdamW's state under stable names; the state is made where no step
+    was taken yet, to be loaded into."""
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     tensors = {f"model.{name}": p.detach() for p, name in names.items()}
+    tensors |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if not optimizer.state[p]:
                 moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
             for key, value in optimizer.state[p].items():
                 tensors[f"optimizer.{names[p]}.{key}"] = value
     return tensors
@@ -630,28 +707,35 @@ def load_checkpoint(args, world, model, *optimizers):
 
 
 def export(model, processor, args, world, file_bytes=5 * 10**9):
-    """Writes --out as a Hugging Face LLaVA checkpoint: gathered tensor by tensor, in files of at most
-    file_bytes, and moved in place when all are whole."""
+    """Writes --out as a Hugging Face LLaVA checkpoint: gathered tensor by tensor, adapters merged, in files
+    of at most file_bytes, and moved in place when all are whole."""
     reshard(model)
     dtype, config = DTYPES[args.dtype], model.config
     part = os.path.join(args.out, "export.part")
     world.first(shutil.rmtree, part, True)
     world.first(os.makedirs, part)
+    adapted = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoRA)}
+    parameters = [(name, parameter) for name, parameter in model.named_parameters()
+                  if ".lora_" not in name and not name.startswith("score.")]
     files, size = [[]], 0  # which tensors go into which file
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         bytes_ = parameter.numel() * dtype.itemsize
         if files[-1] and size + bytes_ > file_bytes:
             files.append([])
             size = 0
         files[-1].append((name, parameter))
         size += bytes_
-    total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    total = sum(parameter.numel() for _, parameter in parameters) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": {}}
     for i, group in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
         held = {}
         for name, parameter in data.progress(group, f"{file}: tensors written"):
             whole = parameter.detach().full_tensor()  # collective: every rank takes part
+            if name in adapted:
+                lora = adapted[name]
+                A, B = (adapter.weight.detach().full_tensor() for adapter in (lora.lora_A, lora.lora_B))
+                whole = whole.float() + lora.alpha / lora.rank * B @ A
             if world.rank == 0:
                 held[name] = whole.to(dtype).cpu().contiguous()
                 if is_linear(config) and name == "multi_modal_projector.linear_1.weight":
@@ -660,6 +744,11 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
                     held["multi_modal_projector.linear_2.bias"] = torch.zeros(len(whole), dtype=dtype)
         index["weight_map"].update(dict.fromkeys(held, file))
         world.first(safetensors.torch.save_file, held, os.path.join(part, file), {"format": "pt"})
+    if hasattr(model, "score"):
+        head = {name: p.detach().full_tensor().cpu() for name, p in model.score.named_parameters()}
+        world.first(safetensors.torch.save_file, head, os.path.join(part, SCORE))
+    if args.save_adapter:
+        save_adapter(model, args, world, os.path.join(part, "adapter"))
 
     def place():
         data.save_processor(processor, config, part)
@@ -667,9 +756,28 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
         config.save_pretrained(part)
         if len(files) > 1:
             write_json(os.path.join(part, "model.safetensors.index.json"), index)
+        shutil.rmtree(os.path.join(args.out, "adapter"), ignore_errors=True)
         for path in glob.glob(os.path.join(args.out, "model*.safetensors*")):
             os.remove(path)
         for name in os.listdir(part):
             os.replace(os.path.join(part, name), os.path.join(args.out, name))
         os.rmdir(part)
     world.first(place)
+
+
+def save_adapter(model, args, world, folder):
+    """Writes the adapters as peft.PeftModel.from_pretrained reads them on top of transformers' LLaVA."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            name = name.replace("language_model.model.", "base_model.model.model.language_model.", 1)
+            tensors[name] = parameter.detach().full_tensor().cpu()
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
+             "base_model_name_or_path": args.model or args.llm, "r": args.lora_rank,
+             "lora_alpha": args.lora_alpha,
+             "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"}
+
+    def write():
+        write_json(os.path.join(folder, "adapter_config.json"), about)
+        safetensors.torch.save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
+    world.first(write)

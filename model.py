@@ -16,7 +16,7 @@ Legend: B rows, T positions, N positions read, M images, I tokens an image, R im
 H heads, K kv-heads, C channels a head, V vocabulary, S cached columns. A mask says what is kept.
 
 Papers: CLIP arXiv:2103.00020, LLaVA arXiv:2304.08485, LLaVA-1.5 arXiv:2310.03744, LLaMA arXiv:2302.13971,
-RoPE arXiv:2104.09864, GQA arXiv:2305.13245.
+RoPE arXiv:2104.09864, GQA arXiv:2305.13245, LoRA arXiv:2106.09685.
 """
 import math
 import re
@@ -340,28 +340,71 @@ def chunks(N, V, elements=2**24):
     return [slice(start, min(start + n, N)) for start in range(0, N, n)]
 
 
+def plackett_luce(values, kept):
+    """− log P(ranking) of each row [B]: Σ_k logsumexp(values_k … values_K) − values_k (Eq. 18,
+    arXiv:2305.18290). values [B, K], best first; kept [B, K]: which answers there are."""
+    K = values.shape[1]
+    left = torch.ones(K, K, dtype=torch.bool, device=values.device).triu() & kept[:, None, :]  # [B, k, j ≥ k]
+    rest = values[:, None, :].masked_fill(~left, torch.finfo(values.dtype).min).logsumexp(-1)  # [B, K]
+    return ((rest - values) * kept).sum(-1)
+
+
+# ---- LoRA ----
+
+class LoRA(nn.Module):
+    """A frozen linear layer with a low-rank update beside it: x Wᵀ + alpha / rank · x Aᵀ Bᵀ (Eq. 3,
+    arXiv:2106.09685). B starts at 0, so nothing changes at first."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
+        self.rank, self.alpha, self.on = rank, alpha, True
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y + self.alpha / self.rank * self.lora_B(self.lora_A(x)) if self.on else y
+
+
+def add_lora(model, rank, alpha):
+    """Puts an adapter on each of the seven projections of every LLaMA layer; the weights keep their names."""
+    for layer in model.language_model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                setattr(part, name, LoRA(linear, rank, alpha))
+
+
 # ---- the whole ----
 
 class VisionLLM(nn.Module):
     """CLIP tower, projector and LLaMA under the names of a Hugging Face LLaVA checkpoint (config:
-    LlavaConfig).
+    LlavaConfig); with `score` also a scalar head, for rewards and values.
 
     `features = model.vision_tower(batch.pixels)` is called first and passed in, so that models with equal
     frozen towers can share one pass. """
 
-    def __init__(self, config):
+    def __init__(self, config, score=False):
         super().__init__()
         self.config = config
         drop_class = config.vision_feature_select_strategy == "default"
         self.vision_tower = CLIPVision(config.vision_config, config.vision_feature_layer, drop_class)
         self.multi_modal_projector = Projector(config)
         self.language_model = Llama(config.text_config, config.image_token_index)
+        if score:
+            self.score = nn.Linear(config.text_config.hidden_size, 1)
 
     def set_recompute(self, on):
         """Trades a second forward pass in backward for the memory of all activations inside a layer."""
         for module in self.modules():
             if hasattr(module, "recompute"):
                 module.recompute = on
+
+    def set_adapters(self, on):
+        """Switches LoRA adapters: off, the model is the one they were put on."""
+        for module in self.modules():
+            if isinstance(module, LoRA):
+                module.on = on
 
     def states(self, batch, features, at, read, cache=None):
         """read(final states [N, D] at the flat positions `at` [N], head [V, D]) for a Batch (see data.py)."""
@@ -379,6 +422,11 @@ class VisionLLM(nn.Module):
             return TokenLogProbs.apply(states, head, batch.target, temperature)
         logprob, entropies = self.states(batch, features, batch.source, read)
         return (logprob, entropies) if entropy else logprob
+
+    def scores(self, batch, features, at):
+        """The scalar head's output at flat positions at [N] → [N] (fp32): rewards at batch.last, values at
+        batch.source."""
+        return self.score(self.states(batch, features, at, lambda states, head: states)).squeeze(-1)
 
 
 # ---- checkpoints: their configurations and the names in them ----
@@ -442,18 +490,27 @@ def our_name(name):
 VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
+def initial_std(name, shape):
+    """Of the normal distribution that a new parameter is drawn from: biases and LoRA's B start at 0, LoRA's A
+    at PEFT's variance, the scalar head so that scores start near unit variance (arXiv:2009.01325)."""
+    if len(shape) == 1 or ".lora_B." in name:
+        return 0.0
+    if ".lora_A." in name:
+        return (3 * shape[1]) ** -0.5
+    return (shape[1] + 1) ** -0.5 if name.startswith("score.") else 0.02
+
+
 def check_names(model, tensors, grown, fresh, folders):
     """Every parameter found among the tensors (name → tensor or safetensors slice), every tensor used, every
     shape equal; else a ValueError that lists the difference. grown: (old, new) rows of a vocabulary that gets
-    more than the folders hold; fresh: the projector is drawn, not read."""
+    more than the folders hold; fresh: parts of the names that are drawn where no tensor is."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(t.shape if torch.is_tensor(t) else t.get_shape()) for name, t in tensors.items()}
     optional = {"language_model.lm_head.weight"} if model.config.text_config.tie_word_embeddings else set()
     if is_linear(model.config):  # the identity that transformers needs as a second layer
         optional |= {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"}
     missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys() - optional
-    if fresh:
-        missing = {name for name in missing if not name.startswith("multi_modal_projector.")}
+    missing = {name for name in missing if not any(part in name for part in fresh)}
     problems = [f"missing: {name} {wanted[name]}" for name in sorted(missing)]
     problems += [f"not known: {name} {found[name]}" for name in sorted(unknown)]
     for name in sorted(wanted.keys() & found.keys()):

@@ -2,23 +2,29 @@ r"""Answers of a vision-LLM to the rows of a data file, in their order, as JSON 
 
     python predict.py                                   # greedy, the shapes world's test set
     python predict.py --num_samples 8                   # eight samples a row
+    python predict.py --num_samples 8 --reward_model runs/rm        # the best of eight
     python predict.py --score                           # log-probability of the rows' own answers
     torchrun --nproc_per_node=8 predict.py --model out --data rows.json --images pictures \
         --out answers.jsonl
 
 Each line is {"id", "image", "prompt", "answer", "label"?}; with --num_samples K also
-"answers": [{"text", "logprob"}]; with --score no answer but "answers": [{"text", "logprob", "tokens"}].
-A log-probability is the sum over the answer's tokens, its end token included, in nats at temperature 1.
-A row whose prompt does not fit --max_len has the answer null.
+"answers": [{"text", "logprob", "reward"?}], "answer" being the best rewarded; with --score no answer but
+"answers": [{"text", "logprob", "tokens", "reward"?}]. A log-probability is the sum over the answer's tokens,
+its end token included, in nats at temperature 1. A row whose prompt does not fit --max_len has the answer
+null.
 
-Legend: A answers of a batch.
+Best of n: the prompt passes the policy once for its K samples, and the reward model once with all of them in
+one row (README: rows).
+
+Legend: A answers of a batch, N their tokens.
 """
 import argparse
 import contextlib
+import dataclasses
 import json
-import os
 import time
 
+import numpy as np
 import torch
 
 import data
@@ -26,11 +32,9 @@ import fsdp
 from model import generate, keyed_uniforms
 
 
-@torch.no_grad()
-def score(model, batch, processor, examples):
-    """Log-probability [A] and length of the rows' own answers, by teacher forcing. → answers of each
-    example"""
-    logprob = model(batch, model.vision_tower(batch.pixels))  # [N]
+def score(model, batch, features, processor, examples):
+    """Log-probability and length of the rows' own answers, by teacher forcing. → answers of each example"""
+    logprob = model(batch, features)  # [N]
     total = logprob.new_zeros(len(batch.last)).index_add(0, batch.answer, logprob).tolist()
     tokens = torch.bincount(batch.answer, minlength=len(batch.last)).tolist()
     scored = iter(zip(total, tokens))
@@ -38,17 +42,30 @@ def score(model, batch, processor, examples):
              for answer, (logprob, n) in zip(example.answers, scored)] for example in examples]
 
 
-def sample(model, batch, processor, examples, args, anyone):
-    """--num_samples answers of each example, from one prefill; greedy at temperature 0."""
+def sample(model, batch, features, processor, examples, args, anyone):
+    """--num_samples answers of each example, from one prefill; greedy at temperature 0. → answers of each
+    example, and their ids"""
     uniforms = None
     if args.temperature > 0 and examples:
         uniforms = keyed_uniforms(args.seed, 0, [e.index for e in examples], args.num_samples, args.max_new)
-    features = model.vision_tower(batch.pixels)
-    answers, logprob = generate(
+    sampled, logprob = generate(
         model, batch, features, args.max_new, processor.stop, processor.banned, uniforms, args.num_samples,
         args.temperature, args.top_k, args.top_p, anyone)
-    return [[{"text": processor.text(ids), "logprob": lp} for ids, lp in zip(*row)]
-            for row in zip(answers, logprob.tolist())][:len(examples)]
+    sampled = sampled[:len(examples)]  # a batch of padding has one row, and no example
+    answers = [[{"text": processor.text(ids), "logprob": lp} for ids, lp in zip(*row)]
+               for row in zip(sampled, logprob.tolist())]
+    return answers, sampled
+
+
+def add_rewards(answers, judged, reward, processor, batch, features, shared):
+    """Adds to each answer the reward model's score; judged: Examples with these answers, as the reward model
+    is to read them. shared: the reward model has the tower and the pictures of the batch."""
+    row = data.collate(judged, processor, batch.pixels.cpu() if shared else None).to(features.device)
+    if not shared:
+        features = reward.vision_tower(row.pixels)
+    scores = iter(reward.scores(row, features, row.last).tolist())
+    for answer in (answer for row_answers in answers for answer in row_answers):
+        answer["reward"] = next(scores)
 
 
 def parse_args():
@@ -59,14 +76,16 @@ def parse_args():
     add("--micro_batch", type=int, default=8, help="rows a forward pass on one rank")
     add("--max_new", type=int, default=256, help="tokens an answer, at most")
     add("--num_samples", type=int, default=1, help="answers a row")
-    add("--temperature", type=float, default=None, help="0: greedy (default: 0, or 1 with --num_samples)")
+    add("--temperature", type=float, help="0: greedy (default: 0, or 1 with --num_samples)")
     add("--top_k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
     add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens up to this mass")
     add("--score", action="store_true", help="score the rows' own answers instead of generating")
+    add("--reward_model", help="what rm.py leaves: scores answers too, and picks the best sample")
     add("--sharded", action="store_true", help="keep weights sharded while decoding: less memory, slower")
-    tuned = os.path.join(fsdp.ROOT, "runs", "sft")  # what `python sft.py` leaves
-    tuned = {"model": tuned} if os.path.isfile(os.path.join(tuned, "config.json")) else {}
-    args = fsdp.parse(parser, data_file="test.json", shapes=dict(micro_batch=64, max_new=32, **tuned))
+    args = fsdp.parse(parser, data_file="test.json",
+                      shapes=dict(micro_batch=64, max_new=32, **fsdp.left_by("sft")))
+    if args.score and (args.num_samples > 1 or args.temperature is not None or args.top_k or args.top_p < 1):
+        parser.error("got --score with options of sampling: it takes the rows' own answers")
     if args.temperature is None:
         args.temperature = 1.0 if args.num_samples > 1 else 0.0
     if args.num_samples > 1 and args.temperature == 0:
@@ -82,27 +101,45 @@ def main():
 
     # data
     checkpoint = fsdp.open_checkpoint(args, world)
-    processor = checkpoint.processor
-    rows, conversations = fsdp.read_conversations(args.data, args, world, need_answer=args.score)
-    examples, counts = data.build_examples(conversations, processor, "answers" if args.score else "prompt")
+    processor, which = checkpoint.processor, "answers" if args.score else "prompt"
+    rows, conversations = fsdp.read_conversations(args.data, args, world, data.ANSWERS_NEEDED[which])
+    examples, counts = data.build_examples(conversations, processor, which)
+    if args.reward_model:
+        judge = fsdp.open_other(args.reward_model, processor, args, world, reward=True)
+        judged, _ = data.build_examples(conversations, judge.processor, which)
+        judged = {example.index: example for example in judged}
+        fits = [example for example in examples if example.index in judged]
+        counts["too_long"] += len(examples) - len(fits)
+        examples = fits
     steps = data.Steps(examples, processor, args.micro_batch * world.size, args.micro_batch, world.rank,
                        world.size, shuffle=False, by_length=False)
 
-    # model
+    # models
     model = fsdp.build(checkpoint, args, world)
+    if args.reward_model:
+        reward = fsdp.build(judge, args, world, score=True)
+        shared = processor.pictures == judge.processor.pictures and fsdp.share_tower(model, reward, world)
     whole = contextlib.nullcontext() if args.sharded else fsdp.gathered(model)
 
-    # loop: every rank answers its rows of a step; rank 0 keeps all of them
+    # loop: every rank answers its rows of a step; all of them come together
     found, start, shown = {}, time.time(), time.time()
     with torch.no_grad(), whole:
         for step, (batch,) in enumerate(data.loader(steps, 0, len(steps), args.workers)):
             mine = [examples[i] for i in steps.groups(step)[0]]
             batch = batch.to(world.device)
+            features = model.vision_tower(batch.pixels)
             if args.score:
-                answers = score(model, batch, processor, mine)
+                answers = score(model, batch, features, processor, mine)
             else:
                 anyone = world.any if args.sharded else torch.any  # sharded weights: all ranks decode in step
-                answers = sample(model, batch, processor, mine, args, anyone)
+                answers, sampled = sample(model, batch, features, processor, mine, args, anyone)
+            if args.reward_model:
+                given = [judged[example.index] for example in mine]
+                if not args.score:  # sampled ids as they are, behind the reward model's own prompt
+                    given = [dataclasses.replace(example, answers=[np.array(ids) for ids in row],
+                                                 kept=[np.ones(len(ids), bool) for ids in row])
+                             for example, row in zip(given, sampled)]
+                add_rewards(answers, given, reward, judge.processor, batch, features, shared)
             for part in world.gather([(example.index, answer) for example, answer in zip(mine, answers)]):
                 found.update(part)
             if world.rank == 0 and time.time() - shown > 5:
@@ -117,11 +154,12 @@ def main():
         prompt = processor.template.render(conversation)
         line = {"id": row.get("id", index), "image": row.get("image"), "prompt": prompt}
         if not args.score:
-            line["answer"] = answers[0]["text"] if answers else None
+            best = max(answers, key=lambda answer: answer.get("reward", 0)) if answers else {"text": None}
+            line["answer"] = best["text"]
             if conversation.answers:
                 line["label"] = conversation.answers[0]
                 labelled, right = labelled + 1, right + (line["answer"] == line["label"])
-        if args.score or args.num_samples > 1:
+        if args.score or args.num_samples > 1 or args.reward_model:
             line["answers"] = answers
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     world.first(fsdp.write_text, args.out, "".join(lines))

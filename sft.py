@@ -66,8 +66,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     fsdp.arguments(parser)
     add = parser.add_argument_group("supervised fine-tuning").add_argument
-    add("--train", default="projector,llm", help="what is trained: any of projector,llm,vision, comma-joined")
-    add("--projector_lr", type=float, default=None, help="the projector's own peak rate (default: --lr)")
+    add("--train", help="any of projector,llm,vision (default: projector,llm; with --lora_rank llm)")
+    add("--projector_lr", type=float, help="the projector's own peak rate (default: --lr)")
     return fsdp.parse(parser, data_file="sft.json", shapes=dict(
         eval_data=os.path.join(fsdp.WORLD, "test.json"), batch_size=64, micro_batch=64, lr=2e-3, warmup=40,
         adam_beta2=0.98, max_steps=350))
@@ -76,6 +76,8 @@ def parse_args():
 def main():
     # check
     args = parse_args()
+    if args.train is None:  # a fresh projector is always trained
+        args.train = "llm" if args.lora_rank and not args.llm else "projector,llm"
     world = fsdp.launch(args)
     fsdp.check_out(args)
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
@@ -107,7 +109,8 @@ def main():
             decay = args.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, decay), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
-                                   for (lr, decay), params in groups.items()], betas=(0.9, args.adam_beta2))
+                                   for (lr, decay), params in groups.items()],
+                                  betas=(0.9, args.adam_beta2), fused=True)
     parameters = [parameter for params in groups.values() for parameter in params]
     fsdp.begin_run(args, world)
     done = fsdp.load_checkpoint(args, world, model, optimizer)

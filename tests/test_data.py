@@ -1167,7 +1167,7 @@ def test_read_row(images):
         [f"{images}/a.png"],
     )
     assert data.read_row(make_row(("human", "Hi"), ("gpt", "Yo")), images).answers == ["Yo"]
-    prompt = data.read_row(make_row(("human", "Hi")), images, need_answer=False)
+    prompt = data.read_row(make_row(("human", "Hi")), images, need_answers=0)
     assert (prompt.roles, prompt.contents, prompt.answers) == (["human"], ["Hi"], [])
 
 
@@ -1366,7 +1366,7 @@ def test_bad_rows(images, capsys, case):
 
 def test_rows_without_answer(images):
     """Prediction takes rows without an answer, and keeps the answers of those that have one."""
-    good, bad = data.check_rows([make_row(HUMAN), GOOD], images, "rows.json", need_answer=False)
+    good, bad = data.check_rows([make_row(HUMAN), GOOD], images, "rows.json", need_answers=0)
     assert [c.answers for _, c in good] == [[], ["Hello"]] and bad == 0
 
 
@@ -1536,7 +1536,7 @@ def test_transformers_reads_the_export(folders, tmp_path, template, name, mode):
     picture = noise(23, 11)
     picture.save(tmp_path / "a.png")
     words = "" if template == "plain" else "What is it?"
-    conversation = data.read_row(make_row(("human", words), image="a.png"), tmp_path, need_answer=False)
+    conversation = data.read_row(make_row(("human", words), image="a.png"), tmp_path, need_answers=0)
     batch = data.collate(data.build_examples([(0, conversation)], processor, "prompt")[0], processor)
     peer = AutoProcessor.from_pretrained(tmp_path / "out")
     assert isinstance(peer, LlavaProcessor)
@@ -1562,3 +1562,107 @@ def test_transformers_reads_the_export(folders, tmp_path, template, name, mode):
         "eos_token_id": sorted(processor.stop),
         "pad_token_id": processor.pad,
     }
+
+
+# ---- 10. ranked answers ----
+
+MARGINS = [(None, 0.0), (0, 0.0), (2, 2.0), (0.25, 0.25), (-1.5, -1.5)]
+
+
+@pytest.mark.parametrize("margin, want", MARGINS)
+def test_a_margin_is_read(loaded, images, margin, want):
+    """A row's margin reaches its Conversation and its Example as a float; absent, null or 0 is none."""
+    rows = [make_row(HUMAN, ("gpt", ["Yo", "Hello"]), margin=margin), make_row(HUMAN, ("gpt", ["Yo", "Ho"]))]
+    good, bad = data.check_rows(rows, images, "rows.json", data.ANSWERS_NEEDED["ranked"])
+    assert [type(c.margin) for _, c in good] == [float, float] and bad == 0
+    assert [c.margin for _, c in good] == [want, 0.0]
+    examples, _ = data.build_examples(good, loaded("tiny2", "vicuna"), "ranked")
+    assert [e.margin for e in examples] == [want, 0.0]
+    data.read_row(make_row(HUMAN, ("gpt", ["a", "b", "c"]), margin=0), images)  # 0 is none: any answers
+
+
+BAD_RANKED = {  # case: (row, essential words of the error), where two answers are needed
+    "one answer": (make_row(HUMAN, GPT), "got 1 answer, need 2 or more, best first"),
+    "a list of one": (make_row(HUMAN, ("gpt", ["Hello"])), "got 1 answer, need 2 or more"),
+    "no answer": (make_row(HUMAN), "got no answer"),
+    "margin, three answers": (
+        make_row(HUMAN, ("gpt", ["a", "b", "c"]), margin=1.0),
+        "got the margin 1.0, 3 answers; need a number, and two",
+    ),
+    "margin a string": (make_row(HUMAN, ("gpt", ["a", "b"]), margin="1"), "got the margin '1', 2 answers"),
+    "margin a list": (make_row(HUMAN, ("gpt", ["a", "b"]), margin=[1]), r"got the margin \[1\], 2 answers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RANKED)
+def test_bad_ranked_rows(images, case):
+    """Rows that cannot be ranked are errors naming file, row, id and fault; skipped when asked."""
+    row, words = BAD_RANKED[case]
+    good = make_row(HUMAN, ("gpt", ["Hello", "Yo"]), id="good")
+    with pytest.raises(ValueError, match=rf"rows\.json: row 1 \(id 7\): {words}"):
+        data.check_rows([good, row], images, "rows.json", data.ANSWERS_NEEDED["ranked"])
+    left, bad = data.check_rows([good, row], images, "rows.json", 2, skip_bad_rows=True)
+    assert [c.id for _, c in left] == ["good"] and bad == 1
+
+
+@pytest.mark.parametrize("margin", [float("nan"), float("inf"), True, ""])
+def test_a_margin_that_is_no_number(images, margin):
+    """JSON as Python reads it knows NaN and Infinity: as a margin they would make every weight NaN."""
+    row = json.loads(json.dumps(make_row(HUMAN, ("gpt", ["a", "b"]), margin=margin)))
+    with pytest.raises(ValueError, match="got the margin"):
+        data.read_row(row, images, 2)
+
+
+def test_ranked_examples_hold_every_answer(loaded, images):
+    """`ranked` is `answers`: all of them, best first, only the last turn supervised."""
+    row = make_row(HUMAN, GPT, ("human", "Go"), ("gpt", ["best", "middle one", "worst"]))
+    good = [(0, data.read_row(row, images, 2))]
+    processor = loaded("tiny2", "vicuna")
+    (ranked,), _ = data.build_examples(good, processor, "ranked")
+    (same,), _ = data.build_examples(good, processor, "answers")
+    assert [a.tolist() for a in ranked.answers] == [a.tolist() for a in same.answers]
+    assert ranked.prompt.tolist() == same.prompt.tolist() and all(kept.all() for kept in ranked.kept)
+    assert [processor.text(a.tolist()) for a in ranked.answers] == ["best", "middle one", "worst"]
+
+
+def test_by_row_by_hand():
+    """Three rows of 3, 1 and 2 answers: each in its place, zeros where there is none, gradients through;
+    no answers, no rows."""
+    values = torch.arange(1.0, 7.0, requires_grad=True)
+    grid, kept = data.by_row(values, torch.tensor([0, 0, 0, 1, 2, 2]))
+    assert grid.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
+    assert kept.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+    (grid * torch.tensor([[1.0, 2, 3], [4, 99, 99], [5, 6, 99]])).sum().backward()
+    assert values.grad.tolist() == [1, 2, 3, 4, 5, 6]
+    none = torch.zeros(0, requires_grad=True)
+    grid, kept = data.by_row(none, torch.zeros(0, dtype=torch.long))
+    assert grid.shape == kept.shape == (0, 0)
+    grid.sum().backward()  # still a part of the graph
+    assert none.grad.shape == (0,)
+
+
+def test_by_row_of_a_batch(pictures):
+    """With a batch's own rows it is each example's answers."""
+    rng = random.Random(5)
+    batch = data.collate([random_example(rng, i, pictures, n) for i, n in enumerate([2, 5, 3])],
+                         picture_processor())
+    grid, kept = data.by_row(torch.arange(1, 11), batch.row)
+    assert kept.sum(1).tolist() == [2, 5, 3]
+    assert [row[keep].tolist() for row, keep in zip(grid, kept)] == [[1, 2], [3, 4, 5, 6, 7], [8, 9, 10]]
+
+
+def test_collate_takes_pixels_at_hand(pictures, monkeypatch):
+    """pixels= of the same examples' pictures: the same batch, and no file is opened."""
+    rng = random.Random(2)
+    examples = [random_example(rng, i, pictures[:3], 2) for i in range(4)]
+    batch = data.collate(examples, picture_processor())
+    assert len(batch.pixels) > 1
+    monkeypatch.setattr(data, "read_picture", None)
+    marked = torch.randn(batch.pixels.shape)
+    again = data.collate(examples, picture_processor(), marked)
+    assert again.pixels is marked
+    for field in data.dataclasses.fields(batch):
+        if field.name not in ("pixels", "causal"):
+            assert torch.equal(getattr(again, field.name), getattr(batch, field.name)), field.name
+    blank = data.collate([], picture_processor(), marked[:1])
+    assert blank.pixels.shape[0] == 1 and len(blank.image) == 0 and len(blank.last) == 0

@@ -8,6 +8,7 @@ import tiny
 import torch
 import transformers as hf
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import MIXED, fork
 
 ROWS = [  # one turn each
@@ -215,3 +216,190 @@ def test_what_is_wrong_is_said(wrong, place, tmp_path):
                 place / "images", "--out", tmp_path / "out.jsonl", *[str(o).format(place) for o in options])
     assert message in done.error and done.code == 2, done.err
     assert not list(tmp_path.iterdir())
+
+
+# ---- rewards ----
+
+@pytest.fixture(scope="module")
+def judges(place):
+    """Reward models: one with the policy's tower, one with a tower of its own, one with another template."""
+    tiny.write_rows(place / "pairs.json", tiny.RANKED)
+    for name, train in {"judge": "projector,llm", "own tower": "projector,llm,vision"}.items():
+        done = fork("rm", "--model", place / "model", "--data", place / "pairs.json", "--images",
+                    place / "images", "--out", place / name, "--batch_size", 7, "--max_steps", 3, "--lr",
+                    "1e-2", "--workers", 0, "--train", train, "--warmup", 0)
+        assert done.code == 0, done.err
+    tiny.shutil.copytree(place / "judge", place / "other words")
+    tiny.shutil.copy(tiny.ROOT / "templates" / "llama2.jinja", place / "other words" / "chat_template.jinja")
+    tiny.shutil.copytree(place / "judge", place / "more words")
+    jinja = place / "more words" / "chat_template.jinja"
+    jinja.write_text(jinja.read_text().replace("A chat between", "A polite chat between"))
+    return place
+
+
+def reward_by_transformers(folder):
+    """A reward model as transformers reads it: score.safetensors on the last state. → function of inputs()"""
+    model = hf.LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    head = load_file(folder / "score.safetensors")
+
+    @torch.no_grad()
+    def reward(given):
+        states = model(**given, output_hidden_states=True).hidden_states[-1]
+        return float(states[0, -1] @ head["weight"][0] + head["bias"][0])
+    return reward
+
+
+@pytest.mark.parametrize("name", ["judge", "own tower", "other words"])
+def test_rewards_are_transformers(name, judges, predict):
+    """--score --reward_model: every answer's reward by the reward model's own tower and template; text,
+    log-probability and number of tokens as without."""
+    tiny.write_rows(judges / "given.json", GIVEN)
+    reward, processor = reward_by_transformers(judges / name), hf.AutoProcessor.from_pretrained(judges / name)
+    found = lines(predict("--score", "--reward_model", judges / name, data="given.json")[1])
+    plain, rewards = lines(predict("--score", data="given.json")[1]), []
+    for row, line, without in zip(GIVEN, found, plain, strict=True):
+        answers = row["conversations"][1]["value"]
+        for answer, scored in zip(answers if isinstance(answers, list) else [answers], line["answers"],
+                                  strict=True):
+            given = inputs(row, processor, judges, answer)
+            assert scored["text"] == answer and given.input_ids[0, -1] == processor.tokenizer.eos_token_id
+            rewards.append(scored.pop("reward"))
+            assert math.isclose(rewards[-1], reward(given), rel_tol=1e-5, abs_tol=1e-5)
+        assert line == without
+    assert len(set(rewards)) == len(rewards) == 14
+
+
+GIVEN = [{**row, "conversations": [row["conversations"][0], {"from": "gpt", "value": answers}]}
+         for row, answers in zip(ROWS, (["a red circle", "no"], "yes", ["a", "a blue star", "no"],
+                                        ["yes", "no", "a star", "a picture", "a human, a human, a human"],
+                                        ["polite", "no"], "a picture"))]
+
+
+BEST = "--micro_batch", 3, "--num_samples", 3
+
+
+def test_the_best_of_three(judges, predict):
+    """Answers and log-probabilities are those drawn without a reward model; the answer is the best rewarded,
+    which is not always the first."""
+    found = lines(predict(*BEST, "--reward_model", judges / "judge")[1])
+    places = []
+    for line, without in zip(found, lines(predict(*BEST)[1]), strict=True):
+        rewards = [answer.pop("reward") for answer in line["answers"]]
+        places.append(rewards.index(max(rewards)))
+        assert line["answer"] == line["answers"][places[-1]]["text"] and len(rewards) == 3
+        assert line["answers"] == without["answers"]
+        assert {**line, "answer": 0} == {**without, "answer": 0}
+    assert len(set(places)) > 1
+    (one,) = lines(predict("--micro_batch", 3, "--reward_model", judges / "judge")[1])[0]["answers"]
+    assert one.keys() == {"text", "logprob", "reward"}  # greedy, and rewarded too
+
+
+@pytest.mark.parametrize("name, options, sharded", [
+    ("judge", BEST, []), ("own tower", BEST, ["--sharded"]),
+    ("judge", ("--micro_batch", 4, "--score"), ["--sharded"])])
+def test_two_ranks_reward_alike(name, options, sharded, judges, predict):
+    """Byte for byte, with a rank that runs out of rows, weights sharded or gathered."""
+    options = *options, "--reward_model", judges / name
+    assert predict(*options, *sharded, ranks=2)[1] == predict(*options)[1]
+
+
+def watched(file):
+    """Writes down what passes a vision tower, and which sampled ids are rewarded."""
+    import predict
+    from model import CLIPVision
+    forward, add, seen = CLIPVision.forward, predict.add_rewards, {"towers": [], "rewards": []}
+
+    def watched_forward(self, pixels):
+        seen["towers"].append(len(pixels))
+        return forward(self, pixels)
+
+    def watched_add(answers, judged, *rest):
+        add(answers, judged, *rest)
+        for example, row in zip(judged, answers):
+            given = {"prompt": example.prompt.tolist(), "images": example.images}
+            seen["rewards"] += [{**given, "ids": ids.tolist(), "reward": answer["reward"]}
+                                for ids, answer in zip(example.answers, row, strict=True)]
+        file.write_text(json.dumps(seen))
+    CLIPVision.forward, predict.add_rewards = watched_forward, watched_add
+
+
+@pytest.mark.parametrize("name, options, passes", [
+    ("judge", [], 1), ("own tower", [], 2), ("judge", ["--image_mode", "pad"], 2)])
+def test_an_equal_tower_is_run_once(name, options, passes, judges, tmp_path):
+    """A micro-batch's distinct pictures pass one tower where the reward model's is the policy's and sees them
+    alike, else each model's. Each sampled answer has the reward of its very ids in a row of their own, with
+    pictures as the reward model sees them."""
+    done = fork("predict", "--model", judges / "model", "--data", judges / "rows.json", "--images",
+                judges / "images", "--out", tmp_path / "out.jsonl", "--max_new", 12, "--workers", 0, *BEST,
+                "--reward_model", judges / name, *options,
+                prepare=functools.partial(watched, tmp_path / "seen.json"))
+    assert done.code == 0, done.err
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    groups, expected = [ROWS[i:i + 3] for i in range(0, len(ROWS), 3)], []
+    for group in groups:
+        paths = [row.get("image") or [] for row in group]
+        distinct = {path for p in paths for path in (p if isinstance(p, list) else [p])}
+        expected += [len(distinct) or 1] * passes
+    assert seen["towers"] == expected
+
+    reward, processor = reward_by_transformers(judges / name), hf.AutoProcessor.from_pretrained(judges / name)
+    written = [a["reward"] for line in lines((tmp_path / "out.jsonl").read_text()) for a in line["answers"]]
+    assert written == [given["reward"] for given in seen["rewards"]] and len(written) == 3 * len(ROWS)
+    token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    for given in seen["rewards"]:
+        ids = [i for i in (*given["prompt"], *given["ids"]) for _ in range(tiny.PATCHES if i == token else 1)]
+        pictures = [Image.open(path).convert("RGB") for path in given["images"]]
+        pixels = processor.image_processor(pictures, return_tensors="pt").pixel_values if pictures else None
+        expected = reward({"input_ids": torch.tensor([ids]), "pixel_values": pixels})
+        assert math.isclose(given["reward"], expected, rel_tol=1e-5, abs_tol=1e-5)
+
+
+def test_rows_that_do_not_fit_the_reward_model(judges, predict):
+    """A row too long behind the reward model's own words has no answer, as one too long for the policy; the
+    others have those that they have without."""
+    processor = hf.AutoProcessor.from_pretrained(judges / "model")
+    longest = max(inputs(row, processor, judges).input_ids.shape[1] for row in ROWS)
+    found = {name: predict(*BEST, "--max_len", longest + 1, "--reward_model", judges / name)
+             for name in ("judge", "more words")}
+    all_, some = (lines(found[name][1]) for name in ("judge", "more words"))
+    assert "10 rows, 0 too long" in found["judge"][0].out and all(line["answers"] for line in all_)
+    left = [line["answers"] is not None for line in some]
+    assert 0 < sum(left) < 10 and f"10 rows, {10 - sum(left)} too long" in found["more words"][0].out
+    for line, full in zip(some, all_, strict=True):
+        if line["answers"]:
+            assert [a["text"] for a in line["answers"]] == [a["text"] for a in full["answers"]]
+        else:
+            assert line["answer"] is None and line["id"] == full["id"]
+
+
+def foreign(folder, out):
+    """A reward model whose tokenizer calls one of its tokens by another name."""
+    tiny.shutil.copytree(folder, out)
+    words = json.loads((out / "tokenizer.json").read_text())
+    words["model"]["vocab"]["<nothing>"] = words["model"]["vocab"].pop("<0x00>")
+    (out / "tokenizer.json").write_text(json.dumps(words))
+
+
+WRONG_REWARDS = {  # {} is the folder of it all
+    "no head": (["--reward_model", "{}/model"],
+                "{}/model: no score.safetensors, need a reward model: what rm.py leaves in --out"),
+    "tokenizer": (["--reward_model", "{}/foreign"],
+                  "{}/foreign: its tokenizer is not that of {}/model, need the same"),
+    "nowhere": (["--reward_model", "{}/nowhere"], "need a checkpoint folder or a hub id"),
+    "samples": (["--reward_model", "{}/judge", "--score", "--num_samples", 2], "got --score with options of"),
+    "warm": (["--score", "--temperature", 0.5], "got --score with options of sampling: it takes"),
+    "top_k": (["--score", "--top_k", 5], "got --score with options of sampling"),
+    "top_p": (["--score", "--top_p", 0.5], "got --score with options of sampling"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_REWARDS)
+def test_what_is_wrong_with_a_reward_is_said(wrong, judges, tmp_path):
+    """One line that says it, exit code 2, and no file."""
+    if not (judges / "foreign").exists():
+        foreign(judges / "judge", judges / "foreign")
+    options, message = WRONG_REWARDS[wrong]
+    done = fork("predict", "--model", judges / "model", "--data", judges / "rows.json", "--images",
+                judges / "images", "--out", tmp_path / "out.jsonl", *[str(o).format(judges) for o in options])
+    assert message.replace("{}", str(judges)) in done.error, done.err
+    assert done.code == 2 and "Traceback" not in done.err and not list(tmp_path.iterdir())

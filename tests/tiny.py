@@ -13,6 +13,7 @@ import multiprocessing.connection
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -191,6 +192,29 @@ MIXED = [  # pictures, text alone, two pictures, several turns; of unequal lengt
 ]
 
 
+RANKED = [  # answers best first: two, three and five of them, of unequal lengths; a picture twice
+    row(0, "p0.png", "<image>\nDescribe the image.", ["a red circle", "a blue square and a green star. yes"]),
+    row(1, None, "yes or no?", ["no", "yes, yes", "a human"]),
+    row(2, ["p1.png", "p2.png"], "<image>\n<image>\nWhat is it?", ["a blue square and a green star.", "no"]),
+    row(3, "p3.png", "What is this?\n<image>", "a star", "and the other?",
+        ["a red square", "a star, a star, a star", "no", "yes. yes", "a picture in the image"]),
+    row(4, None, "What is a polite answer? " * 4, ["yes. " * 12, "no. " * 3]),
+    row(5, "p4.png", "Describe the picture.", ["a green circle and a red star", "a curious picture"]),
+    row(6, "p0.png", "What is in the image?", ["a red circle", "detailed, helpful and polite"]),
+]
+
+
+def best(rows, n):
+    """The same rows with the best n of their answers; one stands by itself, not in a list."""
+    rows = json.loads(json.dumps(rows))
+    for turn in (row["conversations"][-1] for row in rows):
+        turn["value"] = turn["value"][:n] if n > 1 else turn["value"][0]
+    return rows
+
+
+PAIRS = best(RANKED, 2)
+
+
 def write_rows(path, rows):
     path.write_text(json.dumps(rows))
     return path
@@ -238,6 +262,33 @@ def main(script, argv, prepare=None):
     if prepare:
         prepare()
     importlib.import_module("fsdp").run(importlib.import_module(script).main)
+
+
+def inside(script, *argv):
+    """A script's main in this very process and in the process group that it is in, if there is one. Errors
+    are raised. → the models that it built"""
+    import torch.distributed as dist
+    fsdp, models = importlib.import_module("fsdp"), []
+    build, start, there = fsdp.build, dist.init_process_group, dist.is_initialized()
+    handler, before = signal.getsignal(signal.SIGTERM), sys.argv
+
+    def recording_build(*args, **kwargs):
+        models.append(build(*args, **kwargs))
+        return models[-1]
+    fsdp.build, sys.argv = recording_build, [f"{script}.py", *map(str, argv)]
+    dist.init_process_group = (lambda *args, **kwargs: None) if there else start
+    try:
+        importlib.import_module(script).main()
+    finally:
+        fsdp.build, dist.init_process_group, sys.argv = build, start, before
+        signal.signal(signal.SIGTERM, handler)
+    return models
+
+
+def one_by_one(runs):
+    """Several runs (script, argv) in one process group, which starts once: for spread()."""
+    for script, argv in runs:
+        inside(script, *argv)
 
 
 def spread(function, ranks, timeout=200):

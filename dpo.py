@@ -1,0 +1,299 @@
+r"""Direct preference optimisation: a vision-LLM learns from ranked answers, without a reward model.
+
+    loss = mean over rows of  − log σ(β h) + c · SFT      h = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
+
+DPO, arXiv:2305.18290, Eq. 7; more than two ranked answers: Eq. 20. SFT is − log π a token of the best answers
+(--sft_coef; not in eval_loss; after arXiv:2404.19733, Eq. 1). The reference π_ref is the policy before its
+first step, or --ref_model; its log-probabilities are computed in one pass before training and kept in a file
+that knows what it was made of, so no second model stays in memory. Departures from the paper: AdamW with a
+cosine, not RMSprop; the SFT term's mean is over all tokens of the step.
+
+    python dpo.py                                       # on the shapes world
+    torchrun --nproc_per_node=8 dpo.py --model runs/sft-7b --data pairs.json --images pictures --out out
+
+Legend: N targets, A answers of a micro-batch, B rows with answers, K most answers of a row.
+"""
+import argparse
+import hashlib
+import os
+
+import torch
+import torch.nn.functional as F
+
+import data
+import fsdp
+from model import plackett_luce
+
+
+def dpo_loss(logratio, kept, beta, loss="sigmoid", label_smoothing=0.0):
+    """Each row's loss [B]. logratio [B, K]: log π − log π_ref of its answers, best first, in nats an answer
+    (or a token: the length-normalised losses); kept [B, K]: which answers there are."""
+    if loss == "sigmoid" and not label_smoothing:
+        return plackett_luce(beta * logratio, kept)  # Eq. 20, arXiv:2305.18290; for two answers Eq. 7
+    h = logratio[:, :1].sum(-1) - logratio[:, 1:].sum(-1)  # of two answers
+    right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+    if loss == "sigmoid":  # conservative: labels flipped with probability ε, ericmitchell.ai/cdpo.pdf
+        return (1 - label_smoothing) * right + label_smoothing * wrong
+    if loss == "robust":  # the same, unbiased: Eq. 12, arXiv:2403.00409
+        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+    if loss == "hinge":  # SLiC, Eq. 1, arXiv:2305.10425, with the margin of arXiv:2309.06657
+        return torch.relu(1 - beta * h)
+    return (h - 1 / (2 * beta)).square()  # IPO, Eq. 17, arXiv:2310.12036
+
+
+def answer_logprobs(model, batch, features):
+    """→ log-probability of every target [N], summed over each answer [A], and the answers' lengths [A]."""
+    logprob = model(batch, features)
+    total = logprob.new_zeros(len(batch.last)).index_add(0, batch.answer, logprob)
+    return logprob, total, torch.bincount(batch.answer, minlength=len(batch.last))
+
+
+FIGURES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+           "logps/chosen", "logps/rejected", "kl/chosen", "kl/rejected")
+
+
+@torch.no_grad()
+def figures_of(loss, policy, reference, kept, length, beta):
+    """The FIGURES, summed over rows [9]. `chosen` is the best answer, `rejected` the mean of the others;
+    rewards are β (log π − log π_ref), kl is log π − log π_ref a token (an estimate that can be negative). All
+    [B, K] but loss [B]."""
+    logratio = policy - reference
+    reward = beta * logratio
+
+    def both(values):
+        return values[:, :1].sum(-1), (values * kept)[:, 1:].sum(-1) / (kept.sum(-1) - 1)
+    pairs = torch.ones(kept.shape[1], kept.shape[1]).triu(1).to(kept) & kept[:, None, :]  # [B, better, worse]
+    right = ((reward[:, :, None] > reward[:, None, :]) & pairs).sum((1, 2)) / pairs.sum((1, 2))
+    chosen, rejected = both(reward)
+    kl = logratio / length.clamp(min=1)
+    each = [loss, chosen, rejected, right, chosen - rejected, *both(policy), *both(kl)]
+    return torch.stack([values.sum() for values in each])
+
+
+# ---- the reference ----
+
+def fingerprint(model, training, held_out, processor, args):
+    """What reference log-probabilities depend on, as a hash: weights and configuration, tokens (template and
+    length rule), pictures and the dtype of computation."""
+    seen = hashlib.sha256()
+    for name, parameter in data.progress([*model.named_parameters()], "weights fingerprinted"):
+        if ".lora_" not in name:  # adapters start without effect
+            bits = parameter.detach().full_tensor().flatten(1 if parameter.ndim > 1 else 0)
+            bits = bits.to(fsdp.DTYPES[args.dtype]).view(torch.int16)
+            if bits.ndim > 1:  # sums over rows and over columns, for speed
+                bits = torch.cat([bits.sum(dim, dtype=torch.int64) for dim in range(2)])
+            seen.update(f"{name} {tuple(parameter.shape)} {bits.tolist()}".encode())
+    for example in training + held_out:
+        parts = [example.prompt, *(part for pair in zip(example.answers, example.kept) for part in pair)]
+        seen.update(repr([part.tolist() for part in parts]).encode())
+        seen.update(repr([(path, os.path.getsize(path)) for path in example.images]).encode())
+    configs = [part.to_dict() for part in (model.config.text_config, model.config.vision_config)]
+    config = [(key, str(value)) for part in configs for key, value in sorted(part.items()) if key[0] != "_"]
+    rule = processor.template.jinja, processor.max_len, processor.pictures, args.dtype, len(training), config
+    rule = *rule, model.vision_tower.depth, model.vision_tower.drop_class
+    seen.update(repr(rule).encode())
+    return seen.hexdigest()
+
+
+@torch.no_grad()
+def reference_pass(model, steps, world, args):
+    """→ {example: the reference's log-probability of each of its answers}, on every rank. Batches are those
+    of the first epoch, so that the policy's first step meets the same numbers."""
+    found = {}
+    batches = data.loader(steps, 0, len(steps), args.workers)
+    for step, micro_batches in enumerate(data.progress(batches, "reference: steps")):
+        for rows, batch in zip(steps.groups(step), micro_batches):
+            batch = batch.to(world.device)
+            _, logprob, _ = answer_logprobs(model, batch, model.vision_tower(batch.pixels))
+            counts = [len(steps.examples[i].answers) for i in rows]
+            found.update(zip(rows, (part.tolist() for part in logprob.split(counts))))
+    fsdp.reshard(model)
+    return {i: logprob for part in world.gather(found) for i, logprob in part.items()}
+
+
+def open_reference(model, training, held_out, processor, args, world):
+    """What is known of the reference before a run begins: its model, its fingerprint with the Steps of both,
+    and what --reference (or the run to be resumed) holds: None where it is to be made. ValueError for a
+    file of another model or data."""
+    if args.ref_model:
+        other = fsdp.open_other(args.ref_model, processor, args, world)
+        if other.processor.pictures != processor.pictures:
+            raise ValueError(f"got --ref_model {args.ref_model}, which sees pictures in another size or mode "
+                             "than the policy: both read the same batches")
+        model = fsdp.build(other, args, world)
+    of = fingerprint(model, training.examples, held_out.examples, processor, args)
+    folder, name = os.path.split(args.reference or os.path.join(args.out, "reference.json"))
+    if os.path.isdir(os.path.join(folder, name)):
+        raise ValueError(f"got --reference {args.reference}, which is a folder, need a file")
+    resumed = args.resume and fsdp.checkpoint_steps(args.out)
+    saved = data.read_json(folder, name) if args.reference or resumed else None
+    if saved is not None and (not isinstance(saved, dict) or saved.get("fingerprint") != of):
+        raise ValueError(f"{os.path.join(folder, name)}: holds none or reference log-probabilities of another"
+                         " model, data, template, --max_len or --dtype: remove it, or give --reference "
+                         "another file")
+    return model, of, saved
+
+
+def make_reference(model, of, training, held_out, args, world):
+    """The reference's log-probabilities of the answers of both Steps, written where the next run finds
+    them."""
+    found = [reference_pass(model, steps, world, args) for steps in (training, held_out)]
+    training, held_out = ([logprobs[i] for i in range(len(logprobs))] for logprobs in found)
+    made = {"fingerprint": of, "training": training, "held_out": held_out}
+    world.first(fsdp.write_json, args.reference or os.path.join(args.out, "reference.json"), made)
+    return made
+
+
+# ---- the loop ----
+
+def forward(model, batch, rows, reference, world, args):
+    """A micro-batch's DPO losses summed over rows, its best answers' log-probability summed over their
+    tokens, and its FIGURES."""
+    batch = batch.to(world.device)
+    features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
+    logprob, policy, length = answer_logprobs(model, batch, features)  # [N], [A], [A]
+    given = policy.new_tensor([value for i in rows for value in reference[i]])  # [A]
+    (policy, kept), (given, _), (length, _) = (data.by_row(v, batch.row) for v in (policy, given, length))
+    logratio = (policy - given) / length.clamp(min=1) if args.length_norm else policy - given  # [B, K]
+    losses = dpo_loss(logratio, kept, args.beta, args.loss, args.label_smoothing)  # [B]
+    best = batch.row.diff(prepend=batch.row.new_tensor([-1])) > 0  # [A]: the first answer of its row
+    figures = figures_of(losses, policy, given, kept, length, args.beta)
+    return losses.sum(), logprob[best[batch.answer]].sum(), figures
+
+
+def best_tokens(rows, examples):
+    """Supervised tokens of the best answers of a micro-batch."""
+    return sum(int(examples[i].kept[0].sum()) for i in rows)
+
+
+@torch.no_grad()
+def evaluate(model, steps, reference, world, args):
+    """The FIGURES over all held-out rows, means over rows."""
+    sums = torch.zeros(len(FIGURES), device=world.device)
+    for step, micro_batches in enumerate(data.loader(steps, 0, len(steps), args.workers)):
+        for rows, batch in zip(steps.groups(step), micro_batches):
+            sums += forward(model, batch, rows, reference, world, args)[-1]
+    fsdp.reshard(model)
+    sums = world.sum(*sums)
+    return {f"eval_{name}": value / len(steps.examples) for name, value in zip(FIGURES, sums)}
+
+
+def parse_args():
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    fsdp.arguments(parser)
+    parser.set_defaults(lr=5e-7)
+    add = parser.add_argument_group("direct preference optimisation").add_argument
+    add("--train", help="any of projector,llm,vision (default: projector,llm; with --lora_rank llm)")
+    add("--projector_lr", type=float, help="the projector's own peak rate (default: --lr)")
+    add("--beta", type=float, default=0.1, help="how strongly the policy is held to the reference")
+    add("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid", help="see dpo_loss")
+    add("--label_smoothing", type=float, default=0.0, help="share of flipped labels: sigmoid, robust")
+    add("--length_norm", action="store_true", help="log-ratios a token, not an answer")
+    add("--sft_coef", type=float, default=0.0, help="weight of sft.py's loss on the best answers")
+    add("--ref_model", help="a reference other than the policy before its first step")
+    add("--reference", help="file of its log-probabilities, made or reused (default: OUT/reference.json)")
+    args = fsdp.parse(parser, data_file="pairs.json", shapes=dict(
+        eval_data=os.path.join(fsdp.WORLD, "test_pairs.json"), batch_size=64, micro_batch=64, lr=2e-4,
+        warmup=10, adam_beta2=0.98, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
+    if args.beta <= 0:
+        parser.error(f"got --beta {args.beta}, need more than 0")
+    smooth = args.label_smoothing
+    if smooth and (args.loss not in ("sigmoid", "robust") or not 0 < smooth < 0.5):
+        parser.error(f"got --label_smoothing {smooth} with --loss {args.loss}, need 0 … 0.5 with sigmoid "
+                     "or robust")
+    return args
+
+
+def main():
+    # check
+    args = parse_args()
+    if args.train is None:  # a fresh projector is always trained
+        args.train = "llm" if args.lora_rank and not args.llm else "projector,llm"
+    world = fsdp.launch(args)
+    fsdp.check_out(args)
+    parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
+    train = args.train.split(",")
+    if not set(train) <= set(parts):
+        raise ValueError(f"got --train {args.train}, need any of projector,llm,vision, comma-joined")
+    if args.projector_lr is not None and "projector" not in train:
+        raise ValueError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
+
+    # data
+    checkpoint = fsdp.open_checkpoint(args, world)
+    processor = checkpoint.processor
+    examples = fsdp.read_examples(args.data, "ranked", processor, args, world)
+    held_out = fsdp.read_examples(args.eval_data, "ranked", processor, args, world) if args.eval_data else []
+    for example in examples + held_out:
+        if len(example.answers) > 2 and (args.loss != "sigmoid" or args.label_smoothing):
+            raise ValueError(f"row {example.index} (id {example.id}): got {len(example.answers)} answers, "
+                             "need two; only --loss sigmoid without --label_smoothing ranks more")
+    steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
+                       args.seed, by_length=args.group_by_length == "yes")
+    eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
+                            shuffle=False)
+    total = args.max_steps or max(1, round(args.epochs * len(steps)))
+
+    # model and optimiser
+    model = fsdp.build(checkpoint, args, world, trainable=[parts[part] for part in train])
+    model.set_recompute(args.recompute)
+    groups = {}  # weight decay on matrices only; the projector has its own rate
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own_rate = args.projector_lr is not None and name.startswith(parts["projector"])
+            lr = args.projector_lr if own_rate else args.lr
+            decay = args.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((lr, decay), []).append(parameter)
+    optimizer = torch.optim.AdamW([{"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
+                                   for (lr, decay), params in groups.items()],
+                                  betas=(0.9, args.adam_beta2), fused=True)
+    parameters = [parameter for params in groups.values() for parameter in params]
+    ref_model, of, reference = open_reference(model, steps, eval_steps, processor, args, world)
+    fsdp.begin_run(args, world)
+    reference = reference or make_reference(ref_model, of, steps, eval_steps, args, world)
+    del ref_model  # no second model stays in memory
+    done = fsdp.load_checkpoint(args, world, model, optimizer)
+    log = fsdp.Log(args, world, total, done, shown=("loss", "lr", "grad_norm", *FIGURES[3:5], "eval_loss"))
+    stop = fsdp.Stop()
+    log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters")
+
+    # loop
+    for step, micro_batches in enumerate(data.loader(steps, done, total, args.workers), done + 1):
+        factor = fsdp.schedule(step - 1, total, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
+        rows_of = steps.groups(step - 1)  # of each micro-batch, as indices of examples
+        count, tokens, columns = world.sum(
+            sum(map(len, rows_of)), sum(best_tokens(rows, examples) for rows in rows_of),
+            sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
+        sums = torch.zeros(1 + len(FIGURES), device=world.device)
+        for rows, batch in zip(rows_of, micro_batches):
+            losses, best, figures = forward(model, batch, rows, reference["training"], world, args)
+            sft_loss = -best / tokens
+            (losses / count + args.sft_coef * sft_loss).backward()
+            sums += torch.cat([sft_loss.detach()[None], figures / count])
+        grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        sft_loss, *figures = world.sum(*sums)
+        figures = dict(zip(FIGURES, figures))
+        figures["loss"] += args.sft_coef * sft_loss
+        figures |= {"sft_loss": sft_loss, "lr": optimizer.param_groups[-1]["lr"], "grad_norm": grad_norm}
+        seconds = log.seconds()
+
+        stopped, ended = stop.asked(world), step == total
+        if held_out and not stopped and (ended or args.eval_every and step % args.eval_every == 0):
+            figures |= evaluate(model, eval_steps, reference["held_out"], world, args)
+        log.step(step, columns, seconds, **figures)
+        if stopped or ended or args.save_every and step % args.save_every == 0:
+            fsdp.save_checkpoint(args, world, step, model, optimizer)
+        log.seconds()
+        if stopped:
+            log.say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
+            return
+    fsdp.export(model, processor, args, world)
+    log.say(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    fsdp.run(main)

@@ -1,0 +1,802 @@
+"""dpo.py: its equations by hand, its reference, a shared prompt against separate rows, runs as a user starts
+them, and what it keeps in memory.
+
+Everything is fp32 on the CPU unless a test says otherwise. Legend: A answers, B rows, K answers of a row.
+"""
+import functools
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from test_fsdp import after_step, assert_same_gradients, assert_same_trace, die, peak_of
+from tiny import PAIRS, RANKED, fork, inside
+
+import data
+import dpo
+import fsdp
+
+ORACLES = Path(__file__).resolve().parents[2] / "shared/oracles.json"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with two checkpoints, pictures, rows of two answers and rows of two to five."""
+    folder = tmp_path_factory.mktemp("dpo")
+    tiny.make_model(folder / "model")
+    tiny.make_model(folder / "other", seed=1)
+    tiny.make_images(folder / "images")
+    tiny.write_rows(folder / "pairs.json", PAIRS)
+    tiny.write_rows(folder / "ranked.json", RANKED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world():
+    """This process as a world of one."""
+    world = fsdp.launch(SimpleNamespace(replicas=1, images=""))
+    yield world
+    dist.destroy_process_group()
+
+
+def files(place, rows="pairs.json"):
+    return ["--model", place / "model", "--data", place / rows, "--images", place / "images", "--workers", 0]
+
+
+def arguments(*argv):
+    """What dpo.py makes of a command line."""
+    before, sys.argv = sys.argv, ["dpo.py", *map(str, argv)]
+    try:
+        return dpo.parse_args()
+    finally:
+        sys.argv = before
+
+
+def prepared(place, world, *argv, rows="ranked.json", trainable=()):
+    """→ a model, its processor, and the examples of a file of rows"""
+    args = arguments(*files(place, rows), *argv)
+    checkpoint = fsdp.open_checkpoint(args, world)
+    examples = fsdp.read_examples(args.data, "ranked", checkpoint.processor, args, world)
+    return fsdp.build(checkpoint, args, world, trainable), checkpoint.processor, examples
+
+
+# ---- equations ----
+
+# Three pairs, beta 0.1: h = (π_w − ref_w) − (π_l − ref_l) is 0, 10 and 20, so beta h is 0, 1 and 2
+POLICY = torch.tensor([[-0.5, -0.1], [-10.0, -30.0], [-1.0, -21.0]])
+REFERENCE = torch.tensor([[-0.5, -0.1], [-10.1, -20.1], [-0.1, -0.1]])
+LENGTH = torch.tensor([[5, 7], [8, 9], [4, 6]])
+S0, S1, S2 = (math.log(1 + math.exp(-x)) for x in (0, 1, 2))  # − log σ(x)
+# of h a token: 0.1/8 + 9.9/9 = 1.1125 and −0.9/4 + 20.9/6 = 3.258333
+EQUATIONS = {  # name in oracles.json: options, the three losses by hand
+    "dpo": ({}, [S0, S1, S2]),
+    "cdpo_label_smoothing_0.1": ({"label_smoothing": 0.1}, [S0, S1 + 0.1, S2 + 0.2]),  # − log σ(−x) = S + x
+    "robust_0.1 (TRL formula)": ({"loss": "robust", "label_smoothing": 0.1},
+                                 [S0, S1 - 0.1 / 0.8, S2 - 0.2 / 0.8]),
+    "hinge": ({"loss": "hinge"}, [1, 0, 0]),
+    "ipo_sum (eric-mitchell trainers.py)": ({"loss": "ipo"}, [25, 25, 225]),  # (h − 5)²
+    "ipo_len_norm (TRL formula; chosen_len=[5,8,4], rejected_len=[7,9,6])": (
+        {"loss": "ipo", "length_norm": True}, [25, 15.112656, 3.033403]),
+    "sigmoid_norm (TRL formula; same lens)": (
+        {"length_norm": True}, [S0, math.log(1 + math.exp(-0.11125)), math.log(1 + math.exp(-0.3258333))]),
+}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_losses_by_hand(name):
+    """dpo_loss on log-ratios, an answer's or a token's."""
+    options, expected = EQUATIONS[name]
+    options = dict(options)
+    logratio = (POLICY - REFERENCE) / (LENGTH if options.pop("length_norm", False) else 1)
+    losses = dpo.dpo_loss(logratio, torch.ones(3, 2, dtype=torch.bool), beta=0.1, **options)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.skipif(not ORACLES.is_file(), reason="no ../shared/oracles.json")
+def test_the_hand_is_the_oracle():
+    """The numbers above are those of other implementations."""
+    oracles = json.loads(ORACLES.read_text())
+    inputs = oracles["dpo_inputs"]
+    for name, tensor in (("policy", POLICY), ("ref", REFERENCE)):
+        stored = [inputs[f"{name}_chosen"], inputs[f"{name}_rejected"]]
+        assert torch.equal(torch.tensor(stored).T, tensor)
+    for name, (_, expected) in EQUATIONS.items():
+        assert oracles[name] == pytest.approx(expected, abs=2e-6), name
+    assert oracles["dpo_chosen_rewards"] == pytest.approx([0, 0.01, -0.09])
+    assert oracles["dpo_rejected_rewards"] == pytest.approx([0, -0.99, -2.09])
+
+
+def batch_of_pairs(processor, rows):
+    """Pairs of LENGTH, no pictures; and log-probabilities of their tokens whose sums are POLICY."""
+    examples = [data.Example(i, str(i), np.array([1, 9]), [np.arange(n) + 20 for n in LENGTH[i].tolist()],
+                             [np.ones(n, dtype=bool) for n in LENGTH[i].tolist()], []) for i in rows]
+    batch, weights = data.collate(examples, processor), torch.Generator().manual_seed(0)
+    parts = []
+    for total, n in zip(POLICY[rows].flatten(), LENGTH[rows].flatten()):
+        share = torch.rand(int(n), generator=weights)
+        parts.append(total * share / share.sum())
+    return batch, torch.cat(parts)
+
+
+class Said:
+    """In place of a model: log-probabilities as given."""
+
+    def __init__(self, logprob):
+        self.logprob = logprob
+
+    def vision_tower(self, pixels):
+        return pixels
+
+    def __call__(self, batch, features):
+        assert len(batch.target) == len(self.logprob)
+        return self.logprob
+
+
+@pytest.fixture(scope="module")
+def processor(place, world):
+    return fsdp.open_checkpoint(arguments(*files(place)), world).processor
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize("rows", [[0], [1], [2], [0, 1, 2]])
+def test_a_micro_batch_by_hand(name, rows, processor, world):
+    """forward: an answer's log-probability is the sum of its tokens', --length_norm divides by their number;
+    the rewards of the figures are never divided; the best answers' tokens are summed for the SFT term."""
+    options, expected = EQUATIONS[name]
+    args = SimpleNamespace(**{"beta": 0.1, "loss": "sigmoid", "label_smoothing": 0.0, "length_norm": False,
+                              **options})
+    batch, logprob = batch_of_pairs(processor, rows)
+    losses, best, figures = dpo.forward(Said(logprob), batch, rows, REFERENCE.tolist(), world, args)
+    figures = dict(zip(dpo.FIGURES, figures.tolist(), strict=True))
+    by_row = {
+        "loss": expected, "rewards/chosen": [0, 0.01, -0.09], "rewards/rejected": [0, -0.99, -2.09],
+        "rewards/accuracies": [0, 1, 1], "rewards/margins": [0, 1, 2], "logps/chosen": [-0.5, -10, -1],
+        "logps/rejected": [-0.1, -30, -21], "kl/chosen": [0, 0.1 / 8, -0.9 / 4],
+        "kl/rejected": [0, -9.9 / 9, -20.9 / 6]}
+    sums = {name: sum(values[i] for i in rows) for name, values in by_row.items()}
+    assert figures == pytest.approx(sums, rel=1e-5, abs=1e-5)
+    assert float(losses) == figures["loss"]
+    assert float(best) == pytest.approx(sums["logps/chosen"], rel=1e-5)
+
+
+def test_figures_of_more_answers_by_hand():
+    """Rows of two and three answers: rejected is the mean of the others, accuracy counts all pairs, padding
+    of a shorter row says nothing."""
+    policy, reference = torch.tensor([[3.0, 1.0, 0.0], [2.0, 6.0, 4.0]]), torch.zeros(2, 3)
+    kept = torch.tensor([[True, True, False], [True, True, True]])
+    length = torch.tensor([[3, 2, 0], [1, 2, 4]])
+    found = dpo.figures_of(torch.tensor([0.5, 0.25]), policy, reference, kept, length, beta=2.0)
+    expected = {
+        "loss": 0.75, "rewards/chosen": 6 + 4, "rewards/rejected": 2 + 10, "rewards/accuracies": 1 + 1 / 3,
+        "rewards/margins": 4 - 6, "logps/chosen": 5, "logps/rejected": 1 + 5, "kl/chosen": 1 + 2,
+        "kl/rejected": 1 / 2 + (3 + 1) / 2}
+    assert dict(zip(dpo.FIGURES, found.tolist(), strict=True)) == pytest.approx(expected)
+
+
+def random_logratios(B, K, seed=0):
+    return 5 * torch.randn(B, K, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_policy_is_reference(K):
+    """Log-ratios of 0: every ranking is equally likely, log K!; for two answers log 2."""
+    losses = dpo.dpo_loss(torch.zeros(1, K), torch.ones(1, K, dtype=torch.bool), beta=0.3)
+    assert losses.item() == pytest.approx(math.log(math.factorial(K)), rel=1e-6)
+
+
+def test_beta_to_zero():
+    """The loss tends to log 2, whatever the log-ratios, and its gradient to ∓ beta / 2."""
+    logratio = random_logratios(6, 2).requires_grad_()
+    losses = dpo.dpo_loss(logratio, torch.ones(6, 2, dtype=torch.bool), beta=1e-5)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([math.log(2)] * 6, abs=1e-4)
+    assert torch.allclose(logratio.grad / 1e-5, torch.tensor([-0.5, 0.5]).expand(6, 2), atol=1e-4)
+
+
+def test_two_ranked_answers_are_a_pair():
+    """Plackett–Luce of two is − log σ(beta h), with the gradient − beta σ(−beta h) (Eq. 7 and after)."""
+    logratio = random_logratios(6, 2).requires_grad_()
+    losses = dpo.dpo_loss(logratio, torch.ones(6, 2, dtype=torch.bool), beta=0.3)
+    h = (logratio[:, 0] - logratio[:, 1]).detach()
+    torch.testing.assert_close(losses.detach(), -F.logsigmoid(0.3 * h))
+    losses.sum().backward()
+    torch.testing.assert_close(logratio.grad[:, 0], -0.3 * torch.sigmoid(-0.3 * h))
+
+
+def test_three_ranked_answers_by_hand():
+    """Weights 3, 2, 1: P(best to worst) = 3/6 · 2/3 · 1/1 = 1/3, and the other way round 1/6 · 2/5 = 1/15.
+    The probabilities of all six orders sum to 1."""
+    weights, kept = torch.tensor([3.0, 2.0, 1.0]), torch.ones(6, 3, dtype=torch.bool)
+    orders = torch.stack([weights[list(order)] for order in itertools.permutations(range(3))])
+    p = (-dpo.dpo_loss(orders.log() / 0.1, kept, beta=0.1)).exp()
+    assert p[0].item() == pytest.approx(1 / 3) and p[-1].item() == pytest.approx(1 / 15)
+    assert len(p.unique()) == 6 and p.sum().item() == pytest.approx(1)
+
+
+def test_answers_that_are_not_there_say_nothing():
+    """A row of two padded to five: the same loss, no gradient at the padding, no NaN."""
+    logratio = random_logratios(1, 5).requires_grad_()
+    kept = torch.tensor([[True, True, False, False, False]])
+    loss = dpo.dpo_loss(logratio, kept, beta=0.3)
+    torch.testing.assert_close(loss, dpo.dpo_loss(logratio[:, :2], kept[:, :2], beta=0.3))
+    loss.backward()
+    assert logratio.grad[0, :2].all() and not logratio.grad[0, 2:].any()
+
+
+def test_ipo_wants_a_margin():
+    """IPO is least, with gradient 0, at h = 1 / (2 beta): 5 for beta 0.1."""
+    logratio = torch.tensor([[3.0, -2.0]], requires_grad=True)
+    loss = dpo.dpo_loss(logratio, torch.ones(1, 2, dtype=torch.bool), beta=0.1, loss="ipo")
+    loss.backward()
+    assert loss.item() == 0 and not logratio.grad.any()
+
+
+def test_robust_is_unbiased():
+    """Labels flipped at the rate 0.1: in the mean the robust loss is the plain one of the true labels."""
+    logratio, kept = random_logratios(6, 2), torch.ones(6, 2, dtype=torch.bool)
+    true, flipped = (dpo.dpo_loss(x, kept, 0.3, "robust", 0.1) for x in (logratio, logratio.flip(1)))
+    torch.testing.assert_close(0.9 * true + 0.1 * flipped, dpo.dpo_loss(logratio, kept, 0.3))
+
+
+# ---- one row, or a row an answer ----
+
+def gathered_gradients(model):
+    found = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def loss_of_separate_rows(model, processor, examples, reference, beta, tokens):
+    """The loss of a step with every answer in a row of its own, from its definition: Eq. 20 and sft_coef
+    0.5."""
+    loss = 0.0
+    for example, given in zip(examples, reference):
+        logratio = []
+        for k, (answer, kept) in enumerate(zip(example.answers, example.kept)):
+            one = data.Example(0, "", example.prompt, [answer], [kept], example.images)
+            batch = data.collate([one], processor)
+            assert batch.causal
+            logprob = model(batch, model.vision_tower(batch.pixels))
+            logratio.append(beta * (logprob.sum() - given[k]))
+            loss = loss - 0.5 * logprob.sum() / tokens if k == 0 else loss
+        for k in range(len(logratio)):
+            loss = loss - (logratio[k] - torch.stack(logratio[k:]).logsumexp(0)) / len(examples)
+    return loss
+
+
+@pytest.mark.parametrize("rows", [[0], [2], [3], [2, 3, 0, 4, 6]], ids=str)
+def test_a_shared_prompt_is_separate_rows(rows, place, world):
+    """Two, three and five answers of unequal lengths, two pictures, padding, activations recomputed: loss
+    and every gradient are those of a row an answer. Each distinct picture passes the tower once."""
+    model, processor, examples = prepared(place, world, trainable=[
+        "vision_tower.", "multi_modal_projector.", "language_model."])
+    examples = [examples[i] for i in rows]
+    draw = np.random.default_rng(0)
+    reference = [(-40 * draw.random(len(example.answers))).tolist() for example in examples]
+    tokens = dpo.best_tokens(range(len(rows)), examples)
+    seen = []
+    model.vision_tower.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    batch = data.collate(examples, processor)
+    model.set_recompute(True)
+    args = SimpleNamespace(beta=0.05, loss="sigmoid", label_smoothing=0.0, length_norm=False)
+    losses, best, _ = dpo.forward(model, batch, range(len(rows)), reference, world, args)
+    loss = losses / len(rows) - 0.5 * best / tokens
+    loss.backward()
+    shared = gathered_gradients(model)
+    assert seen == [max(1, len({path for example in examples for path in example.images}))]
+
+    model.set_recompute(False)
+    expected = loss_of_separate_rows(model, processor, examples, reference, 0.05, tokens)
+    expected.backward()
+    separate = gathered_gradients(model)
+    assert len(seen) == 1 + sum(len(example.answers) for example in examples)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    unreached = ("vision_tower.vision_model.post_layernorm", "vision_tower.vision_model.encoder.layers.1.")
+    assert shared.keys() == {name for name, _ in model.named_parameters() if not name.startswith(unreached)}
+    assert_same_gradients(shared, separate)
+
+
+def test_the_logprobs_are_those_of_separate_rows(place, world):
+    """Every token's log-probability, to 1e-5, and the padding after them does not matter."""
+    model, processor, examples = prepared(place, world)
+    with torch.no_grad():
+        batch = data.collate(examples, processor)
+        logprob, total, length = dpo.answer_logprobs(model, batch, model.vision_tower(batch.pixels))
+        start = 0
+        for a, (example, k) in enumerate((e, k) for e in examples for k in range(len(e.answers))):
+            one = data.Example(0, "", example.prompt, [example.answers[k]], [example.kept[k]], example.images)
+            one = data.collate([one], processor)
+            expected = model(one, model.vision_tower(one.pixels))
+            torch.testing.assert_close(logprob[start:start + len(expected)], expected, rtol=1e-5, atol=1e-5)
+            assert total[a].item() == pytest.approx(expected.sum().item(), rel=1e-5)
+            assert length[a] == len(expected) == len(example.answers[k])
+            start += len(expected)
+    fsdp.reshard(model)
+    assert start == len(logprob)
+
+
+# ---- runs ----
+
+def test_a_user_prefers(place, tmp_path):
+    """python dpo.py, with worker processes: step 1 meets the reference, log 2 and margins of 0; the margins
+    grow; the export can be tuned on."""
+    out = tmp_path / "out"
+    done = tiny.command("dpo", *files(place)[:-2], "--out", out, "--eval_data", place / "pairs.json",
+                        "--workers", 1, "--batch_size", 7, "--micro_batch", 2, "--max_steps", 10, "--lr",
+                        "1e-3", "--warmup", 2, "--sft_coef", 0.5, "--recompute")
+    assert done.code == 0, done.err
+    assert "Traceback" not in done.err and "Warning" not in done.err
+    first, *_, last = tiny.log(out)
+    assert abs(first["loss"] - math.log(2) - 0.5 * first["sft_loss"]) < 1e-5
+    assert abs(first["rewards/margins"]) < 1e-5 and abs(first["rewards/chosen"]) < 1e-5
+    assert last["eval_rewards/margins"] > 0.5 and last["eval_rewards/accuracies"] > 0.5
+    assert last["loss"] < first["loss"]
+    assert [line["step"] for line in tiny.log(out) if "eval_loss" in line] == [10]
+    assert {f"eval_{name}" for name in dpo.FIGURES} < last.keys()
+    assert "rewards/margins" in done.out and f"wrote {out}" in done.out
+    again = fork("dpo", *files(place), "--model", out, "--out", tmp_path / "again", "--max_steps", 1)
+    assert again.code == 0, again.err
+    one = tiny.log(tmp_path / "again")[0]
+    assert one["logps/chosen"] == pytest.approx(last["eval_logps/chosen"], rel=1e-4)
+
+
+def test_step_one_of_ranked_rows(place, world, tmp_path):
+    """Rows of two, three and five answers: the mean of log K!, no margin; to the last bit, for the
+    reference's batches are those of the first epoch, in bf16 as well."""
+    sizes = [len(row["conversations"][-1]["value"]) for row in RANKED]
+    for dtype in ("fp32", "bf16"):
+        inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / dtype, "--batch_size", 3,
+               "--micro_batch", 2, "--epochs", 1, "--lr", 0, "--dtype", dtype)
+        lines = tiny.log(tmp_path / dtype)
+        assert len(lines) == 3
+        losses = sum(line["loss"] * n for line, n in zip(lines, (3, 3, 1)))
+        assert losses == pytest.approx(sum(math.log(math.factorial(K)) for K in sizes), rel=1e-6)
+        assert all(line[f"rewards/{of}"] == 0 for line in lines for of in ("chosen", "rejected", "margins"))
+
+
+def test_the_sft_term_is_sfts_loss(place, world, tmp_path):
+    """sft_loss of step 1 is the loss of sft.py on the best answers; with a vanishing beta the whole gradient
+    is, too."""
+    single = [row for row in PAIRS if len(row["conversations"]) == 2]  # sft.py also learns earlier turns
+    tiny.write_rows(tmp_path / "pairs.json", single)
+    tiny.write_rows(tmp_path / "best.json", tiny.best(single, 1))
+    step = ["--batch_size", 6, "--micro_batch", 2, "--max_steps", 2, "--lr", "1e-3"]
+    inside("sft", *files(place), "--data", tmp_path / "best.json", "--out", tmp_path / "sft", *step)
+    inside("dpo", *files(place), "--data", tmp_path / "pairs.json", "--out", tmp_path / "dpo", *step,
+           "--beta", "1e-7", "--sft_coef", 1)
+    for ours, theirs in zip(tiny.log(tmp_path / "dpo"), tiny.log(tmp_path / "sft"), strict=True):
+        assert ours["sft_loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["loss"] == pytest.approx(theirs["loss"] + math.log(2), rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_the_pictures_pass_the_tower_once(place, world, tmp_path, monkeypatch):
+    """In the whole run: a pass of the reference and one a step, each with the distinct pictures of its micro-
+    batch (two rows show p0.png)."""
+    from model import CLIPVision
+    seen, forward = [], CLIPVision.forward
+    monkeypatch.setattr(CLIPVision, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / "out", "--batch_size", 7, "--micro_batch",
+           7, "--max_steps", 2, "--recompute")
+    assert seen == [5] * 3
+
+
+def test_evaluation_is_a_mean_over_rows(place, world, tmp_path):
+    """Seven held-out rows in batches of three, the last of one row, are the figures of one step of seven."""
+    step = ["--ref_model", place / "other", "--lr", 0, "--max_steps", 1]
+    for name, options in {"one": ["--batch_size", 7, "--micro_batch", 7],
+                          "parts": ["--batch_size", 3, "--micro_batch", 2]}.items():
+        inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / name, "--eval_data",
+               place / "ranked.json", *step, *options)
+    one, parts = (tiny.log(tmp_path / name)[0] for name in ("one", "parts"))
+    for name in dpo.FIGURES:
+        assert parts[f"eval_{name}"] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
+    assert one["rewards/margins"] != parts["rewards/margins"]
+
+
+# ---- the reference ----
+
+def stored(path):
+    return json.loads(Path(path).read_text())
+
+
+ONE_STEP = ["--max_steps", 1, "--batch_size", 3, "--micro_batch", 2]
+
+
+def test_the_file_is_a_resident_reference(place, world, tmp_path):
+    """Its values are those of a second model in memory, on the same batches; and, each answer alone,
+    transformers'."""
+    inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / "out", *ONE_STEP, "--eval_data",
+           place / "pairs.json")
+    model, processor, examples = prepared(place, world)
+    steps = data.Steps(examples, processor, 3, 2, 0, 1)
+    saved = stored(tmp_path / "out" / "reference.json")
+    for step in range(len(steps)):
+        for rows, batch in zip(steps.groups(step), steps[step]):
+            with torch.no_grad():
+                _, resident, _ = dpo.answer_logprobs(model, batch, model.vision_tower(batch.pixels))
+            values = [value for i in rows for value in saved["training"][i]]
+            assert values == pytest.approx(resident.tolist(), rel=1e-6)
+    peer = tiny.hf.LlavaForConditionalGeneration.from_pretrained(place / "model").eval()
+    for example, *values in zip(examples, saved["training"], saved["held_out"], strict=True):
+        pictures = [processor.pixels(path) for path in example.images]
+        pictures = {"pixel_values": torch.stack(pictures)} if pictures else {}
+        expected = []
+        for answer in example.answers:
+            ids = torch.from_numpy(np.concatenate([processor.expand(example.prompt), answer])).long()
+            with torch.no_grad():
+                logp = peer(input_ids=ids[None], **pictures).logits[0].log_softmax(-1)
+            expected.append(sum(float(logp[i - 1, ids[i]]) for i in range(len(ids) - len(answer), len(ids))))
+        assert values[0] == pytest.approx(expected, rel=1e-5)
+        assert values[1] == pytest.approx(expected[:2], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def kept(place, world):
+    """A reference file of its own, and what it was made with."""
+    inside("dpo", *files(place), "--out", place / "kept", *ONE_STEP, "--reference", place / "kept.json")
+    assert not (place / "kept" / "reference.json").exists()
+    return place / "kept.json"
+
+
+def another_model(place, folder):
+    """One number of one matrix is another."""
+    tiny.shutil.copytree(place / "model", folder / "model")
+    tensors = load_file(folder / "model" / "model.safetensors")
+    tensors["language_model.model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-3
+    save_file(tensors, folder / "model" / "model.safetensors", {"format": "pt"})
+    return ["--model", folder / "model"]
+
+
+def another_answer(place, folder):
+    rows = json.loads(json.dumps(PAIRS))
+    rows[5]["conversations"][-1]["value"][1] = "a curious picture."
+    return ["--data", tiny.write_rows(folder / "rows.json", rows)]
+
+
+def another_order(place, folder):
+    rows = json.loads(json.dumps(PAIRS))
+    rows[5]["conversations"][-1]["value"].reverse()
+    return ["--data", tiny.write_rows(folder / "rows.json", rows)]
+
+
+def another_picture(place, folder):
+    rows = json.loads(json.dumps(PAIRS))
+    rows[5]["image"] = "p5.png"
+    return ["--data", tiny.write_rows(folder / "rows.json", rows)]
+
+
+def another_norm(place, folder):
+    """The same numbers in another order."""
+    tiny.shutil.copytree(place / "model", folder / "model")
+    tensors = load_file(folder / "model" / "model.safetensors")
+    tensors["language_model.model.norm.weight"] = tensors["language_model.model.norm.weight"].flip(0)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model" / "model.safetensors", {"format": "pt"})
+    return ["--model", folder / "model"]
+
+
+STALE = {
+    "model": another_model, "answer": another_answer, "order": another_order, "picture": another_picture,
+    "fewer rows": lambda place, folder: ["--data", tiny.write_rows(folder / "rows.json", PAIRS[:-1])],
+    "held-out rows": lambda place, folder: ["--eval_data", place / "pairs.json"],
+    "reference model": lambda place, folder: ["--ref_model", place / "other"],
+    "template": lambda place, folder: ["--template", "llama2"],
+    "max_len": lambda place, folder: ["--max_len", 1000],
+    "image mode": lambda place, folder: ["--image_mode", "pad"],
+    "dtype": lambda place, folder: ["--dtype", "bf16"],
+}
+
+
+@pytest.mark.parametrize("what", [*STALE, "norm"])
+def test_a_stale_reference_is_refused(what, place, kept, world, tmp_path):
+    """Another model, other data or another way to read them: an error, and the file is left as it is."""
+    before = kept.read_bytes()
+    with pytest.raises(ValueError, match="reference log-probabilities of another model, data, template"):
+        inside("dpo", *files(place), "--out", tmp_path / "out", *ONE_STEP, "--reference", kept,
+               *{**STALE, "norm": another_norm}[what](place, tmp_path))
+    assert kept.read_bytes() == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stale_reference_is_one_error(ranks, place, kept, tmp_path):
+    """As a user sees it: the file, what is wrong and what to do; no traceback, and no rank hangs."""
+    done = fork("dpo", *files(place), "--out", tmp_path / "out", *ONE_STEP, "--reference", kept, "--max_len",
+                1000, ranks=ranks)
+    assert done.code == 2 and "Traceback" not in done.err
+    assert done.error.startswith(f"{kept}: holds none or reference log-probabilities of another")
+    assert "remove it, or give --reference another file" in done.error
+
+
+def test_a_reference_that_fits_is_used(place, kept, world, tmp_path, monkeypatch):
+    """No pass is run and the file is not written; its very values are used, for other losses, seeds, rates
+    and parts trained, too."""
+    saved = stored(kept)
+    for row in saved["training"]:
+        row[0] -= 3  # as if the reference liked the best answers less by 3 nats
+    doctored = tmp_path / "doctored.json"
+    doctored.write_text(json.dumps(saved))
+    before, stamp = doctored.read_bytes(), os.stat(doctored).st_mtime_ns
+    monkeypatch.setattr(dpo, "reference_pass", None)
+    for i, options in enumerate([[], ["--loss", "hinge", "--seed", 5], ["--train", "llm", "--lr", 0.01],
+                                 ["--lora_rank", 2, "--micro_batch", 1]]):
+        inside("dpo", *files(place), "--out", tmp_path / f"out{i}", *ONE_STEP, "--beta", 0.5,
+               "--reference", doctored, *options)
+        first = tiny.log(tmp_path / f"out{i}")[0]
+        assert first["rewards/chosen"] == pytest.approx(1.5, abs=1e-4)
+        assert first["rewards/rejected"] == pytest.approx(0, abs=1e-4)
+    assert doctored.read_bytes() == before and os.stat(doctored).st_mtime_ns == stamp
+
+
+def test_another_reference_model(place, world, tmp_path):
+    """--ref_model: the numbers are those that the other model has as its own reference."""
+    inside("dpo", *files(place), "--out", tmp_path / "out", *ONE_STEP, "--ref_model", place / "other")
+    inside("dpo", *files(place), "--out", tmp_path / "own", *ONE_STEP, "--model", place / "other")
+    inside("dpo", *files(place), "--out", tmp_path / "self", *ONE_STEP, "--ref_model", place / "model")
+    inside("dpo", *files(place), "--out", tmp_path / "plain", *ONE_STEP)
+    out, own, self, plain = (stored(tmp_path / name / "reference.json")
+                             for name in ("out", "own", "self", "plain"))
+    assert out == own and self == plain and out["fingerprint"] != plain["fingerprint"]
+    values, others = (torch.tensor(file["training"]) for file in (out, plain))
+    assert ((values - others).abs() > 1e-2).all()
+    assert abs(tiny.log(tmp_path / "out")[0]["rewards/margins"]) > 1e-2
+    assert tiny.log(tmp_path / "self") == tiny.log(tmp_path / "plain")
+
+
+def test_a_reference_model_of_another_tokenizer(place, tmp_path):
+    """Its log-probabilities would be of other tokens: an error, and --out is not there or holds no run."""
+    tiny.shutil.copytree(place / "model", tmp_path / "foreign")
+    file = tmp_path / "foreign" / "tokenizer.json"
+    words = json.loads(file.read_text())
+    vocab = words["model"]["vocab"]
+    a, b = "<0x41>", "<0x42>"
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    file.write_text(json.dumps(words))
+    done = fork("dpo", *files(place), "--out", tmp_path / "out", *ONE_STEP, "--ref_model",
+                tmp_path / "foreign")
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+    assert done.error.startswith(f"{tmp_path / 'foreign'}: its tokenizer is not that of {place / 'model'}")
+    assert not (tmp_path / "out" / "reference.json").exists()
+
+
+def test_a_reference_model_of_another_picture_size(place, world, tmp_path):
+    """The batches hold the policy's pictures, which this tower cannot take: an error that says so."""
+    (tmp_path / "larger").mkdir()
+    config = tiny.llava_config(tiny.make_tokenizer(tmp_path / "larger"))
+    config.vision_config, config.image_seq_length = tiny.clip_config(image_size=24), 9
+    peer = tiny.randomise(tiny.hf.LlavaForConditionalGeneration(config))
+    config.save_pretrained(tmp_path / "larger")
+    tiny.write(tmp_path / "larger", tiny.named(peer, tiny.HUB))
+    tiny.write_processor(tmp_path / "larger")
+    with pytest.raises(ValueError, match="larger"):
+        inside("dpo", *files(place), "--out", tmp_path / "out", *ONE_STEP, "--ref_model", tmp_path / "larger")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"lr": 1}'])
+def test_a_file_that_is_no_reference(text, place, world, tmp_path):
+    """--reference on another JSON file, the rows for instance: an error that names it."""
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match="other.json"):
+        inside("dpo", *files(place), "--out", tmp_path / "out", *ONE_STEP, "--reference",
+               tmp_path / "other.json")
+
+
+def test_overwrite_makes_the_reference_anew(place, world, tmp_path):
+    """The default file belongs to the run: --overwrite with other data or another model is no stale file."""
+    out = tmp_path / "out"
+    inside("dpo", *files(place), "--out", out, *ONE_STEP)
+    first = stored(out / "reference.json")
+    inside("dpo", *files(place, "ranked.json"), "--out", out, *ONE_STEP, "--overwrite")
+    second = stored(out / "reference.json")
+    assert first["fingerprint"] != second["fingerprint"]
+    assert [len(row) for row in second["training"]] == [2, 3, 2, 5, 2, 2, 2]
+
+
+@pytest.mark.parametrize("wrong", ["stale file", "no such model"])
+def test_a_refused_reference_costs_nothing(wrong, place, kept, world, tmp_path):
+    """What is wrong with --reference or --ref_model is said before --overwrite clears an earlier run."""
+    out = tmp_path / "out"
+    inside("dpo", *files(place), "--out", out, *ONE_STEP, "--reference", kept)
+    before = (out / "model.safetensors").read_bytes()
+    options = {"stale file": ["--reference", kept, "--max_len", 1000],
+               "no such model": ["--ref_model", place / "images"]}[wrong]
+    with pytest.raises(ValueError, match="reference log-probabilities of another|no config.json"):
+        inside("dpo", *files(place), "--out", out, *ONE_STEP, "--overwrite", *options)
+    assert (out / "model.safetensors").exists() and (out / "model.safetensors").read_bytes() == before
+
+
+# ---- two ranks and one, killed and resumed ----
+
+FIVE = ["--max_steps", 5, "--lr", "2e-3", "--beta", 0.1, "--save_every", 0]
+CASES = {
+    "ranked": ["--data", "ranked.json", "--batch_size", 5, "--micro_batch", 2],  # rank 1's second has no row
+    "one row": ["--data", "ranked.json", "--batch_size", 1, "--micro_batch", 1],  # rank 1 has no row at all
+    "pairs": ["--data", "pairs.json", "--batch_size", 6, "--micro_batch", 2, "--sft_coef", 0.5],
+    "evaluated": ["--data", "pairs.json", "--batch_size", 6, "--micro_batch", 2, "--sft_coef", 0.5,
+                  "--eval_data", "ranked.json", "--eval_every", 2],
+    "ipo": ["--data", "pairs.json", "--batch_size", 5, "--micro_batch", 2, "--loss", "ipo", "--length_norm",
+            "--ref_model", "other"],
+}
+
+
+def run_cases(place, ranks):
+    os.chdir(place)
+    start = ["--model", "model", "--images", "images", "--workers", 0, *FIVE]
+    fsdp.launch(SimpleNamespace(replicas=1, images=""))  # one process group for all
+    tiny.one_by_one([("dpo", [*start, *CASES[case], "--out", f"{case}-{ranks}"]) for case in CASES])
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(place):
+    """Every case on one rank and on two. → (case, ranks) → its folder"""
+    done = {ranks: tiny.spread(functools.partial(run_cases, place, ranks), ranks) for ranks in (1, 2)}
+
+    def folder(case, ranks):
+        assert (place / f"{case}-{ranks}" / "model.safetensors").exists(), done[ranks].err
+        return place / f"{case}-{ranks}"
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_do_what_one_does(case, runs):
+    """Losses, figures and gradient norms of five steps are equal to rounding, with unequal numbers of
+    answers, empty micro-batches and a rank without a row; and the reference is the same."""
+    one, two = (tiny.log(runs(case, ranks)) for ranks in (1, 2))
+    assert_same_trace(two, one)
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+    one, two = (stored(runs(case, ranks) / "reference.json") for ranks in (1, 2))
+    assert one["fingerprint"] == two["fingerprint"]
+    for part in ("training", "held_out"):
+        for a, b in zip(one[part], two[part], strict=True):
+            assert a == pytest.approx(b, rel=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_evaluation_between_steps_changes_nothing(ranks, runs):
+    """--eval_every 2 of five steps: figures at 2, 4 and 5; all else is bit for bit that of a run without."""
+    trace = tiny.log(runs("evaluated", ranks))
+    assert [line["step"] for line in trace if "eval_loss" in line] == [2, 4, 5]
+    assert trace[-1]["eval_rewards/margins"] != trace[1]["eval_rewards/margins"]
+    trace = [{k: v for k, v in line.items() if not k.startswith("eval_")} for line in trace]
+    assert trace == tiny.log(runs("pairs", ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_trained_moves(ranks, place, runs):
+    """After the reference's pass without gradients, too: all of projector and LLaMA, nothing of the tower."""
+    before = load_file(place / "model" / "model.safetensors")
+    after = load_file(runs("pairs", ranks) / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if not name.startswith("vision_tower.")}
+
+
+def resumable(place, out, *argv, ranks=1, prepare=None):
+    argv = [*files(place, "ranked.json"), "--out", out, "--batch_size", 3, "--micro_batch", 2, "--max_steps",
+            5, "--lr", "3e-3", "--save_every", 1, "--eval_data", place / "pairs.json", "--eval_every", 2,
+            *argv]
+    return fork("dpo", *argv, ranks=ranks, prepare=prepare)
+
+
+def die_before_the_reference_is_written():
+    fsdp.write_json = lambda path, value, write=fsdp.write_json: (
+        die() if str(path).endswith("reference.json") else write(path, value))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place):
+    @functools.cache
+    def run(ranks):
+        done = resumable(place, place / f"uninterrupted-{ranks}", ranks=ranks)
+        assert done.code == 0, done.err
+        assert len(tiny.log(place / f"uninterrupted-{ranks}")) == 5
+        return place / f"uninterrupted-{ranks}"
+    return run
+
+
+@pytest.mark.parametrize("kill, ranks", [
+    ("in training", 1), ("in training", 2), ("in training, the reference lost", 1),
+    ("in the reference pass", 1)])
+def test_killed_and_resumed_is_uninterrupted(kill, ranks, place, uninterrupted, tmp_path):
+    """kill -9, then --resume: log and weights bit for bit. A reference that was whole is not made again; one
+    that is not there is, from the weights before the first step."""
+    out, prepare, before = tmp_path / "out", functools.partial(after_step, 4, die), None
+    file = out / "reference.json"
+    if kill == "in the reference pass":
+        prepare = die_before_the_reference_is_written
+    done = resumable(place, out, ranks=ranks, prepare=prepare)
+    assert done.code == -signal.SIGKILL, done.err
+    assert file.exists() == (kill != "in the reference pass")
+    assert fsdp.checkpoint_steps(out) == ([3] if file.exists() else [])
+    if kill == "in training":
+        before = os.stat(file).st_mtime_ns
+    elif file.exists():
+        os.remove(file)
+    done = resumable(place, out, "--resume", ranks=ranks)
+    assert done.code == 0, done.err
+    assert before in (None, os.stat(file).st_mtime_ns)
+    assert tiny.log(out) == tiny.log(uninterrupted(ranks))
+    assert stored(file) == stored(uninterrupted(ranks) / "reference.json")
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (uninterrupted(ranks) / name).read_bytes()
+
+
+# ---- memory ----
+
+def measure(folder):
+    """Writes the peak of a forward and backward pass over 4 rows of 200 targets."""
+    args = arguments("--model", folder, "--data", "none")
+    world = fsdp.launch(args)
+    checkpoint = fsdp.open_checkpoint(args, world)
+    model = fsdp.build(checkpoint, args, world, trainable=["multi_modal_projector.", "language_model."])
+    ids = np.arange(3, 103)
+    examples = [data.Example(i, "", ids[:20], [ids, ids[::-1]], [ids > 0] * 2, []) for i in range(4)]
+    batch = data.collate(examples, checkpoint.processor)
+    assert len(batch.target) == 800
+
+    def step():
+        losses, best, _ = dpo.forward(model, batch, range(4), [[0.0, 0.0]] * 4, world, args)
+        (losses - best / 400).backward()
+        return losses
+    peak, loss = peak_of(step)
+    assert loss.isfinite()
+    fsdp.write_json(str(folder / "peak.json"), peak)
+    dist.destroy_process_group()
+
+
+def test_memory_grows_by_the_head_only(tmp_path):
+    """Vocabularies of 32k and 128k, width 32: the peak differs by a few copies of embedding and head (weights
+    unsharded, gradients, their reduction), 25 MB a copy of both, and not by 800 tokens times vocabulary: a
+    single copy of those logits would be 315 MB, and a forward and backward pass over them makes several."""
+    peaks = {}
+    for vocab in (2**15, 2**17):
+        tiny.make_model(tmp_path / str(vocab), vocab_size=vocab)
+        done = tiny.spread(functools.partial(measure, tmp_path / str(vocab)), 1)
+        assert done.code == 0, done.err
+        peaks[vocab] = stored(tmp_path / str(vocab) / "peak.json")
+    matrices, logits = 2 * (2**17 - 2**15) * 32 * 4, 800 * (2**17 - 2**15) * 4
+    assert peaks[2**15] > 3 * 2 * 2**15 * 32 * 4  # the measurement sees weights and gradients
+    assert peaks[2**17] - peaks[2**15] < 8 * matrices < logits, (peaks, matrices)
+
+
+# ---- what a user sees ----
+
+def spoiled(place):
+    tiny.write_rows(place / "single.json", [*PAIRS, tiny.row(7, None, "no?", ["yes"])])
+    return place
+
+
+WRONG = {
+    "one answer": (["--data", "{}/single.json"], "(id row 7): got 1 answer, need 2 or more, best first"),
+    "ipo": (["--data", "{}/ranked.json", "--loss", "ipo"], "row 1 (id row 1): got 3 answers, need two; only"),
+    "smoothed": (["--data", "{}/ranked.json", "--label_smoothing", 0.1], "(id row 1): got 3 answers, need"),
+    "held-out": (["--eval_data", "{}/ranked.json", "--loss", "hinge"], "(id row 1): got 3 answers, need two"),
+    "smoothing": (["--label_smoothing", 0.7], "got --label_smoothing 0.7 with --loss sigmoid, need 0 … 0.5"),
+    "smooth hinge": (["--loss", "hinge", "--label_smoothing", 0.1], "0.1 with --loss hinge, need 0 … 0.5"),
+    "beta": (["--beta", 0], "got --beta 0.0, need more than 0"),
+    "loss": (["--loss", "kto"], "argument --loss: invalid choice: 'kto'"),
+    "part": (["--train", "head"], "got --train head, need any of projector,llm,vision"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_said(wrong, place, tmp_path):
+    """The last line on the terminal says it, the exit code is 2, and --out is not there."""
+    options, message = WRONG[wrong]
+    options = [str(option).format(spoiled(place)) for option in options]
+    done = fork("dpo", *files(place), "--out", tmp_path / "out", "--max_steps", 1, *options)
+    assert message in done.error, done.err
+    assert done.code == 2 and "Traceback" not in done.err and done.err.count("error: ") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,720 @@
+"""rm.py: its loss by hand, shared rows against rows of their own, what a run leaves, kill and resume, two
+ranks against one.
+
+A run is rm.py's own main, in forked processes (tiny.py), in fp32 on the CPU, over gloo. Scores of an exported
+model are compared with those that transformers' hidden states and score.safetensors give.
+
+Legend: A answers, B rows, K most answers of a row, D width.
+"""
+import functools
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from test_fsdp import after_step, assert_same_gradients, assert_same_trace, die, options, reload
+from tiny import fork
+
+import data
+import fsdp
+import rm
+
+ROWS = [*tiny.RANKED,  # two, three and five answers, two pictures; and a margin, four answers, three
+        {**tiny.row(7, "p5.png", "What is it?", ["a green star", "a picture, a star"]), "margin": 0.75},
+        tiny.row(8, "p0.png", "Describe it in detail.", ["a red circle " * 3, "no", "star", "yes, an image"]),
+        tiny.row(9, None, "no?", "yes", "yes?", ["a human gives answers.", "no", "yes, yes"])]
+
+ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles.json"
+PARTS = {"projector": "multi_modal_projector.", "llm": "language_model.model.", "vision": "vision_tower."}
+UNREACHED = ("vision_tower.vision_model.post_layernorm", "vision_tower.vision_model.encoder.layers.1.")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a checkpoint, pictures and ranked rows."""
+    folder = tmp_path_factory.mktemp("rm")
+    tiny.make_model(folder / "model")
+    tiny.make_model(folder / "tied", tie_word_embeddings=True)
+    tiny.make_images(folder / "images")
+    tiny.write_rows(folder / "pairs.json", ROWS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world():
+    """This process as a world of one."""
+    world = fsdp.launch(options())
+    yield world
+    dist.destroy_process_group()
+
+
+def read(place, processor, rows=ROWS):
+    conversations = [(i, data.read_row(one, str(place / "images"), 2)) for i, one in enumerate(rows)]
+    return data.build_examples(conversations, processor, "ranked")[0]
+
+
+def build(folder, world, trainable=(), **changes):
+    """A checkpoint folder's model with a scalar head, and its processor."""
+    args = options(model=str(folder), **changes)
+    checkpoint = fsdp.open_checkpoint(args, world)
+    return fsdp.build(checkpoint, args, world, trainable, score=True), checkpoint.processor
+
+
+def scores_of(model, batch):
+    return model.scores(batch, model.vision_tower(batch.pixels), batch.last)
+
+
+@torch.no_grad()
+def row_scores(model, examples, processor):
+    """Each row's scores, a pass a row → list of tensors."""
+    found = [scores_of(model, data.collate([example], processor)) for example in examples]
+    fsdp.reshard(model)
+    return found
+
+
+def ranked(*rows):
+    """Rows of scores, best first → scores [B, K] with absent answers 0, and which there are."""
+    K = max(map(len, rows))
+    scores = torch.tensor([[*row, *[0.0] * (K - len(row))] for row in rows])
+    return scores, torch.tensor([[True] * len(row) + [False] * (K - len(row)) for row in rows])
+
+
+def loss_of(*rows, margin=None, center=0.0):
+    return float(rm.rm_loss(*ranked(*rows), torch.tensor(margin or [0.0] * len(rows)), center))
+
+
+# ---- the loss ----
+
+def test_two_answers_are_bradley_terry():
+    """−log σ(r_1 − r_2): σ(1) and σ(−0.5), as TRL and torchtune have it for these two pairs."""
+    assert loss_of([1.0, 0.0]) == pytest.approx(0.313262, abs=1e-6)
+    assert loss_of([0.0, 0.5]) == pytest.approx(0.974077, abs=1e-6)
+    assert loss_of([1.0, 0.0], [0.0, 0.5]) / 2 == pytest.approx(0.643669, abs=1e-6)
+    assert loss_of([3.0, 3.0]) == pytest.approx(math.log(2))
+    for better, worse in torch.randn(20, 2, generator=torch.Generator().manual_seed(0)).mul(4).tolist():
+        assert loss_of([better, worse]) == pytest.approx(math.log1p(math.exp(worse - better)), abs=1e-6)
+
+
+@pytest.mark.skipif(not ORACLES.exists(), reason="needs ../shared/oracles.json")
+def test_two_answers_are_the_oracles():
+    oracle = json.loads(ORACLES.read_text())["rm_pairwise"]
+    pairs = [*zip(oracle["chosen"], oracle["rejected"])]
+    assert loss_of(*pairs) / len(pairs) == pytest.approx(oracle["mean_loss"], abs=1e-6)
+
+
+def test_three_answers_by_hand():
+    """exp r = 3, 2, 1: P = 3/6 · 2/3 = 1/3 in this order, 1/6 · 2/5 = 1/15 in the other, 2/6 · 3/4 = 1/4 with
+    the first two exchanged; all six orders add up to 1."""
+    three, two, one = math.log(3), math.log(2), 0.0
+    assert loss_of([three, two, one]) == pytest.approx(math.log(3))
+    assert loss_of([one, two, three]) == pytest.approx(math.log(15))
+    assert loss_of([two, three, one]) == pytest.approx(math.log(4))
+    orders = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+    values = torch.tensor([three, two, one])[orders]
+    assert rm.plackett_luce(values, values > -1).neg().exp().sum() == pytest.approx(1)
+    assert rm.plackett_luce(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)) == pytest.approx(
+        math.log(24))  # equal scores: every order is as likely
+
+
+def test_gradient_by_hand():
+    """A pair: ∓ σ(r_2 − r_1). Three answers: Σ over the choices of (share of what is left) − 1 for the
+    chosen; each row's gradients add up to 0, without the penalty."""
+    scores, kept = ranked([1.0, 0.0], [math.log(3), math.log(2), 0.0])
+    scores.requires_grad_()
+    rm.rm_loss(scores, kept, torch.zeros(2), 0.0).backward()
+    pair = 1 / (1 + math.e)
+    expected = [[-pair, pair, 0], [1 / 2 - 1, 1 / 3 + 2 / 3 - 1, 1 / 6 + 1 / 3]]
+    assert torch.allclose(scores.grad, torch.tensor(expected), atol=1e-6)
+
+
+def test_margin_by_hand():
+    """Llama 2: −log σ(r_w − r_l − m), for the row that has one only: a margin raises a pair's loss."""
+    assert loss_of([2.0, 0.5], margin=[1.0]) == pytest.approx(math.log1p(math.exp(-0.5)))
+    assert loss_of([2.0, 0.5], margin=[1.5]) == pytest.approx(math.log(2))
+    both = loss_of([2.0, 0.5], [1.0, 0.0, 2.0], margin=[1.0, 0.0])
+    assert both == pytest.approx(math.log1p(math.exp(-0.5)) + loss_of([1.0, 0.0, 2.0]))
+    assert loss_of([2.0, 0.5], margin=[1.0]) > loss_of([2.0, 0.5])
+
+
+def test_centring_by_hand():
+    """c · (mean score of the row)²: 1.25² for (2, 0.5), 0 for (1, −1), 2² for (1, 2, 3); the ranking's term
+    does not change, and the margin is no part of the mean."""
+    rows = [2.0, 0.5], [1.0, -1.0], [1.0, 2.0, 3.0]
+    for row, square in zip(rows, (1.5625, 0.0, 4.0)):
+        assert loss_of(row, center=0.1) - loss_of(row) == pytest.approx(0.1 * square, abs=1e-6)
+    assert loss_of(*rows, center=0.1) - loss_of(*rows) == pytest.approx(0.55625, abs=1e-6)
+    assert loss_of([2.0, 0.5], margin=[1.0], center=0.1) - loss_of([2.0, 0.5], margin=[1.0]) == pytest.approx(
+        0.15625, abs=1e-6)
+    assert loss_of([3.0, 2.0]) == pytest.approx(loss_of([103.0, 102.0]), abs=1e-5)  # a shift is free
+
+
+def test_rows_count_once_each():
+    """Rows of 2, 5 and 3 answers together are the sum of each alone; what stands where an answer is absent
+    changes nothing, and gets no gradient."""
+    rows = [1.0, 0.0], [0.3, -2.0, 1.0, 0.0, 4.0], [-1.0, 2.0, 0.5]
+    margin = [0.5, 0.0, 0.0]
+    alone = sum(loss_of(row, margin=[m], center=0.3) for row, m in zip(rows, margin))
+    assert loss_of(*rows, margin=margin, center=0.3) == pytest.approx(alone, rel=1e-6)
+    scores, kept = ranked(*rows)
+    scores = scores.masked_fill(~kept, 77.0).requires_grad_()
+    loss = rm.rm_loss(scores, kept, torch.tensor(margin), 0.3)
+    loss.backward()
+    assert loss.item() == pytest.approx(alone, rel=1e-6)
+    assert not scores.grad[~kept].any() and scores.grad[kept].all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_scores_are_safe(sign):
+    """Scores of ±1e4 in fp32: a finite loss that is the largest difference, and finite gradients."""
+    rows = [1e4 * sign, -1e4 * sign], [1e4 * sign, 0.0, -1e4 * sign], [-1e4, -1e4, -1e4], [1e4, 1e4]
+    scores, kept = ranked(*rows)
+    scores.requires_grad_()
+    losses = rm.plackett_luce(scores, kept)
+    hard = [2e4, 3e4] if sign < 0 else [0.0, 0.0]
+    assert losses.tolist() == pytest.approx([*hard, math.log(6), math.log(2)], abs=2e-3)
+    rm.rm_loss(scores, kept, torch.full((4,), 3.0) * (kept.sum(1) == 2), 0.1).backward()
+    assert scores.grad.isfinite().all() and scores.dtype == torch.float32
+    assert not scores.grad[~kept].any()
+
+
+def test_pairwise_by_hand():
+    """(3, 1, 2): two of three pairs are right, margin 3 − 1.5. (1, 1): a tie is half. (0, 4): wrong, −4.
+    (2, 2, 1, 0): five right and a tie of six."""
+    accuracy, margin = rm.pairwise(*ranked([3.0, 1.0, 2.0], [1.0, 1.0], [0.0, 4.0], [2.0, 2.0, 1.0, 0.0]))
+    assert accuracy.tolist() == pytest.approx([2 / 3, 1 / 2, 0, 5.5 / 6])
+    assert margin.tolist() == pytest.approx([1.5, 0, -4, 1])
+
+
+def test_no_rows():
+    """A micro-batch of padding: loss 0, still a part of the graph, and no accuracy to add."""
+    scores = torch.zeros(0, requires_grad=True)
+    grid, kept = data.by_row(scores, torch.zeros(0, dtype=torch.long))
+    loss = rm.rm_loss(grid, kept, torch.tensor([]), 0.5)
+    loss.backward()
+    assert loss == 0 and scores.grad.shape == (0,)
+    assert [figure.sum() for figure in rm.pairwise(grid, kept)] == [0, 0]
+
+
+def test_nothing_to_predict_reaches_every_parameter(place, world):
+    """The same of a whole model: gradients of exactly zero, which the other ranks' are added to."""
+    model, processor = build(place / "model", world, ["multi_modal_projector.", "score.weight"])
+    batch = data.collate([], processor)
+    rm.rm_loss(*data.by_row(scores_of(model, batch), batch.row), torch.tensor([]), 0.1).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 5 and all(not p.grad.full_tensor().any() for p in trained)
+
+
+# ---- a shared row ----
+
+EVERY = [*PARTS.values(), "score."]
+
+
+def one_answer_each(examples):
+    """Every answer behind a prompt of its own."""
+    return [data.dataclasses.replace(example, answers=[answer], kept=[kept])
+            for example in examples for answer, kept in zip(example.answers, example.kept)]
+
+
+def share_or_not(place, ranks):
+    """Scores and gradients of rows of one, two, three and five answers, in one micro-batch a rank, where the
+    answers share a prompt and where each has its own; with and without recomputation. Saved by rank 0."""
+    world, found = fsdp.launch(options()), {}
+    model, processor = build(place / "model", world, EVERY)
+    examples = read(place, processor)[:6]
+    examples[0].answers, examples[0].kept = examples[0].answers[:1], examples[0].kept[:1]
+    mine = examples[world.rank::ranks]
+    weights = torch.linspace(-1, 2, 16)  # of scores: a row of one answer has no ranking to learn from
+    for recompute in (False, True):
+        model.set_recompute(recompute)
+        for shared in (True, False):
+            batch = data.collate(mine if shared else one_answer_each(mine), processor)
+            scores = scores_of(model, batch)
+            counts = torch.tensor([len(example.answers) for example in mine])
+            grid, kept = data.by_row(scores, torch.arange(len(mine)).repeat_interleave(counts))
+            rows = kept.sum(1) > 1
+            loss = rm.rm_loss(grid[rows], kept[rows], torch.zeros(int(rows.sum())), 0.1)
+            (loss + (scores * weights[:len(scores)]).sum()).backward()
+            gathered = [score for part in world.gather(scores.tolist()) for score in part]
+            gradients = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()
+                         if p.requires_grad}
+            found[recompute, shared] = torch.tensor(gathered), gradients
+            model.zero_grad()
+            for p in model.parameters():
+                p.grad = None
+    if world.rank == 0:
+        torch.save(found, place / f"shared-{ranks}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def shared_rows(place):
+    @functools.cache
+    def get(ranks):
+        done = tiny.spread(functools.partial(share_or_not, place, ranks), ranks)
+        assert done.code == 0, done.err
+        return torch.load(place / f"shared-{ranks}.pt")
+    return get
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_shared_row_is_rows_of_their_own(ranks, recompute, shared_rows):
+    """One, two, three and five answers of unequal length, two pictures, padding: each score and the gradient
+    of every parameter are those of a row an answer."""
+    scores, gradients = shared_rows(ranks)[recompute, True]
+    expected, theirs = shared_rows(ranks)[recompute, False]
+    assert len(scores) == 1 + 3 + 2 + 5 + 2 + 2 and scores.std() > 0.1
+    assert (scores - expected).abs().max() <= 1e-5 * expected.abs().max()
+    reached = {name for name, gradient in theirs.items() if gradient.any()}
+    assert reached == gradients.keys() and "score.bias" in reached
+    assert any(name.startswith("vision_tower.") for name in reached)
+    assert_same_gradients(gradients, theirs)
+
+
+def test_a_score_is_read_at_the_last_token(place, world):
+    """The head on the state of each answer's last token, which is what ends it, found from the branches."""
+    model, processor = build(place / "model", world)
+    examples = read(place, processor)[:4]
+    batch = data.collate(examples, processor)
+    everywhere = torch.arange(batch.ids.numel())
+    with torch.no_grad():
+        features = model.vision_tower(batch.pixels)
+        states = model.states(batch, features, everywhere, lambda states, head: states)
+        weight, bias = model.score.weight.full_tensor(), model.score.bias.full_tensor()
+        scores = model.scores(batch, features, batch.last)
+    at = [int((batch.branch[b] == a).nonzero().max()) + b * batch.ids.shape[1]
+          for b, example in enumerate(examples) for a in range(1, len(example.answers) + 1)]
+    assert all(batch.ids.flatten()[t] == processor.tokenizer.eos_token_id for t in at)
+    assert torch.allclose(scores, (states[at] @ weight.T + bias).squeeze(1), atol=1e-6)
+    assert len(set(scores.tolist())) == 2 + 3 + 2 + 5
+
+
+# ---- a run, and what it leaves ----
+
+def recorded(file, prepare=None):
+    """Keeps what the model is when it is built and exported, and what passes through its tower."""
+    import model as network
+    build, export, forward, kept = fsdp.build, fsdp.export, network.CLIPVision.forward, {"towers": []}
+
+    def whole(model):
+        fsdp.reshard(model)
+        return {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
+
+    def recording_build(*args, **kwargs):
+        model = build(*args, **kwargs)
+        kept["built"], kept["trained"] = whole(model), [n for n, p in model.named_parameters()
+                                                        if p.requires_grad]
+        return model
+
+    def recording_forward(self, pixels):
+        kept["towers"].append(len(pixels))
+        return forward(self, pixels)
+
+    def recording_export(model, *args, **kwargs):
+        kept["exported"] = whole(model)
+        if dist.get_rank() == 0:
+            torch.save(kept, file)
+        export(model, *args, **kwargs)
+
+    fsdp.build, fsdp.export, network.CLIPVision.forward = recording_build, recording_export, recording_forward
+    if prepare:
+        prepare()
+
+
+def files(place):
+    return ["--model", place / "model", "--data", place / "pairs.json", "--images", place / "images",
+            "--workers", 0]
+
+
+@pytest.fixture(scope="session")
+def run(place):
+    """Twelve steps of rm.py on one rank, with held-out rows. → its folder, and what was recorded"""
+    done = fork("rm", *files(place), "--out", place / "run", "--batch_size", 5, "--micro_batch", 3, "--lr",
+                "1e-2", "--max_steps", 12, "--warmup", 2, "--eval_data", place / "pairs.json", "--eval_every",
+                4, "--center_rows", 5, "--center_coef", 0.01,
+                prepare=functools.partial(recorded, place / "run.pt"))
+    assert done.code == 0, done.err
+    return place / "run", torch.load(place / "run.pt"), done
+
+
+def test_a_reward_model_comes_back(place, run, world):
+    """The exported folder, loaded with score=True, is the model that was trained, bit for bit."""
+    out, kept, _ = run
+    model, _ = build(out, world, template="auto")
+    names = {name for name, _ in model.named_parameters()}
+    assert names == kept["exported"].keys() and "score.bias" in names
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.full_tensor(), kept["exported"][name]), name
+    head = load_file(out / "score.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in head.items()} == {"weight": (1, 32), "bias": (1,)}
+
+
+def test_transformers_gives_the_same_scores(place, run, world):
+    """Its LLaVA loads the folder with nothing missing or left over; its last hidden state of prompt and
+    answer, with score.safetensors, gives our scores."""
+    out, _, _ = run
+    model, processor = build(out, world, template="auto")
+    peer, head = reload(out), load_file(out / "score.safetensors")
+    for example in read(place, processor):
+        ours = row_scores(model, [example], processor)[0]
+        for score, alone in zip(ours, one_answer_each([example]), strict=True):
+            batch = data.collate([alone], processor)
+            with torch.no_grad():
+                pixels = batch.pixels[batch.image] if len(batch.image) else None
+                found = peer(input_ids=batch.ids, pixel_values=pixels, output_hidden_states=True)
+            theirs = found.hidden_states[-1][0, -1] @ head["weight"][0] + head["bias"][0]
+            assert math.isclose(score, theirs, rel_tol=1e-4, abs_tol=1e-5)
+
+
+def test_training_rewards_average_0(place, run, world):
+    """Of --center_rows 5, the first step's rows, with the saved bias; of all rows they do not."""
+    out, kept, done = run
+    model, processor = build(out, world, template="auto")
+    examples = read(place, processor)
+    first = data.Steps(examples, processor, 5, 3, 0, 1).groups(0)
+    scores = torch.cat(row_scores(model, [examples[i] for group in first for i in group], processor))
+    assert abs(scores.mean()) <= 1e-5 < 0.1 < scores.std()
+    assert abs(torch.cat(row_scores(model, examples, processor)).mean()) > 1e-3
+    bias = float(kept["exported"]["score.bias"])
+    assert bias != 0 and f"training rewards averaged {-bias:.4f}; the bias brings them to 0" in done.out
+
+
+def test_what_is_trained_moves_and_nothing_else(run):
+    """Projector, LLaMA and the head's weight; not its bias, the LM head or the tower."""
+    _, kept, _ = run
+    before, after = kept["built"], kept["exported"]
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    trained = {name for name in kept["built"]
+               if name.startswith((PARTS["projector"], PARTS["llm"])) or name == "score.weight"}
+    assert set(kept["trained"]) == trained
+    assert moved == trained | {"score.bias"}  # which is set once, at the end
+    assert "language_model.lm_head.weight" not in moved
+
+
+def test_each_picture_passes_the_tower_once(run, place, world):
+    """A pass a micro-batch with its distinct pictures, whatever the number of answers or of rows that show
+    them."""
+    _, kept, _ = run
+    _, processor = build(place / "model", world)
+    examples = read(place, processor)
+    steps = data.Steps(examples, processor, 5, 3, 0, 1)
+    held_out = data.Steps(examples, processor, 5, 3, 0, 1, shuffle=False)
+    order = []
+    for step in range(12):
+        order += steps.groups(step)
+        order += [g for s in range(2) for g in held_out.groups(s)] if step in (3, 7, 11) else []
+    order += steps.groups(0)  # for the bias
+    distinct = [len({path for i in group for path in examples[i].images}) or 1 for group in order]
+    assert kept["towers"] == distinct
+    shown = [sum(len(examples[i].images) * len(examples[i].answers) for i in group) for group in order]
+    assert sum(shown) > 2 * sum(distinct)
+
+
+def test_held_out_figures(place, run, world):
+    """Accuracy and margin count rows once, not pairs; scores by quartile of the answers' length; by hand from
+    the exported model."""
+    out, kept, done = run
+    lines = tiny.log(out)
+    assert [line["step"] for line in lines if "eval_accuracy" in line] == [4, 8, 12]
+    model, processor = build(out, world, template="auto")
+    examples = read(place, processor)
+    rows = row_scores(model, examples, processor)
+    right = [[float(a > b) for i, a in enumerate(row) for b in row[i + 1:]] for row in rows]
+    by_rows = sum(sum(pairs) / len(pairs) for pairs in right) / len(rows)
+    by_pairs = sum(map(sum, right)) / sum(map(len, right))
+    assert abs(by_rows - by_pairs) > 1e-3
+    assert lines[-1]["eval_accuracy"] == pytest.approx(by_rows, abs=1e-6)
+    margins = [float(row[0] - row[1:].mean()) for row in rows]
+    assert lines[-1]["eval_margin"] == pytest.approx(sum(margins) / len(rows), rel=1e-4)
+    scores = torch.cat(rows) - kept["exported"]["score.bias"]  # as they were before the bias was set
+    assert lines[-1]["eval_score"] == pytest.approx(float(scores.mean()), abs=1e-5)
+    lengths = torch.tensor([float(len(answer)) for example in examples for answer in example.answers])
+    edges = torch.quantile(lengths, torch.tensor([0.25, 0.5, 0.75]))
+    quartile = (lengths[:, None] > edges).sum(1)
+    assert len(quartile.unique()) == 4
+    for q in range(4):
+        of = scores[quartile == q]
+        assert lines[-1][f"length/q{q + 1}_mean"] == pytest.approx(float(of.mean()), abs=1e-5)
+        assert lines[-1][f"length/q{q + 1}_std"] == pytest.approx(float(of.std(correction=0)), abs=1e-5)
+        assert f"    {len(of)} answers of {int(lengths[quartile == q].min())} to " in done.out
+
+
+def test_the_first_logged_figures(place, run, world):
+    """Step 1: the mean loss over its rows with margin and penalty, accuracy, margin and mean score, of the
+    model as built; the loss falls."""
+    out, kept, _ = run
+    lines = tiny.log(out)
+    model, processor = build(place / "model", world)
+    examples = read(place, processor)
+    rows = [i for group in data.Steps(examples, processor, 5, 3, 0, 1).groups(0) for i in group]
+    scores, grid = row_scores(model, [examples[i] for i in rows], processor), []
+    for i, row in zip(rows, scores):
+        r = row - torch.tensor([examples[i].margin] + [0.0] * (len(row) - 1))
+        ranking = sum(float(r[k:].logsumexp(0) - r[k]) for k in range(len(r)))
+        grid.append(ranking + 0.01 * float(row.mean()) ** 2)
+    assert lines[0]["loss"] == pytest.approx(sum(grid) / 5, rel=1e-5)
+    margins = [float(row[0] - row[1:].mean()) for row in scores]
+    assert lines[0]["margin"] == pytest.approx(sum(margins) / 5, rel=1e-4)
+    assert lines[0]["score"] == pytest.approx(sum(float(row.mean()) for row in scores) / 5, rel=1e-4)
+    assert lines[0]["lr"] == pytest.approx(1e-2 / 3)
+    assert sum(line["loss"] for line in lines[-2:]) < sum(line["loss"] for line in lines[:2])
+
+
+def test_a_new_head(place, world):
+    """Drawn from N(0, 1/(D + 1)), keyed by the seed, bias 0."""
+    heads = []
+    for seed in range(10):
+        model, _ = build(place / "model", world, seed=seed)
+        heads.append(model.score.weight.full_tensor().clone())
+        assert not model.score.bias.full_tensor().any()
+    weights = torch.stack(heads)
+    assert float(weights.square().mean()) == pytest.approx(1 / 33, rel=0.2)
+    assert abs(weights.mean()) < 0.04 and len({float(head[0, 0]) for head in heads}) == 10
+
+
+def test_a_user_trains_a_reward_model(place, tmp_path):
+    """python, from another folder, with worker processes and recomputation: the ranking is learned and said,
+    and the reward model can be trained on, from the head that it has."""
+    out = tmp_path / "out"
+    argv = ["--model", place / "model", "--data", place / "pairs.json", "--images", place / "images",
+            "--batch_size", 10, "--micro_batch", 5, "--warmup", 3, "--lr", "3e-3", "--recompute"]
+    done = tiny.command("rm", *argv, "--out", out, "--max_steps", 20, "--eval_data", place / "pairs.json")
+    assert done.code == 0, done.err
+    lines = tiny.log(out)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert lines[-1]["loss"] < 0.3 * lines[0]["loss"] and lines[-1]["eval_accuracy"] > 0.95
+    assert "20/20" in done.out and f"wrote {out}" in done.out and "the bias brings them to 0" in done.out
+    assert "Traceback" not in done.err and "Warning" not in done.err
+    done = fork("rm", *argv, "--model", out, "--out", tmp_path / "again", "--max_steps", 1, "--lr", 0,
+                "--workers", 0)
+    assert done.code == 0, done.err
+    again = tiny.log(tmp_path / "again")[0]
+    assert again["margin"] == pytest.approx(lines[-1]["eval_margin"], rel=1e-4)
+    old, new = (load_file(folder / "score.safetensors") for folder in (out, tmp_path / "again"))
+    assert torch.equal(old["weight"], new["weight"])
+    assert torch.allclose(old["bias"], new["bias"], atol=1e-5)  # rewards averaged 0 already
+
+
+def test_two_rates(place, tmp_path):
+    """Of AdamW's first step, which is the rate's size: the projector moves by --projector_lr, LLaMA and head
+    by --lr; without --center_rows the bias stays 0."""
+    done = fork("rm", *files(place), "--out", tmp_path / "out", "--max_steps", 1, "--batch_size", 10, "--lr",
+                "1e-3", "--projector_lr", "1e-2", "--warmup", 0, "--center_rows", 0,
+                prepare=functools.partial(recorded, tmp_path / "kept.pt"))
+    assert done.code == 0, done.err
+    kept = torch.load(tmp_path / "kept.pt")
+    rates = {"multi_modal_projector.linear_1.weight": 1e-2, "score.weight": 1e-3,
+             "language_model.model.layers.0.mlp.up_proj.weight": 1e-3}
+    for name, rate in rates.items():
+        assert (kept["exported"][name] - kept["built"][name]).abs().median() == pytest.approx(rate, rel=0.02)
+    assert load_file(tmp_path / "out" / "score.safetensors")["bias"].tolist() == [0.0]
+
+
+# ---- killed and resumed ----
+
+def ranked_run(place, out, *argv, **how):
+    argv = ["--train", "projector,llm", "--batch_size", 4, "--micro_batch", 2, "--epochs", 2, "--lr", "1e-2",
+            "--save_every", 1, "--eval_data", place / "pairs.json", "--eval_every", 2, *argv]
+    return fork("rm", *files(place), "--out", out, *argv, **how)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_is_uninterrupted(ranks, place, tmp_path):
+    """kill -9 in the second epoch, then --resume: log, weights and head are those of a run that went
+    through, bit for bit."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert ranked_run(place, whole, ranks=ranks).code == 0
+    done = ranked_run(place, out, ranks=ranks, prepare=functools.partial(after_step, 4, die))
+    assert done.code == -signal.SIGKILL if ranks == 1 else done.code != 0
+    assert not (out / "model.safetensors").exists() and fsdp.checkpoint_steps(out) == [3]
+    done = ranked_run(place, out, "--resume", ranks=ranks)
+    assert done.code == 0, done.err
+    assert tiny.log(out) == tiny.log(whole) and len(tiny.log(out)) == 6
+    for name in ("model.safetensors", "score.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not list(out.glob("**/*.part"))
+
+
+def test_resumed_without_train(place, tmp_path):
+    """The same command again with --resume, where --train was left at its default: it is a finished run, and
+    resumes to itself."""
+    argv = [*files(place), "--out", tmp_path / "out", "--max_steps", 1, "--batch_size", 2]
+    assert fork("rm", *argv).code == 0
+    assert fork("rm", *argv, "--resume").error == ""
+
+
+# ---- two ranks and one ----
+
+CASES = {  # options of 5 steps; of 5 rows in micro-batches of 2, rank 1 has none in its second
+    "plain": ["--batch_size", 6, "--micro_batch", 2],
+    "micro 1": ["--batch_size", 6, "--micro_batch", 1, "--group_by_length", "no"],
+    "all": ["--batch_size", 5, "--micro_batch", 2, "--train", "projector,llm,vision", "--recompute",
+            "--center_coef", 0.3, "--projector_lr", "1e-3"],
+    "lora": ["--batch_size", 5, "--micro_batch", 2, "--lora_rank", 4],
+    "tied": ["--batch_size", 5, "--micro_batch", 2, "--model", "tied"],
+    "evaluated": ["--batch_size", 6, "--micro_batch", 2, "--eval_data", "pairs.json", "--eval_every", 2],
+}
+EVALUATED = ("eval_accuracy", "eval_margin", "eval_score", "length/q1_mean", "length/q4_std")
+
+
+def run_case(name, ranks, place):
+    """rm.py's main with a case's options, which records the first step's gradients and the weights before."""
+    kept, clip, build = {}, fsdp.clip_gradients, fsdp.build
+
+    def recording_clip(parameters, largest):
+        if "gradients" not in kept:
+            names = {id(p): name for name, p in kept.pop("model").named_parameters()}
+            kept["gradients"] = {names[id(p)]: p.grad.full_tensor().clone() for p in parameters}
+        return clip(parameters, largest)
+
+    def recording_build(*args, **kwargs):
+        model = kept["model"] = build(*args, **kwargs)
+        kept["head"] = model.score.weight.detach().full_tensor().clone()
+        return model
+
+    fsdp.clip_gradients, fsdp.build = recording_clip, recording_build
+    out = place / f"{name}-{ranks}"
+    sys.argv = ["rm.py", "--model", "model", "--data", "pairs.json", "--images", "images", "--out", str(out),
+                "--max_steps", "5", "--lr", "1e-2", "--workers", "0", "--save_every", "0",
+                *map(str, CASES[name])]
+    rm.main()
+    if dist.get_rank() == 0:
+        torch.save(kept, out / "kept.pt")
+    fsdp.clip_gradients, fsdp.build = clip, build
+
+
+def run_cases(ranks, place):
+    """All cases in one process group, which starts once."""
+    start = dist.init_process_group
+    dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or start(*args, **kwargs)
+    os.chdir(place)
+    for name in CASES:
+        run_case(name, ranks, place)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def runs(place):
+    """Every case on one rank and on two. → (case, ranks) → what was kept, log, weights, head"""
+    done = {ranks: tiny.spread(functools.partial(run_cases, ranks, place), ranks) for ranks in (1, 2)}
+
+    @functools.cache
+    def read(name, ranks):
+        out = place / f"{name}-{ranks}"
+        assert (out / "kept.pt").exists(), done[ranks].err
+        weights = load_file(out / "model.safetensors")
+        return torch.load(out / "kept.pt"), tiny.log(out), weights, load_file(out / "score.safetensors")
+    return read
+
+
+def assert_same_figures(ours, theirs):
+    """Losses, gradient norms and rates of five steps to 1e-5; differences of scores more loosely."""
+    assert_same_trace(ours, theirs)
+    for a, b in zip(ours, theirs):
+        for key in ("accuracy", "margin", "score"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), (key, a, b)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_do_what_one_does(case, runs):
+    """The new head and the first gradients; losses, gradient norms and figures of five steps; the bias: with
+    rows of two to five answers, and with a rank that has no rows."""
+    (one, expected, _, theirs), (two, trace, _, ours) = runs(case, 1), runs(case, 2)
+    assert torch.equal(one["head"], two["head"])
+    assert_same_gradients(two["gradients"], one["gradients"])
+    assert_same_figures(trace, expected)
+    assert ours["bias"] == pytest.approx(theirs["bias"], rel=1e-4, abs=1e-4) and theirs["bias"] != 0
+
+
+def test_rows_and_not_micro_batches_are_averaged(runs):
+    """Six micro-batches of one row, with two to five answers, are three of two."""
+    for ranks in (1, 2):
+        assert_same_gradients(runs("micro 1", ranks)[0]["gradients"], runs("plain", 1)[0]["gradients"])
+        assert_same_figures(runs("micro 1", ranks)[1], runs("plain", 1)[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_evaluation_between_steps_changes_nothing(ranks, runs):
+    """Losses, weights, head and bias bit for bit those without; its figures do not depend on the ranks."""
+    _, trace, weights, head = runs("evaluated", ranks)
+    _, expected, theirs, their_head = runs("plain", ranks)
+    assert [line["step"] for line in trace if "eval_accuracy" in line] == [2, 4, 5]
+    assert [{key: line[key] for key in expected[0]} for line in trace] == expected
+    assert all(torch.equal(weights[name], tensor) for name, tensor in theirs.items())
+    assert all(torch.equal(head[name], tensor) for name, tensor in their_head.items())
+    for ours, one in zip(trace, runs("evaluated", 1)[1]):
+        for key in EVALUATED if "eval_accuracy" in one else ():
+            assert ours[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", ["plain", "all", "lora", "tied"])
+def test_the_trained_parts_of_a_case(case, ranks, place, runs):
+    """Every trained tensor has a gradient and moves; the LM head, unless tied, and all else stay."""
+    kept, _, weights, head = runs(case, ranks)
+    before = load_file(place / ("tied" if case == "tied" else "model") / "model.safetensors")
+    parts = {"all": "projector,llm,vision", "lora": ""}.get(case, "projector,llm")
+    trained = {name for name in before if name.startswith(tuple(PARTS[p] for p in parts.split(",") if p))
+               and not name.startswith(UNREACHED)} if parts else {
+        name for name in before if name.startswith("language_model.model.layers.") and "_proj." in name}
+    moved = {name for name, tensor in weights.items() if not torch.equal(tensor, before[name])}
+    assert moved == trained and "language_model.lm_head.weight" not in moved
+    graded = {name for name in kept["gradients"] if name != "score.weight"}
+    assert case == "lora" or graded == trained
+    assert case != "lora" or graded and all(".lora_" in name for name in graded)
+    assert "score.weight" in kept["gradients"] and "score.bias" not in kept["gradients"]
+    assert not torch.equal(head["weight"], kept["head"])
+
+
+# ---- what a user sees ----
+
+def human(i, answers, **more):
+    return {**tiny.row(i, "p0.png", "What?", answers), **more}
+
+
+NAMED = "bad.json: row 1 (id row 1): "
+WRONG = {  # rows after a good one, options → what is said
+    "one answer": ([human(1, "no")], [], NAMED + "got 1 answer, need 2 or more, best first"),
+    "one in a list": ([human(1, ["no"])], [], NAMED + "got 1 answer, need 2 or more"),
+    "no answer": ([tiny.row(1, "p0.png", "What?")], [], NAMED + "got no answer"),
+    "margin of three": ([human(1, ["a", "star", "no"], margin=1)], [],
+                        NAMED + "got the margin 1, 3 answers; need a number, and two"),
+    "margin in words": ([human(1, ["a star", "no"], margin="significantly")], [],
+                        NAMED + "got the margin 'significantly', 2 answers; need a number"),
+    "held-out": ([human(1, "no")], ["--data", "{}/pairs.json", "--eval_data", "{}/bad.json"],
+                 NAMED + "got 1 answer, need 2 or more"),
+    "part": ([], ["--train", "projector,head"], "got --train projector,head, need any of projector,llm,"),
+    "projector": ([], ["--train", "llm", "--projector_lr", 1], "but --train llm has no projector"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_said(wrong, place, tmp_path):
+    """The last line on the terminal says it, the exit code is 2, and --out is not there."""
+    rows, more, message = WRONG[wrong]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    tiny.write_rows(folder / "bad.json", [ROWS[0], *rows])
+    tiny.write_rows(folder / "pairs.json", ROWS)
+    more = [str(option).format(folder) for option in more]
+    done = fork("rm", *files(place), "--data", folder / "bad.json", "--out", tmp_path / "out", *more)
+    assert message in done.error and "Traceback" not in done.err, done.err
+    assert done.code == 2 and not (tmp_path / "out").exists()
+    assert "\n" not in done.error
+
+
+def test_bad_rows_are_skipped_when_asked(place, tmp_path):
+    bad = [human(10, "no"), human(11, ["a star", "no", "yes"], margin=1)]
+    tiny.write_rows(tmp_path / "bad.json", [*ROWS, *bad])
+    done = fork("rm", *files(place), "--data", tmp_path / "bad.json", "--skip_bad_rows", "--out",
+                tmp_path / "out", "--max_steps", 1, "--batch_size", 4)
+    assert done.code == 0, done.err
+    assert "(id row 10): got 1 answer" in done.out and "(id row 11): got the margin" in done.out
+    assert "2 of 12 rows are bad" in done.out and "10 rows, 1 steps" in done.out
