@@ -1,0 +1,1225 @@
+"""ppo.py: its equations by hand and in their limits, the rollout against the training forward pass and
+against chance, shared rows against rows of their own, two ranks against one, kill and resume, runs as a user
+starts them.
+
+A run is ppo.py's own main, in this process or in forked ones (tiny.py), in fp32 on the CPU, over gloo. The
+policy is a tiny LLaVA after a few steps of sft.py, so that answers end by themselves at unequal lengths; the
+reward model is another one behind the same vision tower.
+
+Legend: A answers, L longest of them, B rows, K samples of each, V vocabulary.
+"""
+import dataclasses
+import functools
+import json
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from test_fsdp import assert_same_gradients, die, in_save, options, reload
+from tiny import MIXED, fork, inside
+
+import data
+import fsdp
+import model as network
+import ppo
+
+ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles.json"
+ROWS = [{**row, "conversations": row["conversations"][:2]} for row in MIXED]  # one turn each
+PARTS = ("multi_modal_projector.", "language_model.")  # what is trained of the policy, and of the critic
+CRITIC = ("multi_modal_projector.", "language_model.model.", "score.")
+FUNCTIONS = """
+def red(row, texts):
+    assert row["conversations"][0]["from"] == "human"
+    return [text.split().count("red") for text in texts]
+
+def nought(row, texts):
+    return [0.0] * len(texts)
+
+def short(row, texts):
+    return [1.0] * (len(texts) - 1)
+
+def not_a_number(row, texts):
+    return [float("nan")] * len(texts)
+
+number = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def world():
+    """This process as a world of one."""
+    world = fsdp.launch(options())
+    yield world
+    dist.destroy_process_group()
+
+
+def make_reward_model(folder, policy, seed=1, tower=True):
+    """Another LLaVA with a scalar head; tower: behind the policy's."""
+    tiny.make_model(folder, seed=seed)
+    tensors = load_file(folder / "model.safetensors")
+    if tower:
+        theirs = load_file(policy / "model.safetensors")
+        tensors |= {name: tensor for name, tensor in theirs.items() if name.startswith("vision_tower.")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed)) / 5
+    save_file({"weight": weight, "bias": torch.tensor([0.3])}, folder / "score.safetensors")
+
+
+@pytest.fixture(scope="module")
+def place(world, tmp_path_factory):
+    """A folder with a policy, reward models, functions, pictures and rows."""
+    folder = tmp_path_factory.mktemp("ppo")
+    tiny.make_model(folder / "start")
+    tiny.make_images(folder / "images")
+    tiny.write_rows(folder / "rows.json", ROWS)
+    tiny.write_rows(folder / "turns.json", MIXED)
+    (folder / "rewards.py").write_text(FUNCTIONS)
+    inside("sft", "--model", folder / "start", "--data", folder / "rows.json", "--images", folder / "images",
+           "--out", folder / "model", "--batch_size", 10, "--micro_batch", 10, "--max_steps", 25, "--lr",
+           "1e-2", "--workers", 0)
+    make_reward_model(folder / "reward", folder / "model")
+    make_reward_model(folder / "tower", folder / "model", tower=False)
+    tiny.shutil.copytree(folder / "reward", folder / "llama2")
+    tiny.shutil.copy(tiny.ROOT / "templates" / "llama2.jinja", folder / "llama2" / "chat_template.jinja")
+    tiny.shutil.copytree(folder / "reward", folder / "other")
+    tokenizer = json.loads((folder / "other" / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["<0x00>"], vocab["<0x01>"] = vocab["<0x01>"], vocab["<0x00>"]
+    (folder / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def files(place, reward="reward"):
+    return ["--model", place / "model", "--reward_model", place / reward, "--data", place / "rows.json",
+            "--images", place / "images", "--workers", 0]
+
+
+SMALL = ["--batch_size", 5, "--rollout_batch", 10, "--micro_batch", 5, "--samples_per_prompt", 2, "--max_new",
+         8, "--ppo_epochs", 2, "--max_steps", 1, "--lr", "1e-3", "--show_every", 0]
+
+
+def figures(out):
+    """log.jsonl's objects, without what the clock says."""
+    return [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in tiny.log(out)]
+
+
+def arguments(*argv):
+    """What ppo.py makes of a command line."""
+    before, sys.argv = sys.argv, ["ppo.py", *map(str, argv)]
+    try:
+        return ppo.parse_args()
+    finally:
+        sys.argv = before
+
+
+def ragged(*lengths):
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def close(ours, theirs, tolerance=1e-6):
+    torch.testing.assert_close(torch.as_tensor(ours).float(), torch.as_tensor(theirs).float(), rtol=tolerance,
+                               atol=tolerance)
+
+
+def noise(like, seed, scale=1.0):
+    return scale * torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- equations ----
+
+# by hand: δ = (−0.71, 0.52, −0.23, 0.9); A_4 = 0.9, A_3 = −0.23 + 0.95 · 0.9, A_2 = 0.52 + 0.95 A_3, …
+VALUES, REWARDS = torch.tensor([[0.5, -0.2, 0.3, 0.1]]), torch.tensor([[-0.01, 0.02, -0.03, 1.0]])
+ADVANTAGES, RETURNS = [[0.3480625, 1.11375, 0.625, 0.9]], [[0.8480625, 0.91375, 0.925, 1.0]]
+# δ = (0, 0, 0.9, 0): A = (0.855² · 0.9, 0.855 · 0.9, 0.9, 0), of mean 0.5818556 and deviation 0.4003
+LAST = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+DISCOUNTED = [0.855**2 * 0.9, 0.855 * 0.9, 0.9, 0.0]
+
+
+def test_gae_by_hand():
+    """Advantages and returns of four tokens; and, discounted, of a reward and a value at the last alone."""
+    advantages, returns = ppo.gae(REWARDS, VALUES, ragged(4), 1.0, 0.95)
+    close(advantages, ADVANTAGES)
+    close(returns, RETURNS)
+    advantages, returns = ppo.gae(LAST, LAST, ragged(4), 0.9, 0.95)
+    close(advantages, [DISCOUNTED])
+    close(returns, [[*DISCOUNTED[:3], 1.0]])
+
+
+def test_gae_of_ragged_answers():
+    """Answers of 4, 2 and 1 tokens in one tensor are each by themselves; what stands behind an answer's end
+    is neither read nor written."""
+    rewards, values, kept = REWARDS.repeat(3, 1), VALUES.repeat(3, 1), ragged(4, 2, 1)
+    for behind in (0.0, 50.0):
+        found = ppo.gae(rewards.where(kept, behind), values.where(kept, -behind), kept, 0.9, 0.8)
+        for a, n in enumerate((4, 2, 1)):
+            alone = ppo.gae(REWARDS[:, :n], VALUES[:, :n], ragged(n), 0.9, 0.8)
+            for ours, theirs in zip(found, alone):
+                close(ours[a, :n], theirs[0])
+                assert not ours[a, n:].any()
+    advantages, returns = ppo.gae(rewards, values, kept, 0.9, 0.8)
+    close(advantages[1, :2], [-0.01 - 0.9 * 0.2 - 0.5 + 0.72 * 0.22, 0.02 + 0.2])  # δ, and 0.72 of the next
+    close(returns[2, 0], -0.01)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.7])
+def test_gae_in_its_limits(gamma):
+    """λ = 1: returns are the discounted sums of the rewards to come, whatever the values say (Eq. 18,
+    arXiv:1506.02438); λ = 0: advantages are the TD errors (Eq. 17)."""
+    kept = ragged(6, 3, 1, 6)
+    rewards, values = noise(kept, 0) * kept, noise(kept, 1)
+    _, returns = ppo.gae(rewards, values, kept, gamma, 1.0)
+    advantages, _ = ppo.gae(rewards, values, kept, gamma, 0.0)
+    for a, n in enumerate((6, 3, 1, 6)):
+        for t in range(n):
+            to_come = sum(gamma**k * rewards[a, t + k] for k in range(n - t))
+            following = values[a, t + 1] if t + 1 < n else 0.0
+            close(returns[a, t], to_come)
+            close(advantages[a, t], rewards[a, t] + gamma * following - values[a, t])
+
+
+def test_kl_reward_by_hand():
+    """− β (log π − log π_ref) at every kept token, and the score at the last kept one alone."""
+    kept, logprob = ragged(3, 1, 2), torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 9.0, 9.0], [-2.0, -2.0, 9.0]])
+    reference = torch.tensor([[-1.5, -2.0, -2.0], [-3.0, 0.0, 0.0], [-1.0, -2.2, 0.0]])
+    rewards = ppo.kl_reward(logprob, reference, torch.tensor([5.0, 6.0, -7.0]), kept, 0.1)
+    close(rewards, [[-0.05, 0.0, 0.1 + 5], [-0.2 + 6, 0, 0], [0.1, -0.02 - 7, 0]])
+
+
+def test_kl_reward_of_identical_policies():
+    """The score at the last kept token and nothing else; the scores themselves stay what they were."""
+    kept, score = ragged(4, 2, 3, 1), torch.tensor([5.0, -1.0, 2.0, 0.5])
+    logprob = noise(kept, 2)
+    rewards = ppo.kl_reward(logprob, logprob.clone(), score, kept, 0.5)
+    expected = torch.zeros(4, 4)
+    for a, n in enumerate((4, 2, 3, 1)):
+        expected[a, n - 1] = score[a]
+    assert torch.equal(rewards, expected)
+    assert score.tolist() == [5.0, -1.0, 2.0, 0.5]
+
+
+def test_policy_loss_by_hand():
+    """max(− A ρ, − A clip(ρ, 0.8, 1.2)): clipped, without a gradient, only where the ratio has gone too far
+    the way the advantage pulls."""
+    ratio, advantages = torch.tensor([[1.5, 0.5, 1.5, 0.5, 1.1]]), torch.tensor([[2.0, 2.0, -2.0, -2.0, 3.0]])
+    old = torch.tensor([[-0.5, -1.0, -2.0, -3.0, -0.1]])
+    expected = [-2.4, -1.0, 3.0, 1.6, -3.3]
+    gradient = [[0.0, -1.0, 3.0, 0.0, -3.3]]  # − A ρ where it is not clipped
+    logprob = (old + ratio.log()).requires_grad_()
+    for t in range(5):
+        one = torch.arange(5)[None] == t
+        close(ppo.policy_loss(logprob, old, advantages, one, 0.2), expected[t])
+    loss = ppo.policy_loss(logprob, old, advantages, ragged(5), 0.2)
+    loss.backward()
+    close(loss.detach(), sum(expected))
+    close(logprob.grad, gradient)
+
+
+def test_value_loss_by_hand():
+    """½ max((V − R)², (clip(V, V_old ± 0.2) − R)²): no gradient where moving further would only look
+    good."""
+    old, values = torch.ones(1, 4), torch.tensor([[1.5, 1.5, 1.1, 0.5]], requires_grad=True)
+    returns = torch.tensor([[2.0, 1.0, 0.0, 0.0]])
+    loss = ppo.value_loss(values, old, returns, ragged(4), 0.2)
+    close(loss.detach(), (0.8**2 + 0.5**2 + 1.1**2 + 0.8**2) / 2)
+    loss.backward()
+    close(values.grad, [[0.0, 0.5, 1.1, 0.0]])
+    close(ppo.value_loss(values, old, returns, ragged(4) & torch.tensor([[False, True, False, False]]), 0.2),
+          0.125)
+
+
+def test_losses_do_not_see_what_is_not_kept():
+    """Loss and gradient are those without the columns behind the answers' ends."""
+    kept = ragged(5, 2, 3)
+    for loss in (ppo.policy_loss, ppo.value_loss):
+        found = []
+        for behind in (0.0, 3.0):
+            new, old, target = (noise(kept, seed).where(kept, torch.tensor(seed * behind))
+                                for seed in (3, 4, 5))
+            new.requires_grad_()
+            value = loss(new, old, target, kept, 0.2)
+            value.backward()
+            found.append((value.detach(), new.grad))
+        close(found[0][0], found[1][0])
+        close(found[0][1], found[1][1])
+        assert found[0][1][kept].any() and not found[0][1][~kept].any()
+
+
+def test_beta_follows_the_kl():
+    """Twice the target: the error is cut to 0.2, β grows by 0.2 · 512 / 10000; at the target it stays; below
+    it shrinks."""
+    assert ppo.adapted_beta(0.15, 12.0, 6.0, 10000, 512) == pytest.approx(0.15 * 1.01024)
+    assert ppo.adapted_beta(0.15, 6.0, 6.0, 10000, 512) == 0.15
+    assert ppo.adapted_beta(0.15, 5.4, 6.0, 10000, 512) == pytest.approx(0.15 * (1 - 0.1 * 0.0512))
+    assert ppo.adapted_beta(0.15, 0.0, 6.0, 10000, 512) == pytest.approx(0.15 * (1 - 0.2 * 0.0512))
+
+
+def test_moments_by_hand(world):
+    """Over the kept elements of all tensors: (1, 2, 3, 6) has mean 3 and deviation √(14 / 3); of one number
+    the deviation is 0; a large mean costs nothing."""
+    tensors = [torch.tensor([[1.0, 9.0], [2.0, 3.0]]), torch.tensor([6.0])]
+    kepts = [torch.tensor([[True, False], [True, True]]), torch.tensor([True])]
+    mean, std = ppo.moments(tensors, kepts, world)
+    assert mean == pytest.approx(3) and std == pytest.approx((14 / 3) ** 0.5)
+    assert ppo.moments(tensors[1:], kepts[1:], world) == (6, 0)
+    _, shifted = ppo.moments([t + 2.0**20 for t in tensors], kepts, world)
+    assert shifted == pytest.approx(std, rel=1e-6)
+
+
+def given(rewards, values, kept, beta=0.0):
+    """A Rollout whose KL rewards are the given ones: by log-probabilities for β = 1, the score 0."""
+    logprob = -rewards * kept
+    return ppo.Rollout([], None, None, kept=kept, logprob=logprob, ref_logprob=torch.zeros_like(logprob),
+                       values=values, score=torch.zeros(len(kept)))
+
+
+def advantage_args(**changes):
+    return SimpleNamespace(**{"whiten_rewards": False, "gamma": 0.9, "lam": 0.95, **changes})
+
+
+def test_advantages_are_whitened_over_all_answers(world):
+    """Mean 0 and deviation 1 over the kept tokens of all rollouts; returns are of the advantages before."""
+    r = given(LAST, LAST, ragged(4))
+    ppo.advantages_of([r], 1.0, advantage_args(), world)
+    mean, std = sum(DISCOUNTED) / 4, torch.tensor(DISCOUNTED).std()
+    close(r.advantages, [[(a - mean) / std for a in DISCOUNTED]])
+    close(r.returns, [[*DISCOUNTED[:3], 1.0]])
+    kepts = [ragged(3, 1, 5), ragged(2, 2)]
+    rollouts = [given(noise(kept, i), noise(kept, i + 7), kept) for i, kept in enumerate(kepts)]
+    ppo.advantages_of(rollouts, 1.0, advantage_args(), world)
+    raw = [ppo.gae(-r.logprob, r.values, r.kept, 0.9, 0.95)[0] for r in rollouts]
+    every = torch.cat([a[k] for a, k in zip(raw, kepts)])
+    for r, a in zip(rollouts, raw):
+        close(r.advantages, (a - every.mean()) / every.std() * r.kept, 1e-5)
+        assert not r.advantages[~r.kept].any()
+
+
+def test_rewards_are_divided_by_their_deviation(world):
+    """--whiten_rewards: the deviation over all kept tokens; the mean is not taken off."""
+    kepts = [ragged(3, 1), ragged(2, 4)]
+    plain, whitened = ([given(noise(kept, i) + 2, noise(kept, i + 7), kept) for i, kept in enumerate(kepts)]
+                       for _ in range(2))
+    ppo.advantages_of(plain, 1.0, advantage_args(), world)
+    ppo.advantages_of(whitened, 1.0, advantage_args(whiten_rewards=True), world)
+    every = torch.cat([r.rewards[r.kept] for r in plain])
+    for r, w in zip(plain, whitened):
+        close(w.rewards, r.rewards / every.std(), 1e-5)
+        close(w.returns, ppo.gae(w.rewards, w.values, w.kept, 0.9, 0.95)[1], 1e-5)
+
+
+@pytest.mark.skipif(not ORACLES.is_file(), reason="no ../shared/oracles.json")
+def test_the_hand_is_the_oracle(world):
+    """The numbers above are those of other implementations."""
+    oracles = json.loads(ORACLES.read_text())
+    for name in ("gae", "gae_torchtune"):
+        o = oracles[name]
+        rewards, values = torch.tensor(o["rewards"]).float(), torch.tensor(o["values"]).float()
+        advantages, returns = ppo.gae(rewards, values, torch.ones_like(values).bool(), o["gamma"], o["lam"])
+        close(returns, o["returns"], 2e-6)
+        if "adv_raw" in o:
+            close(advantages, o["adv_raw"], 2e-6)
+        else:  # whitened, with the mean added again
+            r = given(rewards, values, torch.ones_like(values).bool())
+            ppo.advantages_of([r], 1.0, advantage_args(gamma=o["gamma"], lam=o["lam"]), world)
+            close(r.advantages + advantages.mean(), o["adv_whitened_shift_mean_true"], 2e-6)
+    o = oracles["ppo_policy_loss eps=.2 adv=1"]
+    old = torch.tensor([o["old"]])
+    for change in ("+1.0", "-1.0", "+0.1"):
+        loss = ppo.policy_loss(old + float(change), old, torch.ones(1, 3), ragged(3), 0.2) / 3
+        close(loss, o[f"new{change}"], 2e-6)
+    o = oracles["rewards_ppo kl_coef=.5"]
+    rewards = ppo.kl_reward(torch.full((3, 3), -0.1), torch.zeros(3, 3), torch.tensor(o["scores"]).float(),
+                            ragged(3, 3, 3), 0.5)
+    close(rewards[0], o["rewards_row0"])
+    o = oracles["adaptive_kl"]
+    beta = ppo.adapted_beta(o["init"], o["current"], o["target"], o["horizon"], o["n_steps"])
+    assert beta == pytest.approx(o["new"], abs=1e-6)
+
+
+# ---- a bench: models, and an iteration's rollouts up to the update ----
+
+def prepared(place, world, *argv, reward="reward"):
+    """The pieces of ppo.main, up to its loop."""
+    args = arguments(*files(place, reward), *SMALL, *argv)
+    checkpoint = fsdp.open_checkpoint(args, world)
+    processor = checkpoint.processor
+    other = fsdp.open_other(args.reward_model, processor, args, world, reward=True)
+    judge = ppo.Judge(processor=other.processor)
+    examples, judge = ppo.read_prompts(args.data, judge, processor, args, world)
+    parts = ["language_model."] if args.lora_rank else PARTS
+    policy = fsdp.build(checkpoint, args, world, parts)
+    judge.model = fsdp.build(other, args, world, score=True)
+    judge.shared = fsdp.share_tower(policy, judge.model, world)
+    critic = fsdp.build(other, args, world, CRITIC, score=True)
+    fsdp.share_tower(policy, critic, world)
+    return SimpleNamespace(args=args, processor=processor, judge=judge, policy=policy, critic=critic,
+                           examples=examples, world=world)
+
+
+def rolled(bench, examples, iteration=1, reference=None):
+    """Rollouts of the examples, one micro-batch, scored and looked at."""
+    b, prompts = bench, data.collate(examples, bench.processor)
+    rollout = ppo.roll_out(b.policy, prompts, examples, b.processor, b.args, b.world, iteration)
+    rollout.score = b.judge.scores(rollout, b.processor)
+    ppo.look(rollout, b.policy, reference, b.critic, b.args)
+    fsdp.reshard(b.policy, b.critic, b.judge.model)
+    return rollout
+
+
+@pytest.fixture(scope="module")
+def bench(place, world):
+    return prepared(place, world, "--samples_per_prompt", 3, "--entropy_coef", 0.02, "--temperature", 0.8)
+
+
+def disturbed(bench, rollout):
+    """As in a later epoch: old log-probabilities and values are others, some far enough to be clipped."""
+    kept = rollout.kept
+    rollout.ref_logprob = rollout.logprob + noise(kept, 1, 0.3) * kept
+    ppo.advantages_of([rollout], 0.1, bench.args, bench.world)
+    rollout.logprob = rollout.logprob + noise(kept, 2, 0.3) * kept
+    rollout.values = rollout.values + noise(kept, 3, 0.3) * kept
+    return rollout
+
+
+def gradients(bench, rollouts):
+    """→ the gradients of policy and critic, and the figures"""
+    b = bench
+    found = [*ppo.minibatch_gradients(rollouts, b.policy, b.critic, True, b.args, b.world).values()]
+    return taken(b), found
+
+
+def taken(bench):
+    found = {}
+    for name in ("policy", "critic"):
+        parameters = [*getattr(bench, name).named_parameters()]
+        found |= {f"{name} {n}": p.grad.full_tensor().clone() for n, p in parameters if p.grad is not None}
+        getattr(bench, name).zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def rollout(bench):
+    """Pictures, two pictures and text alone, three samples each, unequal lengths."""
+    r = disturbed(bench, rolled(bench, [bench.examples[i] for i in (0, 1, 2, 7)]))
+    assert len({len(ids) for e in r.examples for ids in e.answers}) > 2 and 0 < r.ended.sum() < len(r.ended)
+    return r
+
+
+@pytest.fixture(scope="module")
+def expected(bench, rollout):
+    return gradients(bench, [rollout])
+
+
+def alone(example, k):
+    return dataclasses.replace(example, answers=[example.answers[k]], kept=[example.kept[k]])
+
+
+def everywhere(model, batch, read):
+    return model.states(batch, model.vision_tower(batch.pixels), torch.arange(batch.ids.numel()), read)
+
+
+def by_definition(bench, rollout):
+    """Both losses of a step, every answer in a row of its own, from logits and values at all positions.
+    → loss to be differentiated, log-probabilities and values of each answer"""
+    args, count, loss, found = bench.args, int(rollout.kept.sum()), 0.0, []
+    answers = [(e, k) for e in rollout.examples for k in range(len(e.answers))]
+    for a, (example, k) in enumerate(answers):
+        row = data.collate([alone(example, k)], bench.processor)
+        assert row.causal
+        n, ids = len(example.answers[k]), torch.from_numpy(example.answers[k]).long()
+        before = slice(row.ids.shape[1] - n - 1, -1)  # the state in front of each token
+        logp = (everywhere(bench.policy, row, F.linear)[before] / args.temperature).log_softmax(-1)
+        logprob = logp.gather(1, ids[:, None])[:, 0]
+        states = everywhere(bench.critic, row, lambda states, head: states)
+        values = bench.critic.score(states)[before, 0]
+        found.append((logprob.detach(), values.detach()))
+        A, old, V, R = (x[a, :n] for x in (rollout.advantages, rollout.logprob, rollout.values,
+                                           rollout.returns))
+        ratio = (logprob - old).exp()
+        clipped = V + (values - V).clamp(-args.value_clip, args.value_clip)
+        bounded = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
+        loss = loss - torch.minimum(A * ratio, A * bounded).sum() / count
+        loss = loss + 0.5 * torch.maximum((values - R) ** 2, (clipped - R) ** 2).sum() / count
+        loss = loss + args.entropy_coef * (logp.exp() * logp).sum() / count
+    return loss, found
+
+
+def test_samples_that_share_a_row_are_rows_of_their_own(bench, rollout, expected):
+    """Three samples in a row with their prompt: log-probabilities, values and every gradient of policy and
+    critic are those of one sample a row, from the definitions. So no prompt or padding token has a loss."""
+    loss, found = by_definition(bench, rollout)
+    loss.backward()
+    assert_same_gradients(expected[0], taken(bench))
+    fresh = dataclasses.replace(rollout)
+    ppo.look(fresh, bench.policy, None, bench.critic, bench.args)
+    fsdp.reshard(bench.policy, bench.critic)
+    for a, (logprob, values) in enumerate(found):
+        close(fresh.logprob[a, :len(logprob)], logprob, 1e-5)
+        close(fresh.values[a, :len(values)], values, 1e-5)
+        assert fresh.kept[a].sum() == len(logprob) and not fresh.logprob[a, len(logprob):].any()
+
+
+def test_one_by_one_is_the_micro_batch(bench, rollout, expected):
+    """The rows in micro-batches of one: accumulated gradients and figures are those of one of four."""
+    parts, K = [], bench.args.samples_per_prompt
+    for i, example in enumerate(rollout.examples):
+        batch = data.collate([example], bench.processor)
+        longest, rows = max(map(len, example.answers)), slice(i * K, (i + 1) * K)
+        cut = {name: getattr(rollout, name)[rows, :longest]
+               for name in ("kept", "logprob", "values", "advantages", "returns")}
+        features = bench.policy.vision_tower(batch.pixels)
+        parts.append(dataclasses.replace(rollout, examples=[example], batch=batch, features=features,
+                                         critic_features=features, **cut))
+    found = gradients(bench, parts)
+    assert_same_gradients(found[0], expected[0])
+    close(found[1], expected[1], 1e-5)
+
+
+def test_the_figures_of_an_update(bench, rollout, expected):
+    """Means over the step's kept tokens, by hand from the log-probabilities and values before and after."""
+    fresh = dataclasses.replace(rollout)
+    ppo.look(fresh, bench.policy, None, bench.critic, bench.args)
+    fsdp.reshard(bench.policy, bench.critic)
+    change, moved = ((ours - old)[rollout.kept] for ours, old in (
+        (fresh.logprob, rollout.logprob), (fresh.values, rollout.values)))
+    found = dict(zip(ppo.UPDATE_FIGURES, expected[1], strict=True))
+    assert found["policy/approxkl"] == pytest.approx(float(change.square().mean() / 2), rel=1e-4)
+    assert found["policy/ratio"] == pytest.approx(float(change.exp().mean()), rel=1e-4)
+    far = (change.exp() < 0.8) | (change.exp() > 1.2)
+    assert found["policy/clipfrac"] == pytest.approx(float(far.float().mean()), abs=1e-6) and 0 < far.sum()
+    assert found["val/clipfrac"] == pytest.approx(float((moved.abs() > 0.2).float().mean()), abs=1e-6)
+    terms = (fresh.logprob, rollout.logprob, rollout.advantages, rollout.kept, 0.2)
+    mean = ppo.policy_loss(*terms) / rollout.kept.sum()
+    assert found["loss/policy"] == pytest.approx(float(mean), rel=1e-4)
+
+
+GARBAGE = {"advantages": 50.0, "returns": -50.0, "values": 30.0, "logprob": -3.0}
+
+
+@pytest.mark.parametrize("name", [*GARBAGE, "ids"])
+def test_what_is_not_kept_has_no_gradient(name, bench, rollout, expected):
+    """Other numbers behind the answers' ends, and another token in place of the padding, change no gradient
+    and no figure."""
+    if name == "ids":
+        batch = rollout.batch
+        assert (batch.branch < 0).any()
+        changed = dataclasses.replace(rollout, batch=dataclasses.replace(
+            batch, ids=batch.ids.where(batch.branch >= 0, 17),
+            position=batch.position.where(batch.branch >= 0, 33)))
+    else:
+        values = getattr(rollout, name)
+        changed = dataclasses.replace(rollout, **{name: values.where(rollout.kept, GARBAGE[name])})
+    found = gradients(bench, [changed])
+    assert_same_gradients(found[0], expected[0])
+    close(found[1], expected[1], 1e-5)
+
+
+def test_what_is_not_kept_has_no_reward(bench, rollout):
+    """Other log-probabilities and values behind the answers' ends change no reward, advantage or return."""
+    plain, changed = dataclasses.replace(rollout), dataclasses.replace(rollout)
+    for name, value in (("logprob", 40.0), ("ref_logprob", -40.0), ("values", 25.0)):
+        setattr(changed, name, getattr(rollout, name).where(rollout.kept, value))
+    for r in (plain, changed):
+        ppo.advantages_of([r], 0.1, bench.args, bench.world)
+    for name in ("rewards", "advantages", "returns"):
+        close(getattr(changed, name), getattr(plain, name))
+        assert getattr(plain, name)[rollout.kept].all() and not getattr(plain, name)[~rollout.kept].any()
+
+
+# ---- rollout ----
+
+def test_greedy_is_predict(bench, place, tmp_path, monkeypatch):
+    """Without uniforms roll_out takes the tokens that predict.py answers with."""
+    inside("predict", "--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
+           "--out", tmp_path / "answers.jsonl", "--max_new", 8, "--workers", 0, "--micro_batch", 4)
+    answers = [json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    monkeypatch.setattr(ppo, "keyed_uniforms", lambda *_: None)
+    prompts = data.collate(bench.examples, bench.processor)
+    r = ppo.roll_out(bench.policy, prompts, bench.examples, bench.processor, bench.args, bench.world, 1)
+    fsdp.reshard(bench.policy)
+    found = [[bench.processor.text(ids) for ids in example.answers] for example in r.examples]
+    assert found == [[answer] * 3 for answer in answers] and len(set(answers)) > 3
+
+
+def test_the_caches_logprobs_are_the_forward_passs(bench):
+    """Token by token: what generate says of n tokens less what it says of n − 1, drawn with the same
+    uniforms, is what the training forward says of token n; roll_out's answers are generate's."""
+    args = SimpleNamespace(**{**vars(bench.args), "temperature": 1.0})
+    examples, K = bench.examples, args.samples_per_prompt
+    prompts = data.collate(examples, bench.processor)
+    r = ppo.roll_out(bench.policy, prompts, examples, bench.processor, args, bench.world, 5)
+    ppo.look(r, bench.policy, None, bench.critic, args)
+    before = torch.zeros(len(examples), K)
+    for n in range(1, args.max_new + 1):
+        uniforms = network.keyed_uniforms(args.seed, 5, [e.index for e in examples], K, n)
+        answers, total = network.generate(bench.policy, prompts, r.features, n, bench.processor.stop,
+                                          bench.processor.banned, uniforms, K)
+        ids = [answer for row in r.examples for answer in row.answers]
+        assert [a for row in answers for a in row] == [answer[:n].tolist() for answer in ids]
+        close((total - before).flatten(), r.logprob[:, n - 1], 1e-4)
+        before = total
+    fsdp.reshard(bench.policy, bench.critic)
+    assert r.kept.sum(1).min() < args.max_new == r.kept.sum(1).max()
+
+
+def chi_square(drawn, p, least=5.0):
+    """Pearson's test of drawn ids against p [V]: the probability of so large a deviation. Tokens expected
+    fewer than `least` times are one class."""
+    seen = torch.bincount(torch.tensor(drawn), minlength=len(p)).double()
+    expected = p.double() * len(drawn)
+    often = expected >= least
+    seen, expected = (torch.cat([x[often], x[~often].sum()[None]]) for x in (seen, expected))
+    statistic = ((seen - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2.0), statistic / 2))
+
+
+def next_token(bench, example, begun, temperature):
+    """The training forward's distribution of the token behind a prompt and the tokens begun [V], without
+    those that are never sampled."""
+    whole = dataclasses.replace(example, prompt=np.concatenate([example.prompt, begun]).astype(np.int32))
+    row = data.collate([whole], bench.processor)
+    with torch.no_grad():
+        logits = everywhere(bench.policy, row, F.linear)[-1] / temperature
+    logits[sorted(bench.processor.banned)] = -torch.inf
+    return logits.softmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_tokens_are_drawn_from_the_policy(temperature, bench):
+    """Thousands of first tokens, and of second ones given the first, have the softmax's frequencies; and
+    not those at another temperature."""
+    example = bench.examples[2]
+    prompt = data.collate([example], bench.processor)
+
+    def draw(samples, max_new, iteration):
+        args = SimpleNamespace(**{**vars(bench.args), "samples_per_prompt": samples, "max_new": max_new,
+                                  "temperature": temperature})
+        r = ppo.roll_out(bench.policy, prompt, [example], bench.processor, args, bench.world, iteration)
+        return [ids.tolist() for ids in r.examples[0].answers]
+
+    first = [ids[0] for ids in draw(4000, 1, 1)]
+    p = next_token(bench, example, [], temperature)
+    assert chi_square(first, p) > 0.001
+    assert chi_square(first, next_token(bench, example, [], 1.4 * temperature)) < 1e-6
+    begun = max(set(first), key=first.count)
+    pairs = [ids for iteration in range(2, 6) for ids in draw(500, 2, iteration)]
+    assert chi_square([ids[0] for ids in pairs], p) > 0.001
+    second = [ids[1] for ids in pairs if ids[0] == begun]
+    assert len(second) > 300
+    assert chi_square(second, next_token(bench, example, [begun], temperature)) > 0.001
+    assert chi_square(second, p) < 1e-6
+    fsdp.reshard(bench.policy)
+
+
+def test_every_prompt_sample_and_iteration_draws_its_own(bench):
+    """Answers do not depend on the batch, and change with iteration and seed."""
+    def draw(examples, iteration=1, **changes):
+        args = SimpleNamespace(**{**vars(bench.args), **changes})
+        prompts = data.collate(examples, bench.processor)
+        r = ppo.roll_out(bench.policy, prompts, examples, bench.processor, args, bench.world, iteration)
+        return [[ids.tolist() for ids in e.answers] for e in r.examples]
+
+    every = draw(bench.examples)
+    assert draw(bench.examples[4:7]) == every[4:7] and draw(bench.examples[:1]) == every[:1]
+    assert draw(bench.examples, samples_per_prompt=1) == [row[:1] for row in every]
+    assert draw(bench.examples, 2) != every != draw(bench.examples, seed=1)
+    assert any(row[0] != row[1] for row in every)
+    fsdp.reshard(bench.policy)
+
+
+# ---- scores ----
+
+def test_scores_are_the_reward_models(bench, rollout):
+    """Three answers behind one prompt, and in the policy's features: the scores that the reward model gives
+    each in a row of its own."""
+    answers = [alone(example, k) for example in rollout.examples for k in range(3)]
+    assert bench.judge.shared
+    scores = bench.judge.scores(rollout, bench.processor)
+    reward = bench.judge.model
+    with torch.no_grad():
+        for score, example in zip(scores, answers, strict=True):
+            row = data.collate([example], bench.judge.processor)
+            states = everywhere(reward, row, lambda states, head: states)
+            close(score, reward.score(states[-1])[0], 1e-5)
+    fsdp.reshard(reward)
+    assert scores.std() > 0.01
+
+
+@pytest.mark.parametrize("reward", ["llama2", "tower"])
+def test_a_reward_model_reads_prompts_its_own_way(reward, bench, rollout, place, world):
+    """With another template the prompt is put in it, with another tower the pictures pass that; the answers'
+    ids are those that were sampled."""
+    b = prepared(place, world, reward=reward)
+    assert b.judge.shared == (reward == "llama2")
+    read, scores = [], b.judge.model.scores
+    b.judge.model.scores = lambda batch, *rest: read.append(batch) or scores(batch, *rest)
+    found = b.judge.scores(rollout, b.processor)
+    (batch,), tokenizer = read, b.processor.tokenizer
+    for i, example in enumerate(rollout.examples):
+        for k, ids in enumerate(example.answers, 1):
+            assert batch.ids[i][batch.branch[i] == k].tolist() == ids.tolist()
+        prompt = tokenizer.decode(batch.ids[i][batch.branch[i] == 0])
+        asked = ROWS[example.index]["conversations"][0]["value"].split("<image>\n")[-1].strip()
+        assert f"{asked} [/INST]" in prompt if reward == "llama2" else f"{asked} ASSISTANT:" in prompt
+        theirs = rollout.batch.ids[i][rollout.batch.branch[i] == 0]
+        assert (theirs.tolist() == batch.ids[i][batch.branch[i] == 0].tolist()) == (reward == "tower")
+    with torch.no_grad():
+        expected = scores(batch, b.judge.model.vision_tower(batch.pixels), batch.last)
+    fsdp.reshard(b.judge.model)
+    close(found, expected, 1e-5)
+    assert (found - rollout.score).abs().max() > 1e-3
+
+
+def test_final_scores_by_hand():
+    """Brought to the first iteration's scale, then clipped; an answer without its end token gets the fixed
+    score, which is neither."""
+    args = SimpleNamespace(score_clip=1.5, missing_eos_score=-9.0)
+    r = ppo.Rollout([], None, None, score=torch.tensor([1.0, 5.0, 9.0, 2.0, -9.0]),
+                    ended=torch.tensor([True, True, True, False, True]))
+    ppo.final_scores([r], torch.tensor([3.0, 4.0], dtype=torch.float64), args)
+    assert r.score.tolist() == [-0.5, 0.5, 1.5, -9.0, -1.5]
+    r.score = torch.tensor([1.0, 5.0, 9.0, 2.0, -9.0])
+    ppo.final_scores([r], torch.tensor([0.0, 1.0], dtype=torch.float64),
+                     SimpleNamespace(score_clip=0.0, missing_eos_score=-1.0))
+    assert r.score.tolist() == [1.0, 5.0, 9.0, -1.0, -9.0]
+
+
+def test_normalised_scores(place, world):
+    """--normalize_scores: whole answers of the first iteration get mean 0 and deviation 1, and the critic,
+    which was the reward model, says what it said on that scale."""
+    b = prepared(place, world)
+    r = rolled(b, b.examples)
+    training = torch.nn.ModuleDict({"critic": b.critic})
+    training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
+    before = r.score[r.ended]
+    assert 1 < len(before) < len(r.score)
+    ppo.normalise(training, [r], b.args, world)
+    mean, std = training.score_moments.tolist()
+    assert mean == pytest.approx(float(before.mean()), rel=1e-5) and std == pytest.approx(float(before.std()))
+    ppo.final_scores([r], training.score_moments, b.args)
+    close([r.score[r.ended].mean(), r.score[r.ended].std()], [0.0, 1.0], 1e-5)
+    assert (r.score[~r.ended] == -1).all()
+    fresh = dataclasses.replace(r)
+    ppo.look(fresh, b.policy, None, b.critic, b.args)
+    close(fresh.values[r.kept], (r.values[r.kept] - mean) / std, 1e-5)
+
+
+# ---- runs ----
+
+@pytest.fixture(scope="module")
+def run(place, world, tmp_path_factory):
+    """Options → the folder that a run in this process leaves, and the models that it built (policy,
+    reference, reward model and critic, if they are); every run is made once."""
+    @functools.cache
+    def made(*argv, reward="reward"):
+        out = tmp_path_factory.mktemp("run") / "out"
+        models = inside("ppo", *files(place, reward), *SMALL, "--out", out, *argv)
+        return out, models
+    return made
+
+
+TWICE = ("--max_steps", 2, "--micro_batch", 3, "--max_new", 10)
+
+
+def state(model):
+    fsdp.reshard(model)
+    return {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
+
+
+def built(place, world, folder="reward", **changes):
+    """The weights of a reward model before training."""
+    args = options(model=str(place / folder), **changes)
+    return state(fsdp.build(fsdp.open_checkpoint(args, world), args, world, score=True))
+
+
+def test_the_first_minibatch_meets_itself(run):
+    """In every iteration the first step's ratio is 1, its approximate KL and its share of clipped tokens are
+    0; before the first update the KL with the reference is 0, after it not. All figures are finite."""
+    out, _ = run(*TWICE)
+    lines = figures(out)
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["first/policy/ratio"] == pytest.approx(1, abs=1e-5)
+        assert abs(line["first/policy/approxkl"]) < 1e-5 and line["first/policy/clipfrac"] == 0
+        assert line["first/val/clipfrac"] == 0
+        assert line["policy/approxkl"] > 1e-5  # later steps are not at the start any more
+        assert all(np.isfinite(value) for value in line.values())
+    assert abs(lines[0]["objective/kl"]) < 1e-5
+    assert lines[0]["objective/rlhf_reward"] == pytest.approx(lines[0]["objective/scores"], abs=1e-6)
+    assert abs(lines[1]["objective/kl"]) > 1e-4
+    for line in lines:
+        beta = line["objective/non_score_reward"] / (line["objective/kl"] or 1)
+        assert beta == pytest.approx(-0.05 if line["objective/kl"] else 0, rel=1e-4)
+
+
+def test_what_is_trained_moves_and_nothing_else(run, place, world):
+    """After one iteration every tensor of the policy's projector and LLaMA, and of the critic's with its
+    scalar head, is another; the tower and the critic's unused LM head, reference and reward model are not."""
+    out, (policy, reference, reward, critic) = run(*TWICE)
+    base = load_file(place / "model" / "model.safetensors")
+    export = load_file(out / "model.safetensors")
+    moved = {name for name in base if not torch.equal(base[name], export[name])}
+    assert moved == {name for name in base if name.startswith(PARTS)} and base.keys() == export.keys()
+    assert all(torch.equal(export[name], tensor) for name, tensor in state(policy).items())
+    assert all(torch.equal(base[name], tensor) for name, tensor in state(reference).items())
+    start, after, scorer = built(place, world), state(critic), state(reward)
+    assert all(torch.equal(start[name], tensor) for name, tensor in scorer.items())
+    moved = {name for name in start if not torch.equal(start[name], after[name])}
+    assert moved == {name for name in start if name.startswith(CRITIC)}
+    assert not (out / "score.safetensors").exists()  # the export is a policy
+
+
+def test_equal_towers_are_one(run, world):
+    """Policy, reference, reward model and critic see with one module; one of another tower has its own."""
+    _, models = run(*TWICE)
+    assert len(models) == 4 and len({id(model.vision_tower) for model in models}) == 1
+    _, (policy, reference, reward, critic) = run(reward="tower")
+    assert reference.vision_tower is policy.vision_tower
+    assert not {reward.vision_tower, critic.vision_tower} & {policy.vision_tower}
+
+
+def test_a_picture_passes_the_tower_once(place, world, tmp_path, monkeypatch):
+    """In an iteration of three passes over the answers: each micro-batch's distinct pictures, once, before
+    sampling."""
+    seen, forward = [], network.CLIPVision.forward
+
+    def watched(tower, pixels):
+        seen.append(len(pixels))
+        return forward(tower, pixels)
+    monkeypatch.setattr(network.CLIPVision, "forward", watched)
+    inside("ppo", *files(place), *SMALL, "--micro_batch", 10, "--batch_size", 10, "--ppo_epochs", 3, "--out",
+           tmp_path / "out")
+    assert seen == [6]  # of ten rows; two show p0.png, two p1.png
+
+
+def watch(monkeypatch):
+    """→ a list that all rollouts of a run are put in, with their advantages"""
+    seen, advantages_of = [], ppo.advantages_of
+
+    def watched(every, *rest):
+        advantages_of(every, *rest)
+        seen.extend(every)
+    monkeypatch.setattr(ppo, "advantages_of", watched)
+    return seen
+
+
+def test_critic_from_the_policy(place, world, tmp_path, monkeypatch):
+    """--critic policy: V = 0 at first, so the first loss is half the mean of the squared returns."""
+    seen = watch(monkeypatch)
+    *_, critic = inside("ppo", *files(place, "rewards.py:red"), *SMALL, "--critic", "policy", "--batch_size",
+                        10, "--out", tmp_path / "out")
+    assert not any(r.values.any() for r in seen) and any(r.returns.any() for r in seen)
+    squares = sum(float(r.returns.square().sum()) for r in seen) / sum(int(r.kept.sum()) for r in seen)
+    assert figures(tmp_path / "out")[0]["first/loss/value"] == pytest.approx(squares / 2, rel=1e-5)
+    assert critic.score.weight.full_tensor().any()
+
+
+def test_a_function_scores_the_texts(place, world, tmp_path, monkeypatch):
+    """FILE.py:FUNCTION gets a row and its answers' texts; the score is logged as it is."""
+    seen = watch(monkeypatch)
+    inside("ppo", *files(place, "rewards.py:red"), *SMALL, "--critic", "policy", "--missing_eos_score", -3,
+           "--samples_per_prompt", 8, "--seed", 2, "--out", tmp_path / "out")
+    args = arguments(*files(place), *SMALL)
+    processor = fsdp.open_checkpoint(args, world).processor
+    ids = [answer for r in seen for example in r.examples for answer in example.answers]
+    scores = [processor.text(answer).split().count("red") if int(answer[-1]) in processor.stop else -3.0
+              for answer in ids]
+    assert torch.cat([r.score for r in seen]).tolist() == scores and max(scores) > 0 > min(scores)
+    line = figures(tmp_path / "out")[0]
+    assert line["objective/scores"] == pytest.approx(np.mean(scores), rel=1e-6)
+    assert line["answer/no_eos"] == scores.count(-3.0) / len(scores)
+    assert line["answer/length"] == pytest.approx(np.mean([len(answer) for answer in ids]))
+
+
+BANDIT = ["--batch_size", 10, "--rollout_batch", 10, "--micro_batch", 10, "--samples_per_prompt", 6,
+          "--max_new", 8, "--ppo_epochs", 3, "--lr", "4e-3", "--critic_lr", "4e-3", "--missing_eos_score", 0,
+          "--critic", "policy", "--max_steps", 10]
+
+
+def test_a_user_drives_a_word_up(place, world, tmp_path):
+    """python ppo.py with a function that counts one word: its count rises, from hardly ever to every other
+    answer, and with it the KL; a hundred times the --kl_coef keeps the KL lower."""
+    out = tmp_path / "out"
+    done = tiny.command("ppo", *files(place, "rewards.py:red")[:-2], *BANDIT, "--kl_coef", 0.02, "--out",
+                        out, "--eval_data", place / "rows.json", "--show_every", 5, "--save_rollouts")
+    assert done.code == 0, done.err
+    assert "Traceback" not in done.err and "Warning" not in done.err
+    lines = figures(out)
+    assert lines[0]["objective/scores"] < 0.1 and lines[0]["objective/kl"] == 0
+    assert np.mean([line["objective/scores"] for line in lines[-3:]]) > 0.4
+    assert lines[-1]["objective/kl"] > 1 and lines[-1]["eval_objective/scores"] > 0.3
+    assert done.out.count("'score': ") == 6 and f"wrote {out}" in done.out and "10/10" in done.out
+    assert (out / "model.safetensors").exists()
+    total = lines[-1]["objective/scores"] - 0.02 * lines[-1]["objective/kl"]
+    assert lines[-1]["objective/rlhf_reward"] == pytest.approx(total, rel=1e-5)
+    for line in lines:  # what was sampled is what was logged
+        kept = (out / "rollouts" / f"{line['step']}.jsonl").read_text().splitlines()
+        kept = [json.loads(answer) for answer in kept]
+        assert sorted(answer["id"] for answer in kept) == sorted(row["id"] for row in ROWS for _ in range(6))
+        assert all(answer["score"] in (0, answer["answer"].split().count("red")) for answer in kept)
+        for name, key in (("kl", "kl"), ("scores", "score"), ("rlhf_reward", "total")):
+            mean = np.mean([answer[key] for answer in kept])
+            assert mean == pytest.approx(line[f"objective/{name}"], rel=1e-4, abs=1e-5)
+    inside("ppo", *files(place, "rewards.py:red"), *BANDIT, "--kl_coef", 2, "--out", tmp_path / "held")
+    held = figures(tmp_path / "held")
+    assert max(line["objective/kl"] for line in held[-3:]) < 0.5 * lines[-1]["objective/kl"]
+
+
+def test_an_evaluation_changes_nothing(run, place):
+    """--eval_data between iterations: log and weights are bit for bit those without; its scores are those of
+    keyed samples, the same every time while the policy stays."""
+    expected, _ = run(*TWICE)
+    out, _ = run(*TWICE, "--eval_data", place / "rows.json", "--eval_every", 1)
+    lines = [{k: v for k, v in line.items() if not k.startswith("eval_")} for line in figures(out)]
+    assert lines == figures(expected)
+    assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert len({line["eval_objective/scores"] for line in figures(out)}) == 2
+    still, _ = run(*still_run(place))
+    first, second = ({k: v for k, v in line.items() if k.startswith("eval_")} for line in figures(still))
+    assert first == second and abs(first["eval_objective/kl"]) < 1e-5
+    assert {name.removeprefix("eval_") for name in first} < figures(still)[0].keys()
+
+
+def still_run(place):
+    """Options of two iterations that change nothing, evaluated, with rows of fine-tuning."""
+    return ("--lr", 0, "--max_steps", 2, "--eval_data", place / "rows.json", "--eval_every", 1, "--ptx_data",
+            place / "turns.json")
+
+
+def test_critic_warmup(place, world, tmp_path, monkeypatch):
+    """--critic_warmup: in these iterations the policy stays bit for bit and the critic moves; then both."""
+    seen, look = [], ppo.look
+
+    def watched(rollout, policy, reference, critic, args):
+        seen.append((state(policy), state(critic)))
+        look(rollout, policy, reference, critic, args)
+    monkeypatch.setattr(ppo, "look", watched)
+    inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--micro_batch", 10, "--critic_warmup", 1,
+           "--max_steps", 2, "--out", tmp_path / "out")
+    (policy, critic), (policy_then, critic_then) = seen
+    assert all(torch.equal(policy[name], tensor) for name, tensor in policy_then.items())
+    moved = {name for name in critic if not torch.equal(critic[name], critic_then[name])}
+    assert moved == {name for name in critic if name.startswith(CRITIC)}
+    first, second = figures(tmp_path / "out")
+    assert "grad_norm/policy" not in first and first["grad_norm/critic"] > 0 < second["grad_norm/policy"]
+    assert first["policy/approxkl"] < 1e-10 < second["policy/approxkl"]
+    export = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name for name in export if not torch.equal(export[name], policy[name])} == {
+        name for name in export if name.startswith(PARTS)}
+
+
+def test_kl_stop(run):
+    """The step that finds the policy too far is not taken, nor any after it: the weights are those of one
+    step."""
+    stopped, (*_, critic) = run("--batch_size", 10, "--ppo_epochs", 4, "--kl_stop", "1e-9")
+    one, (*_, critic_of_one) = run("--batch_size", 10, "--ppo_epochs", 1)
+    assert (stopped / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+    ours, theirs = state(critic), state(critic_of_one)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert figures(stopped)[0]["policy/approxkl"] > 1e-9 / 2  # of two steps, the first at 0
+
+
+def adapted(model):
+    return {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, network.LoRA)}
+
+
+def test_lora(run, place, world):
+    """--lora_rank: no second model is built as the reference; the KL starts at 0; the base stays bit for
+    bit; the export has the adapters merged, and transformers reads it."""
+    out, (policy, reward, critic) = run("--lora_rank", 4, "--max_steps", 2, "--lr", "1e-2")
+    first, second = figures(out)
+    assert abs(first["objective/kl"]) < 1e-5 < abs(second["objective/kl"])
+    base, weights = load_file(place / "model" / "model.safetensors"), state(policy)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in base.items())
+    export, lora = load_file(out / "model.safetensors"), adapted(policy)
+    assert {name for name in base if not torch.equal(base[name], export[name])} == lora.keys()
+    for name, module in lora.items():
+        A, B = (adapter.weight.detach().full_tensor() for adapter in (module.lora_A, module.lora_B))
+        close(export[name], base[name] + 16 / 4 * B @ A)
+        assert B.any() and module.on
+    critic_lora = adapted(critic)
+    assert critic_lora.keys() == lora.keys() and not adapted(reward)
+    start, after = built(place, world), state(critic)
+    same = {name for name in start if torch.equal(start[name], after[name])}
+    assert same == start.keys() - {"score.weight", "score.bias"}
+    assert all(module.lora_B.weight.full_tensor().any() for module in critic_lora.values())
+    reload(out)
+
+
+def test_the_reference_under_lora_is_the_base(place, world):
+    """Adapters that have moved change the policy's log-probabilities, not the reference's, and are on again
+    afterwards."""
+    b = prepared(place, world, "--lora_rank", 4)
+    examples = b.examples[:4]
+    r = rolled(b, examples)
+    plain = dataclasses.replace(r)
+    with torch.no_grad():
+        for i, module in enumerate(adapted(b.policy).values()):
+            module.lora_B.weight.copy_(module.lora_B.weight + 0.2 * (-1) ** i)
+    ppo.look(r, b.policy, None, b.critic, b.args)
+    close(plain.logprob, plain.ref_logprob, 1e-5)
+    close(r.ref_logprob, plain.ref_logprob, 1e-5)
+    assert (r.logprob - plain.logprob).abs().max() > 0.05
+    assert all(module.on for module in adapted(b.policy).values())
+    fsdp.reshard(b.policy, b.critic)
+
+
+def test_ptx_gradients_are_sfts(bench, place, world):
+    """--ptx_coef times the gradient of sft.py's loss is added to what is there already; the loss is sft.py's,
+    over all micro-batches."""
+    examples = fsdp.read_examples(str(place / "turns.json"), "turns", bench.processor, bench.args, world)
+    batch = data.collate(examples[:5], bench.processor)
+    loss = -bench.policy(batch, bench.policy.vision_tower(batch.pixels)).mean()
+    (2.5 * loss).backward()
+    expected = taken(bench)
+    args = SimpleNamespace(ptx_coef=1.0)
+    parts = [data.collate(examples[:2], bench.processor), data.collate(examples[2:5], bench.processor)]
+    ppo.ptx_gradients(parts, bench.policy, args, world)
+    args.ptx_coef = 1.5
+    assert ppo.ptx_gradients(parts, bench.policy, args, world) == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradients(taken(bench), expected)
+
+
+def test_ptx_is_mixed_in(run, place, world, tmp_path):
+    """loss/ptx is the mean of sft.py's losses on the same rows. Where rewards, KL and values are 0, the
+    policy moves by these rows alone; without them it stays."""
+    out, _ = run(*still_run(place))
+    inside("sft", *files(place)[:2], "--data", place / "turns.json", *files(place)[6:], "--out",
+           tmp_path / "sft", "--batch_size", 5, "--micro_batch", 5, "--max_steps", 8, "--lr", 0)
+    losses = np.reshape([line["loss"] for line in tiny.log(tmp_path / "sft")], (2, 4))
+    assert [line["loss/ptx"] for line in figures(out)] == pytest.approx(losses.mean(1).tolist(), rel=1e-5)
+    nothing = ("--critic", "policy", "--kl_coef", 0, "--missing_eos_score", 0, "--batch_size", 10)
+    base = load_file(place / "model" / "model.safetensors")
+    for mixed in ((), ("--ptx_data", place / "turns.json")):
+        out, _ = run(*nothing, *mixed, reward="rewards.py:nought")
+        export, (line,) = load_file(out / "model.safetensors"), figures(out)
+        moved = {name for name in base if not torch.equal(base[name], export[name])}
+        assert moved == ({name for name in base if name.startswith(PARTS)} if mixed else set())
+        assert line["loss/policy"] == 0 and ("loss/ptx" in line) == bool(mixed)
+
+
+# ---- two ranks and one ----
+
+# five rows in steps of one row a rank: three rounds, the last of them without a row on rank 1
+RANKS = ["--micro_batch", 1, "--max_new", 12, "--ppo_epochs", 1, "--score_clip", 2, "--whiten_rewards"]
+TWO = {"gathered": [], "sharded": ["--rollout", "sharded"]}
+
+
+def recorded_runs(place, folder, cases):
+    """Runs in one process group; each rank writes down the answers that it has judged, and their scores."""
+    judged, scores = [], ppo.Judge.scores
+
+    def recording_scores(judge, rollout, processor):
+        found = scores(judge, rollout, processor)
+        answers = [(e.index, ids.tolist()) for e in rollout.examples for ids in e.answers]
+        judged.extend([*answer, score] for answer, score in zip(answers, found.tolist(), strict=True))
+        return found
+    ppo.Judge.scores = recording_scores
+    try:
+        for name, argv in cases.items():
+            judged.clear()
+            inside("ppo", *files(place), *SMALL, *RANKS, *argv, "--eval_data", place / "rows.json", "--out",
+                   folder / name)
+            (folder / name / f"judged{dist.get_rank()}.json").write_text(json.dumps(judged))
+    finally:
+        ppo.Judge.scores = scores
+
+
+def judged(out):
+    found = [answer for path in sorted(out.glob("judged*.json")) for answer in json.loads(path.read_text())]
+    return sorted(found, key=lambda answer: answer[:2])
+
+
+def assert_same_figures(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def one_rank(place, world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    recorded_runs(place, folder, {"gathered": []})
+    return folder / "gathered"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(place, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return tiny.spread(functools.partial(recorded_runs, place, folder, TWO), 2, timeout=120), folder
+
+
+@pytest.mark.parametrize("rollout", TWO)
+def test_two_ranks_do_what_one_does(rollout, one_rank, two_ranks):
+    """Ranks whose answers end at different times, one of them short of rows, gathered or in step: they sample
+    the very tokens that one rank does, for held-out prompts too, and log the same iteration."""
+    done, folder = two_ranks
+    assert done.code == 0, done.err
+    ours, theirs = judged(folder / rollout), judged(one_rank)
+    assert [answer[:2] for answer in ours] == [answer[:2] for answer in theirs] and len(ours) == 20 + 20
+    assert len({len(ids) for _, ids, _ in ours}) > 3
+    close([score for *_, score in ours], [score for *_, score in theirs], 1e-4)
+    assert_same_figures(figures(folder / rollout)[0], figures(one_rank)[0])
+    weights = [load_file(out / "model.safetensors") for out in (folder / rollout, one_rank)]
+    assert all(torch.allclose(weights[0][name], tensor, atol=2e-3) for name, tensor in weights[1].items())
+
+
+# ---- killed and resumed ----
+
+# iterations of 2 micro-batches and 2 optimiser steps; what a checkpoint has to hold beside the weights
+KILLED = ["--max_steps", 3, "--save_every", 1, "--target_kl", 0.5, "--kl_horizon", 100, "--normalize_scores",
+          "--max_new", 10, "--critic_warmup", 1, "--ppo_epochs", 1]
+
+
+def in_call(name, number):
+    """Dies in the number-th call of a function of ppo.py."""
+    holder, name = (ppo.Judge, "scores") if name == "scores" else (ppo, name)
+    original, calls = getattr(holder, name), []
+
+    def dying(*args):
+        calls.append(name)
+        if len(calls) == number:
+            die()
+        return original(*args)
+    setattr(holder, name, dying)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place, world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    *_, critic = inside("ppo", *files(place), *SMALL, *KILLED, "--out", out)
+    first, second, third = (line["beta"] for line in figures(out))
+    assert first == second != third  # the policy first moved in the second: β stays through the warm-up
+    return out, state(critic)
+
+
+KILLS = {  # how the run dies; the iteration whose checkpoint is the last whole one
+    "generate": (functools.partial(in_call, "roll_out", 4), 1),
+    "score": (functools.partial(in_call, "scores", 4), 1),
+    "update": (functools.partial(in_call, "minibatch_gradients", 6), 2),
+    "save": (functools.partial(in_save, 2, "half"), 1)}
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_killed_and_resumed_is_uninterrupted(kill, place, uninterrupted, tmp_path):
+    """kill -9 while sampling, scoring, updating or saving, then --resume: the log, with its adapted β and
+    normalised scores, the policy and the critic are bit for bit those of a run that went through."""
+    (prepare, last), (whole, expected) = KILLS[kill], uninterrupted
+    out, argv = tmp_path / "out", [*files(place), *SMALL, *KILLED, "--out", tmp_path / "out"]
+    assert fork("ppo", *argv, prepare=prepare).code == -signal.SIGKILL
+    assert not (out / "model.safetensors").exists()
+    assert fsdp.checkpoint_steps(out)[-1] == last
+    *_, critic = inside("ppo", *argv, "--resume")
+    assert figures(out) == figures(whole)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state(critic).items())
+    assert not list(out.glob("**/*.part"))
+
+
+# ---- what a user sees ----
+
+WRONG = {  # {} is the folder that all of it is in; the options come after good ones
+    "rollout batch": (["--rollout_batch", 7], "got --rollout_batch 7, need a multiple of --batch_size 5"),
+    "no reward model": (["--reward_model", ""], "--reward_model is needed: what rm.py leaves, or FILE.py:F"),
+    "no score": (["--reward_model", "{}/model"], "model: no score.safetensors, need a reward model: what rm"),
+    "no folder": (["--reward_model", "{}/nowhere"], "need a checkpoint folder or a hub id"),
+    "tokenizer": (["--reward_model", "{}/other"], "other: its tokenizer is not that of {}/model, need the s"),
+    "no file": (["--reward_model", "{}/nowhere.py:red"], "no such file {}/nowhere.py"),
+    "no function": (["--reward_model", "{}/rewards.py:NOTHING"], "no function NOTHING in {}/rewards.py"),
+    "not a function": (["--reward_model", "{}/rewards.py:number"], "no function number in {}/rewards.py"),
+    "no finite score": (["--reward_model", "{}/rewards.py:not_a_number", "--critic", "policy"],
+                        "need a finite number each: [nan"),
+    "too few scores": (["--reward_model", "{}/rewards.py:short", "--critic", "policy"],
+                       "--reward_model's function gave 1 scores for 2 answers, need a finite number each"),
+    "no critic": (["--reward_model", "{}/rewards.py:red"], "give --critic policy"),
+    "temperature": (["--temperature", 0], "got --temperature 0.0, need more than 0"),
+    "part": (["--train", "vision"], "got --train vision, need projector, llm or both"),
+    "ptx rows": (["--ptx_data", "{}/asked.json"], "got no answer"),
+    "eval data": (["--eval_data", "{}/nowhere.json"], "no such file"),
+    "length": (["--max_len", 20], "none of 10 rows fits --max_len 20"),
+    "tokens": (["--max_new", 0], "got --max_new 0, need at least 1"),
+    "empty rollout": (["--rollout_batch", 0], "got --rollout_batch 0, need at least 1"),
+    "no samples": (["--samples_per_prompt", 0], "got --samples_per_prompt 0, need at least 1"),
+    "no epochs": (["--ppo_epochs", 0], "got --ppo_epochs 0, need at least 1"),
+}
+
+
+AFTER_THE_START = {"too few scores", "no finite score"}  # found in the first iteration
+
+
+def said(monkeypatch, capfd, *argv):
+    """What is left on the terminal by a run that fails, in this process."""
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, argv)])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        fsdp.run(ppo.main)
+    return tiny.Run(exit.value.code, *capfd.readouterr())
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_said(wrong, place, world, tmp_path, monkeypatch, capfd):
+    """The last line on the terminal says it, the exit code is 2, and --out is not there."""
+    tiny.write_rows(place / "asked.json", [{**ROWS[0], "conversations": ROWS[0]["conversations"][:1]}])
+    given, message = WRONG[wrong]
+    done = said(monkeypatch, capfd, *files(place), *SMALL, "--out", tmp_path / "out",
+                *[str(option).format(place) for option in given])
+    assert message.format(place) in done.error and done.code == 2, done.err
+    assert "Traceback" not in done.err
+    assert wrong in AFTER_THE_START or not (tmp_path / "out").exists()
+
+
+# ---- what has no answer, or one that is easily wrong ----
+
+@pytest.mark.parametrize("ended", [0, 1])
+def test_normalised_scores_of_too_few_answers(ended, world):
+    """--normalize_scores where no answer of the first iteration ends, or one: there is no scale, and an error
+    says so."""
+    r = ppo.Rollout([], None, None, score=torch.tensor([1.0, 2.0, 3.0]), ended=torch.arange(3) < ended)
+    training = torch.nn.ModuleDict({"critic": torch.nn.ModuleDict({"score": torch.nn.Linear(2, 1)})})
+    training["critic"].score = training["critic"]["score"]
+    training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
+    with pytest.raises(ValueError, match=f"but {ended} of the first iteration's answers have"):
+        ppo.normalise(training, [r], SimpleNamespace(critic="reward"), world)
+    assert training.score_moments.tolist() == [0, 1]
+
+
+def test_a_prompt_that_comes_twice_is_answered_anew(place, world, tmp_path, monkeypatch):
+    """A rollout batch that is larger than the data has prompts twice; their answers are other samples."""
+    seen = watch(monkeypatch)
+    inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--rollout_batch", 20, "--ppo_epochs", 1,
+           "--out", tmp_path / "out")
+    found = {}
+    for example in (example for r in seen for example in r.examples):
+        found.setdefault(example.index, []).append([ids.tolist() for ids in example.answers])
+    assert all(len(twice) == 2 for twice in found.values()) and len(found) == 10
+    assert any(first != second for first, second in found.values())
+
+
+def test_the_reference_keeps_its_projector_under_lora(place, world, tmp_path, monkeypatch):
+    """--lora_rank --train projector,llm: the reference of the second iteration is that of the first."""
+    seen, look = [], ppo.look
+
+    def watched(rollout, policy, reference, critic, args):
+        seen.append(state(reference or policy)["multi_modal_projector.linear_1.weight"])
+        look(rollout, policy, reference, critic, args)
+    monkeypatch.setattr(ppo, "look", watched)
+    inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--micro_batch", 10, "--ppo_epochs", 1,
+           "--max_steps", 2, "--lora_rank", 4, "--train", "projector,llm", "--out", tmp_path / "out")
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_a_critic_rate_of_zero(place, world, tmp_path):
+    """--critic_lr 0: the critic stays the reward model."""
+    *_, critic = inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--ppo_epochs", 1, "--critic_lr", 0,
+                        "--out", tmp_path / "out")
+    start = built(place, world)
+    assert all(torch.equal(start[name], tensor) for name, tensor in state(critic).items())
