@@ -7,6 +7,9 @@ a cell. Its true caption names them in reading order: "a red circle, a blue squa
     python examples/shapes.py --evaluate ANSWERS.jsonl ...  judge the answers that predict.py wrote
     python examples/shapes.py --rank ANSWERS.jsonl --pairs_out FILE.json
                                                             rank its sampled answers by the truth
+    python examples/shapes.py --pairs SCORED.jsonl ...      judge the rewards of predict.py --score
+    python examples/shapes.py --summary FIGURES.json ...    one table of several seeds' figures (--json)
+    python examples/shapes.py --curve DIR                   reward and truth over PPO's iterations
 
 What making it leaves in DIR:
 
@@ -36,6 +39,7 @@ import sys
 import tempfile
 import time
 from itertools import combinations
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -255,15 +259,19 @@ def write_rows(path, rows):
     path.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
 
 
-def write_pictures_and_rows(folder, name, rows):
+def write_picture(job):
+    path, placed = job
+    draw(placed).save(path, compress_level=1)
+
+
+def write_pictures_and_rows(folder, name, rows, pool):
     """Draws each row's picture, writes the rows to name.json -> the rows, what was placed for each."""
-    began, kept, scenes = time.time(), [], []
-    for placed, r in rows:
-        draw(placed).save(folder / "images" / r["image"], compress_level=1)
-        kept.append(r)
-        scenes.append(placed)
-        if len(kept) % 4000 == 0:
-            print(f"{name}.json: {len(kept)} pictures, {time.time() - began:.1f} s", flush=True)
+    began = time.time()
+    scenes, kept = zip(*rows, strict=True)
+    jobs = [(folder / "images" / r["image"], placed) for r, placed in zip(kept, scenes, strict=True)]
+    for done, _ in enumerate(pool.imap(write_picture, jobs), 1):
+        if done % 4000 == 0:
+            print(f"{name}.json: {done} pictures, {time.time() - began:.1f} s", flush=True)
     write_rows(folder / f"{name}.json", kept)
     print(f"{name}.json: written with {len(kept)} rows, {time.time() - began:.1f} s", flush=True)
     return kept, scenes
@@ -413,11 +421,17 @@ def make(folder, seed=0, train=12000, pairs=6000, prompts=4000, test=384, warm_s
 def build(folder, seed, train, pairs, prompts, test, warm_steps):
     (folder / "images").mkdir()
     withheld = withheld_sets(seed)
-    rows, scenes = write_pictures_and_rows(folder, "sft", sft_rows(seed, train, withheld))
-    shown = {frozenset(r["objects"]) for r in rows}
-    write_pictures_and_rows(folder, "pairs", pair_rows(seed, pairs, withheld))
-    write_pictures_and_rows(folder, "prompts", prompt_rows(seed, prompts, withheld))
-    tests, held_out = write_pictures_and_rows(folder, "test", test_rows(seed, test, withheld, shown))
+    pool = ThreadPool()  # compressing a picture leaves Python's lock to the others
+    try:
+        rows, scenes = write_pictures_and_rows(folder, "sft", sft_rows(seed, train, withheld), pool)
+        shown = {frozenset(r["objects"]) for r in rows}
+        write_pictures_and_rows(folder, "pairs", pair_rows(seed, pairs, withheld), pool)
+        write_pictures_and_rows(folder, "prompts", prompt_rows(seed, prompts, withheld), pool)
+        tests = test_rows(seed, test, withheld, shown)
+        tests, held_out = write_pictures_and_rows(folder, "test", tests, pool)
+    finally:  # an interrupted run removes the folder: nothing may still be written into it
+        pool.terminate()
+        pool.join()
     write_rows(folder / "test_pairs.json", list(test_pair_rows(seed, tests)))
     for name in ("blank", "shuffled"):
         (folder / f"images_{name}").mkdir()
@@ -499,6 +513,66 @@ def print_table(records):
               f"{r['exact']:6.3f} {r['well_formed']:7.3f} {r['words']:6.2f}")
 
 
+def judge_pairs(paths):
+    """Rewards of ranked answers -> for each file and kind of pair the share of pairs in the right order; a
+    tie counts half, a row once."""
+    records = []
+    for path in paths:
+        right = {}
+        for line in Path(path).read_text().strip().split("\n"):
+            scored = json.loads(line)
+            if scored["answers"] is None:  # too long for --max_len
+                continue
+            rewards = [answer["reward"] for answer in scored["answers"]]
+            pairs = [(better > worse) + (better == worse) / 2 for better, worse in combinations(rewards, 2)]
+            kind = scored["id"].rsplit("-", 1)[-1]
+            right.setdefault(kind if kind in KINDS else "sampled", []).append(sum(pairs) / len(pairs))
+        for kind, shares in right.items():
+            mean = sum(shares) / len(shares)
+            records.append({"file": str(path), "pairs": kind, "n": len(shares), "accuracy": mean})
+    for r in records:
+        print(f"{r['file']}  {r['pairs']:10}  {r['n']:6d} rows, {r['accuracy']:.3f} in the right order")
+    return records
+
+
+def curve(run, truth, each=5):
+    """Prints PPO's way: the score an iteration's answers got (normalised, with a penalty for answers without
+    end), and what is true of them."""
+    files = sorted((run / "rollouts").glob("*.jsonl"), key=lambda path: int(path.stem))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().strip().split("\n")]
+    print("\n| iterations | KL | score | chair_s | coverage | exact |\n|---|---|---|---|---|---|")
+    for i in range(0, len(files), each):
+        answers = [answer for path in files[i:i + each] for answer in read_answers(path, truth)]
+        true, steps = measure([(r["objects"], text) for r, text, _ in answers]), log[i:i + each]
+        kl, score = (np.mean([step[f"objective/{name}"] for step in steps]) for name in ("kl", "scores"))
+        print(f"| {steps[0]['step']}–{steps[-1]['step']} | {kl:.3f} | {score:.3f} | {true['chair_s']:.3f} "
+              f"| {true['coverage']:.3f} | {true['exact']:.3f} |")
+
+
+def summarise(paths):
+    """Prints the figures of several seeds, as --json leaves them, as mean ± standard deviation."""
+    found = {}
+    for path in paths:
+        for r in json.loads(Path(path).read_text()):
+            kind = r["pairs"] if "pairs" in r else (r["over"], r["sets"])
+            found.setdefault((Path(r["file"]).stem, kind), []).append(r)
+
+    def cell(records, name):
+        values = [r[name] for r in records]
+        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{spread}"
+    names = ("chair_i", "chair_s", "coverage", "exact", "well_formed", "words")
+    print("| answers | judged | " + " | ".join(names) + " |\n|" + "---|" * (2 + len(names)))
+    for (file, kind), records in found.items():
+        if isinstance(kind, tuple) and kind[1] == "all":
+            print(f"| {file} | {kind[0]} | " + " | ".join(cell(records, name) for name in names) + " |")
+    kinds = [*KINDS, "sampled"]
+    print("\n| rewards | " + " | ".join(kinds) + " |\n|" + "---|" * (1 + len(kinds)))
+    for file in dict.fromkeys(file for file, kind in found if not isinstance(kind, tuple)):
+        cells = [cell(found[file, kind], "accuracy") if (file, kind) in found else "" for kind in kinds]
+        print(f"| {file} | " + " | ".join(cells) + " |")
+
+
 def badness(objects, text):
     """What ranks a text, best lowest: malformed; count of objects invented, missed, repeated; misordered."""
     named = mentions(text)
@@ -512,7 +586,7 @@ def rank(paths, truth):
     for path in paths:
         for r, _, samples in read_answers(path, truth):
             best = {}
-            for text in samples:
+            for text in filter(str.strip, samples):  # an answer without a word is no row's
                 best.setdefault(badness(r["objects"], text), text)
             if len(best) > 1:
                 turns = [r["conversations"][0], {"from": "gpt", "value": [best[key] for key in sorted(best)]}]
@@ -528,26 +602,34 @@ def main():
         help="the world's folder, to make or to judge by (default: runs/shapes)")
     add("--seed", type=int, default=0, help="of everything that is drawn")
     add("--train", type=int, default=12000, help="pictures in sft.json")
-    add("--pairs", type=int, default=6000, help="pictures in pairs.json")
+    add("--synthetic", type=int, default=6000, help="pictures in pairs.json")
     add("--prompts", type=int, default=4000, help="pictures in prompts.json")
     add("--test", type=int, default=384, help="pictures in test.json")
     add("--warm_up", type=int, default=100, help="steps of the tower's training, 128 pictures each")
     add("--overwrite", action="store_true", help="replace the world that the folder holds")
     add("--if_missing", action="store_true", help="leave a world that the folder holds as it is")
     add("--evaluate", nargs="+", metavar="JSONL", help="judge these answers of predict.py")
-    add("--json", type=Path, metavar="FILE", help="write what --evaluate finds here as well")
+    add("--pairs", nargs="+", default=[], metavar="JSONL", help="judge the rewards of ranked answers")
+    add("--json", type=Path, metavar="FILE", help="write what --evaluate and --pairs find here as well")
+    add("--curve", type=Path, metavar="DIR", help="score and truth over a run of ppo.py --save_rollouts")
+    add("--summary", nargs="+", metavar="JSON", help="one table of what --json left, a file a seed")
     add("--rank", nargs="+", metavar="JSONL", help="make preferences of the samples in these answers")
     add("--pairs_out", type=Path, metavar="FILE", help="where --rank writes them")
     add("--mix", action="store_true", help="and as many rows of pairs.json with them")
     args = parser.parse_args()
     if args.rank and not args.pairs_out:
         parser.error("--rank needs --pairs_out FILE")
-    if args.evaluate or args.rank:
+    if args.evaluate or args.rank or args.curve:
         truth = {r["id"]: r for name in ("sft", "prompts", "test")
                  for r in json.loads((args.world / f"{name}.json").read_text())}
-    if args.evaluate:
-        records = evaluate(args.evaluate, truth)
+    if args.summary:
+        summarise(args.summary)
+    elif args.curve:
+        curve(args.curve, truth)
+    elif args.evaluate or args.pairs:
+        records = evaluate(args.evaluate, truth) if args.evaluate else []
         print_table(records)
+        records += judge_pairs(args.pairs)
         if args.json:
             args.json.write_text(json.dumps(records, indent=1) + "\n")
     elif args.rank:
@@ -557,7 +639,7 @@ def main():
         print(f"{args.pairs_out}: {len(rows)} ranked rows of samples, {len(mixed)} synthetic ones")
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half world is removed
-        sizes = {"seed": args.seed, "train": args.train, "pairs": args.pairs, "prompts": args.prompts,
+        sizes = {"seed": args.seed, "train": args.train, "pairs": args.synthetic, "prompts": args.prompts,
                  "test": args.test, "warm_steps": args.warm_up}
         if args.if_missing:
             ensure(args.world, **sizes)

@@ -1,15 +1,60 @@
 #!/usr/bin/env bash
-# The whole chain on the small world: make it, fine-tune, answer the held-out pictures, compare with the truth.
-#   bash examples/shapes.sh [SEED] [DIR]     DIR: what it writes, from the project's root (default runs/chain-SEED)
+# The whole chain on the small world: make it, fine-tune, rank the model's samples, learn a reward, align by DPO and by PPO,
+# take the best of eight, and compare all answers to held-out pictures with the truth.
+#   bash examples/shapes.sh [SEED] [DIR] [study]     DIR: what it writes, from the project's root (default runs/chain-SEED)
+# With `study` also the controls: DPO without its SFT term, SFT on the same best answers, blank and shuffled pictures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-seed=${1:-0} dir=${2:-runs/chain-$seed} python=${PYTHON:-python}
-world="$dir/world" test="--data $dir/world/test.json --images $dir/world/images --max_new 32 --micro_batch 64"
+seed=${1:-0} dir=${2:-runs/chain-${1:-0}} study=${3:-} python=${PYTHON:-python}
+world="$dir/world"
+
+train() {  # SCRIPT NAME options: trains from the fine-tuned model
+  $python "$1.py" --out "$dir/$2" --images "$world/images" --seed "$seed" --overwrite --adam_beta2 0.98 "${@:3}"
+}
+answer() {  # MODEL NAME options: answers, or scores, of the test pictures
+  $python predict.py --model "$dir/$1" --data "$world/test.json" --images "$world/images" --out "$dir/$2.jsonl" \
+    --seed "$seed" --max_new 32 --micro_batch 64 --overwrite "${@:3}"
+}
 
 $python examples/shapes.py --out "$world" --seed "$seed" --if_missing
-$python sft.py --model "$world/model" --data "$world/sft.json" --images "$world/images" --out "$dir/sft" \
-  --eval_data "$world/test.json" --batch_size 64 --micro_batch 64 --lr 2e-3 --adam_beta2 0.98 --warmup 40 \
-  --max_steps 350 --seed "$seed" --overwrite
-$python predict.py --model "$dir/sft" $test --seed "$seed" --overwrite --out "$dir/sft-greedy.jsonl"
-$python predict.py --model "$dir/sft" $test --seed "$seed" --overwrite --num_samples 4 --temperature 1 --out "$dir/sft-sampled.jsonl"
-$python examples/shapes.py --world "$world" --evaluate "$dir/sft-greedy.jsonl" "$dir/sft-sampled.jsonl"
+train sft sft --model "$world/model" --data "$world/sft.json" --batch_size 64 --micro_batch 64 --lr 2e-3 --warmup 40 --max_steps 350
+answer sft sft-greedy
+answer sft sft-sampled --num_samples 4 --temperature 1
+
+# preferences: the model's own samples ranked by the truth, and as many synthetic pairs
+answer sft samples --data "$world/prompts.json" --num_samples 2 --temperature 1 --micro_batch 256
+$python examples/shapes.py --world "$world" --rank "$dir/samples.jsonl" --mix --pairs_out "$dir/pairs.json"
+$python examples/shapes.py --world "$world" --rank "$dir/sft-sampled.jsonl" --pairs_out "$dir/test-sampled.json"
+
+train rm rm --model "$dir/sft" --data "$dir/pairs.json" --eval_data "$world/test_pairs.json" --eval_every 0 --batch_size 32 --micro_batch 32 --lr 5e-4 --warmup 100 --max_steps 800
+train dpo dpo --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 2e-4 --warmup 10 --max_steps 80 --sft_coef 1
+train ppo ppo --model "$dir/sft" --reward_model "$dir/rm" --data "$world/prompts.json" --rollout_batch 128 --batch_size 128 \
+  --micro_batch 128 --max_new 28 --max_steps 40 --lr 2e-4 --critic_lr 3e-4 --ppo_epochs 2 --critic_warmup 2 --kl_coef 0.05 \
+  --missing_eos_score -3 --normalize_scores --save_rollouts
+for name in dpo ppo; do
+  answer $name $name-greedy
+  answer $name $name-sampled --num_samples 4 --temperature 1
+done
+answer sft best-of-8 --num_samples 8 --temperature 1 --reward_model "$dir/rm"
+answer sft rewards --data "$world/test_pairs.json" --score --reward_model "$dir/rm"
+answer sft rewards-sampled --data "$dir/test-sampled.json" --score --reward_model "$dir/rm"
+judged="sft-greedy sft-sampled best-of-8 dpo-greedy dpo-sampled ppo-greedy ppo-sampled" scored="rewards rewards-sampled"
+
+if [ "$study" = study ]; then
+  train dpo dpo-alone --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 2e-4 --warmup 10 --max_steps 80
+  train sft sft-best --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 2e-4 --warmup 10 --max_steps 80
+  for name in dpo-alone sft-best; do
+    answer $name $name-greedy
+    answer $name $name-sampled --num_samples 4 --temperature 1
+    judged="$judged $name-greedy $name-sampled"
+  done
+  for pictures in blank shuffled; do
+    answer dpo dpo-$pictures --num_samples 4 --temperature 1 --images "$world/images_$pictures"
+    answer sft rewards-$pictures --data "$world/test_pairs.json" --score --reward_model "$dir/rm" --images "$world/images_$pictures"
+    judged="$judged dpo-$pictures" scored="$scored rewards-$pictures"
+  done
+fi
+files() { for name in $1; do echo "$dir/$name.jsonl"; done; }
+$python examples/shapes.py --world "$world" --evaluate $(files "$judged") --pairs $(files "$scored") --json "$dir/figures.json" > "$dir/figures.txt"
+$python examples/shapes.py --summary "$dir/figures.json"
+$python examples/shapes.py --world "$world" --curve "$dir/ppo"

@@ -329,7 +329,8 @@ def test_refuses_ensures_and_overwrites(tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_leaves_no_world(tmp_path, sent):
     process = subprocess.Popen([sys.executable, SCRIPT, "--out", tmp_path / "world"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         deadline = time.time() + 60
         while not list(tmp_path.glob("*/new/images/sft-00100.png")):  # in the middle of drawing
@@ -393,7 +394,8 @@ def test_ranks_samples_by_the_truth(world, tmp_path):
     best_first.append(f"a {a} a {b} a {c}.")  # all true, but malformed
     tie = shapes.caption([a, b, z])
     sampled = [best_first[i] for i in (3, 5, 0, 2, 0, 4, 1)]
-    sampled.insert(4, tie)  # as good as an earlier one, which stays
+    sampled.insert(2, "")  # says nothing: no row could hold it
+    sampled.insert(5, tie)  # as good as an earlier one, which stays
     given = [{"id": row["id"], "answer": tie, "answers": [{"text": text} for text in sampled]},
              {"id": prompts[1]["id"], "answer": tie, "answers": [{"text": tie}, {"text": tie}]}]  # no choice
     file, out = tmp_path / "answers.jsonl", tmp_path / "ranked.json"
@@ -405,3 +407,41 @@ def test_ranks_samples_by_the_truth(world, tmp_path):
     assert (ranked["id"], ranked["image"], ranked["kind"]) == (row["id"], row["image"], "sampled")
     assert ranked["conversations"][0] == row["conversations"][0]
     assert synthetic == rows(world, "pairs")[0]
+
+
+def test_judges_rewards_by_kind(tmp_path, capsys):
+    def scored(name, *rewards):
+        answers = [{"text": "a red star.", "logprob": -1.0, "reward": reward} for reward in rewards]
+        return json.dumps({"id": name, "answers": answers}) + "\n"
+    (tmp_path / "rewards.jsonl").write_text(
+        scored("test-00000-added", 1, 0) + scored("test-00001-added", 0, 1) + scored("test-00002-added", 2, 2)
+        + scored("test-00000-dropped", 0.5, 0.25)
+        + scored("test-00003", 3, 1, 2))  # (3, 1) and (3, 2) right, (1, 2) wrong
+    records = shapes.judge_pairs([tmp_path / "rewards.jsonl"])
+    found = {r["pairs"]: (r["n"], r["accuracy"]) for r in records}
+    assert found == {"added": (3, 0.5), "dropped": (1, 1.0), "sampled": (1, pytest.approx(2 / 3))}
+    assert "added" in capsys.readouterr().out
+
+
+def test_summary_is_the_mean_over_seeds(world, tmp_path):
+    test = rows(world, "test")
+    for seed, wrong in enumerate((0, 16, 32)):  # of 64 answers
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (folder / "greedy.jsonl").write_text("".join(
+            json.dumps({"id": r["id"], "answer": "no idea" if i < wrong else answers(r)[0]}) + "\n"
+            for i, r in enumerate(test)))
+        (folder / "rewards.jsonl").write_text("".join(json.dumps(
+            {"id": f"{r['id']}-added", "answers": [{"reward": i >= wrong}, {"reward": 0.5}]}) + "\n"
+            for i, r in enumerate(test)))
+        done = run("--world", world, "--evaluate", folder / "greedy.jsonl",
+                   "--pairs", folder / "rewards.jsonl", "--json", folder / "figures.json")
+        assert done.returncode == 0, done.stderr
+    done = run("--summary", *[tmp_path / str(seed) / "figures.json" for seed in range(3)])
+    assert done.returncode == 0, done.stderr
+    greedy, = (line.split(" | ") for line in done.stdout.split("\n") if line.startswith("| greedy"))
+    assert greedy[1] == "answer" and greedy[5] == "0.750 ± 0.250"  # exact: 1, .75, .5
+    rewards, = (line.split(" | ") for line in done.stdout.split("\n") if line.startswith("| rewards | 0"))
+    assert rewards[1] == "0.750 ± 0.250"
+    one = run("--summary", tmp_path / "1" / "figures.json").stdout
+    assert "| 0.750 |" in one and "±" not in one
