@@ -119,8 +119,8 @@ def read_row(row, images_dir, need_answers=1):
         raise ValueError(f"got {len(answers)} answer, need {need_answers} or more, best first, as the last "
                          "gpt turn's value")
     margin = 0.0 if row.get("margin") is None else row["margin"]
-    if type(margin) not in (int, float) or not math.isfinite(margin) or margin and len(answers) != 2:
-        raise ValueError(f"got the margin {margin!r}, {len(answers)} answers; need a number, and two")
+    if type(margin) not in (int, float) or not 0 <= margin < math.inf or margin and len(answers) != 2:
+        raise ValueError(f"got the margin {margin!r}, {len(answers)} answers; need a number from 0, and two")
     if not all(isinstance(c, str) for c in contents):
         raise ValueError("got a turn whose value is not text; only the last gpt turn may be a list")
     if not all(c.strip() for role, c in zip(roles, contents) if role == "gpt"):
@@ -612,28 +612,37 @@ def collate(examples, processor, pixels=None):
         row=torch.arange(len(answers)).repeat_interleave(answers), causal=bool((answers < 2).all()))
 
 
+def shuffled(n, *key):
+    """0 … n − 1 in an order that is the key's alone. numpy takes numbers that a seed lacks for zeros, so a
+    fifth one keeps keys of other lengths, and the four of model.keyed_uniforms, apart."""
+    return np.random.default_rng([*key, *[0] * (4 - len(key)), len(key)]).permutation(n)
+
+
 class Steps(torch.utils.data.Dataset):
     """Item k: the micro-batches of optimiser step k for this rank, every rank as many (short ones hold
     padding only).
 
     Step k takes the same rows whatever the number of ranks; within it, rows of similar length share a
-    micro-batch (by_length). shuffle: every epoch in an order keyed by (seed, epoch); else in file order. """
+    micro-batch (by_length). shuffle: every epoch in an order keyed by (seed, epoch); else in file order.
+    drop_last: an epoch has whole steps only, the rows left over wait for a later one. """
 
     def __init__(self, examples, processor, batch_size, micro_batch, rank, world, seed=0, shuffle=True,
-                 by_length=True):
+                 by_length=True, drop_last=False):
         self.examples, self.processor = examples, processor
         self.batch_size, self.micro_batch, self.rank, self.world = batch_size, micro_batch, rank, world
-        self.seed, self.shuffle, self.by_length = seed, shuffle, by_length
+        self.seed, self.shuffle, self.by_length, self.drop_last = seed, shuffle, by_length, drop_last
         self.columns = np.array([sum(processor.lengths(ids).sum() for ids in (e.prompt, *e.answers))
                                  for e in examples])
 
     def __len__(self):
-        return -(-len(self.examples) // self.batch_size)  # steps an epoch
+        """Steps an epoch."""
+        whole, rest = divmod(len(self.examples), self.batch_size)
+        return whole if whole and self.drop_last else whole + (rest > 0)
 
     def order(self, epoch):
         if not self.shuffle:
             return np.arange(len(self.examples))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+        return shuffled(len(self.examples), self.seed, epoch)
 
     def groups(self, step):
         """The micro-batches of this rank as lists of example indices."""

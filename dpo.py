@@ -30,7 +30,7 @@ def dpo_loss(logratio, kept, beta, loss="sigmoid", label_smoothing=0.0):
     (or a token: the length-normalised losses); kept [B, K]: which answers there are."""
     if loss == "sigmoid" and not label_smoothing:
         return plackett_luce(beta * logratio, kept)  # Eq. 20, arXiv:2305.18290; for two answers Eq. 7
-    h = logratio[:, :1].sum(-1) - logratio[:, 1:].sum(-1)  # of two answers
+    h = logratio[:, :1].sum(-1) - logratio[:, 1:].sum(-1)  # of two answers; a batch of padding has K = 0
     right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
     if loss == "sigmoid":  # conservative: labels flipped with probability ε, ericmitchell.ai/cdpo.pdf
         return (1 - label_smoothing) * right + label_smoothing * wrong
@@ -55,8 +55,9 @@ FIGURES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "
 @torch.no_grad()
 def figures_of(loss, policy, reference, kept, length, beta):
     """The FIGURES, summed over rows [9]. `chosen` is the best answer, `rejected` the mean of the others;
-    rewards are β (log π − log π_ref), kl is log π − log π_ref a token (an estimate that can be negative). All
-    [B, K] but loss [B]."""
+    rewards are β (log π − log π_ref), a tie is no accuracy (as in TRL, hence 0 at first), kl is
+    log π − log π_ref a token on the given answers: not the KL of π's own samples, and negative where they
+    lost. All [B, K] but loss [B]."""
     logratio = policy - reference
     reward = beta * logratio
 
@@ -72,9 +73,14 @@ def figures_of(loss, policy, reference, kept, length, beta):
 
 # ---- the reference ----
 
-def fingerprint(model, training, held_out, processor, args):
+def digest(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fingerprint(model, training, held_out, processor, args, world):
     """What reference log-probabilities depend on, as a hash: weights and configuration, tokens (template and
-    length rule), pictures and the dtype of computation."""
+    length rule), what the picture files hold and the dtype of computation."""
     seen = hashlib.sha256()
     for name, parameter in data.progress([*model.named_parameters()], "weights fingerprinted"):
         if ".lora_" not in name:  # adapters start without effect
@@ -83,14 +89,17 @@ def fingerprint(model, training, held_out, processor, args):
             if bits.ndim > 1:  # sums over rows and over columns, for speed
                 bits = torch.cat([bits.sum(dim, dtype=torch.int64) for dim in range(2)])
             seen.update(f"{name} {tuple(parameter.shape)} {bits.tolist()}".encode())
+    paths = sorted({path for example in training + held_out for path in example.images})
+    pictures = dict(zip(paths, world.share(digest, paths, "pictures fingerprinted")))
     for example in training + held_out:
         parts = [example.prompt, *(part for pair in zip(example.answers, example.kept) for part in pair)]
         seen.update(repr([part.tolist() for part in parts]).encode())
-        seen.update(repr([(path, os.path.getsize(path)) for path in example.images]).encode())
-    configs = [part.to_dict() for part in (model.config.text_config, model.config.vision_config)]
-    config = [(key, str(value)) for part in configs for key, value in sorted(part.items()) if key[0] != "_"]
+        seen.update(repr([pictures[path] for path in example.images]).encode())
+    whole = model.config
+    configs = [part.to_dict() for part in (whole, whole.text_config, whole.vision_config)]
+    config = [(key, str(value)) for part in configs for key, value in sorted(part.items())
+              if key[0] != "_" and not isinstance(value, dict)]
     rule = processor.template.jinja, processor.max_len, processor.pictures, args.dtype, len(training), config
-    rule = *rule, model.vision_tower.depth, model.vision_tower.drop_class
     seen.update(repr(rule).encode())
     return seen.hexdigest()
 
@@ -121,7 +130,7 @@ def open_reference(model, training, held_out, processor, args, world):
             raise ValueError(f"got --ref_model {args.ref_model}, which sees pictures in another size or mode "
                              "than the policy: both read the same batches")
         model = fsdp.build(other, args, world)
-    of = fingerprint(model, training.examples, held_out.examples, processor, args)
+    of = fingerprint(model, training.examples, held_out.examples, processor, args, world)
     folder, name = os.path.split(args.reference or os.path.join(args.out, "reference.json"))
     if os.path.isdir(os.path.join(folder, name)):
         raise ValueError(f"got --reference {args.reference}, which is a folder, need a file")
@@ -154,7 +163,9 @@ def forward(model, batch, rows, reference, world, args):
     logprob, policy, length = answer_logprobs(model, batch, features)  # [N], [A], [A]
     given = policy.new_tensor([value for i in rows for value in reference[i]])  # [A]
     (policy, kept), (given, _), (length, _) = (data.by_row(v, batch.row) for v in (policy, given, length))
-    logratio = (policy - given) / length.clamp(min=1) if args.length_norm else policy - given  # [B, K]
+    logratio = policy - given  # [B, K]
+    if args.length_norm:  # a token, not an answer: length-normalised DPO of Tülu 3, arXiv:2411.15124
+        logratio = logratio / length.clamp(min=1)
     losses = dpo_loss(logratio, kept, args.beta, args.loss, args.label_smoothing)  # [B]
     best = batch.row.diff(prepend=batch.row.new_tensor([-1])) > 0  # [A]: the first answer of its row
     figures = figures_of(losses, policy, given, kept, length, args.beta)
@@ -189,16 +200,21 @@ def parse_args():
     add("--beta", type=float, default=0.1, help="how strongly the policy is held to the reference")
     add("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid", help="see dpo_loss")
     add("--label_smoothing", type=float, default=0.0, help="share of flipped labels: sigmoid, robust")
-    add("--length_norm", action="store_true", help="log-ratios a token, not an answer")
-    add("--sft_coef", type=float, default=0.0, help="weight of sft.py's loss on the best answers")
+    add("--length_norm", action="store_true", help="log-ratios a token, not an answer (not in rewards/*)")
+    add("--sft_coef", type=float, default=0.0, help="weight of the best answers' own loss, as sft.py's")
     add("--ref_model", help="a reference other than the policy before its first step")
     add("--reference", help="file of its log-probabilities, made or reused (default: OUT/reference.json)")
     args = fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=os.path.join(fsdp.WORLD, "test_pairs.json"), batch_size=64, micro_batch=64, lr=2e-4,
         warmup=10, adam_beta2=0.98, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
+    if args.reference and os.path.dirname(os.path.abspath(args.reference)) == os.path.abspath(args.out):
+        parser.error(f"got --reference {args.reference}, in --out, which a run replaces: leave it out "
+                     "(OUT/reference.json is kept by itself), or choose another place")
     if args.beta <= 0:
         parser.error(f"got --beta {args.beta}, need more than 0")
     smooth = args.label_smoothing
+    if args.loss == "robust" and not smooth:
+        parser.error("got --loss robust without --label_smoothing, need the share of labels that are flipped")
     if smooth and (args.loss not in ("sigmoid", "robust") or not 0 < smooth < 0.5):
         parser.error(f"got --label_smoothing {smooth} with --loss {args.loss}, need 0 … 0.5 with sigmoid "
                      "or robust")
@@ -278,7 +294,7 @@ def main():
         sft_loss, *figures = world.sum(*sums)
         figures = dict(zip(FIGURES, figures))
         figures["loss"] += args.sft_coef * sft_loss
-        figures |= {"sft_loss": sft_loss, "lr": optimizer.param_groups[-1]["lr"], "grad_norm": grad_norm}
+        figures |= {"sft_loss": sft_loss, "lr": factor * args.lr, "grad_norm": grad_norm}
         seconds = log.seconds()
 
         stopped, ended = stop.asked(world), step == total

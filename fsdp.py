@@ -105,9 +105,9 @@ LEAST = {  # the smallest value an option can have
         "rollout_batch", "samples_per_prompt", "ppo_epochs", "kl_horizon"),
     0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "projector_lr", "warmup",
         "weight_decay", "adam_beta2", "seed", "top_k", "temperature", "lora_rank", "center_coef",
-        "center_rows", "sft_coef", "score_clip", "kl_coef", "target_kl", "gamma", "lam", "clip_range",
-        "value_clip", "kl_stop", "critic_lr", "critic_warmup", "show_every", "ptx_coef"),
-    1e-9: ("epochs", "top_p")}
+        "center_rows", "sft_coef", "score_clip", "kl_coef", "target_kl", "gamma", "lam",
+        "kl_stop", "critic_lr", "critic_warmup", "show_every", "ptx_coef"),
+    1e-9: ("epochs", "top_p", "clip_range", "value_clip", "lora_alpha")}
 
 
 def parse(parser, data_file, shapes, argv=None):
@@ -125,8 +125,8 @@ def parse(parser, data_file, shapes, argv=None):
     if not args.data:
         parser.error("--data is needed with --model: a file of rows (README: data format)")
     args.images = args.images or os.path.dirname(os.path.abspath(args.data))
-    if getattr(args, "save_adapter", False) and not args.lora_rank:
-        parser.error("got --save_adapter without --lora_rank: there is no adapter to save")
+    if getattr(args, "save_adapter", False) and not (args.lora_rank and args.model):
+        parser.error("got --save_adapter, need --lora_rank, and --model: the adapter is put on that LLaVA")
     name = os.path.splitext(os.path.basename(parser.prog))[0]
     args.out = args.out or os.path.join(ROOT, "runs", name + ("" if hasattr(args, "resume") else ".jsonl"))
     for least, options in LEAST.items():
@@ -225,6 +225,7 @@ def make_shapes():
 def run(main):
     """Runs a script's main. What is wrong with the user's input is one line on the terminal, not a
     traceback."""
+    code = 0
     try:
         main()
     except ValueError as error:
@@ -232,10 +233,16 @@ def run(main):
             raise
         rank = os.environ.get("RANK", "0")
         print("error:" if rank == "0" else f"rank {rank}: error:", error, file=sys.stderr, flush=True)
-        sys.exit(2)
+        code = 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish(exit_code=code)
+    # gloo's threads outlive the group, and one that lets go of a tensor while the interpreter ends aborts it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 # ---- reading a checkpoint ----
@@ -529,7 +536,7 @@ def schedule(step, steps, warmup):
 RUN_FILES = ("checkpoints", "log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
 FREE = {"resume", "overwrite", "out", "save_every", "keep", "eval_every", "workers", "wandb", "micro_batch",
-        "replicas"}  # options that may differ after a resume
+        "replicas", "show_every", "save_rollouts"}  # options that may differ after a resume
 
 
 def check_out(args):
@@ -773,7 +780,7 @@ def save_adapter(model, args, world, folder):
             name = name.replace("language_model.model.", "base_model.model.model.language_model.", 1)
             tensors[name] = parameter.detach().full_tensor().cpu()
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
-             "base_model_name_or_path": args.model or args.llm, "r": args.lora_rank,
+             "base_model_name_or_path": args.model, "r": args.lora_rank,
              "lora_alpha": args.lora_alpha,
              "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"}
 

@@ -340,9 +340,12 @@ def chunks(N, V, elements=2**24):
     return [slice(start, min(start + n, N)) for start in range(0, N, n)]
 
 
+# ---- rankings: of rewards in rm.py, of log-ratios in dpo.py ----
+
 def plackett_luce(values, kept):
     """− log P(ranking) of each row [B]: Σ_k logsumexp(values_k … values_K) − values_k (Eq. 18,
-    arXiv:2305.18290). values [B, K], best first; kept [B, K]: which answers there are."""
+    arXiv:2305.18290). values [B, K], best first; kept [B, K]: which answers there are (the others' terms are
+    a finite number times 0: with −inf they would be NaN)."""
     K = values.shape[1]
     left = torch.ones(K, K, dtype=torch.bool, device=values.device).triu() & kept[:, None, :]  # [B, k, j ≥ k]
     rest = values[:, None, :].masked_fill(~left, torch.finfo(values.dtype).min).logsumexp(-1)  # [B, K]

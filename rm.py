@@ -6,10 +6,11 @@ r"""A reward model: a vision-LLM that gives each answer a score, learned from an
 
 which for two answers is Bradley–Terry, σ(r_1 − r_2). The score r is a scalar head on the state of the
 answer's last token. InstructGPT, arXiv:2203.02155, Eq. 1; Plackett–Luce, arXiv:2305.18290, Eq. 18; a row's
-margin m is taken off the better score, arXiv:2307.09288, Eq. 2; the centring penalty c is after
-arXiv:2312.09244, section 3. Departures: K ranked answers are one listwise term, not K(K − 1)/2 pairs; a row
-counts once, whatever its number of answers; the head starts at N(0, 1/(D + 1)), arXiv:2009.01325, and its
-bias, which no ranking can teach, is set at the end so that training rewards average 0.
+margin m is taken off the better score, arXiv:2307.09288, Eq. 2; the centring penalty is after
+arXiv:2312.09244, Eq. 2, which squares the sum of a pair's scores (c is four times its coefficient).
+Departures: K ranked answers are one listwise term, not K(K − 1)/2 pairs; a row counts once, whatever its
+number of answers; the head starts at N(0, 1/(D + 1)), arXiv:2009.01325, and its bias, which no ranking can
+teach, is set at the end so that training rewards average 0.
 
     python rm.py                                        # on the shapes world
     torchrun --nproc_per_node=8 rm.py --model runs/sft-7b --data pairs.json --images pictures --out out
@@ -32,8 +33,9 @@ def rm_loss(scores, kept, margin, center_coef):
     """Sum over rows of the loss at the head of this file, to be divided by the step's rows.
 
     scores [B, K] best first; kept [B, K]: which answers there are; margin [B]: 0 where a row has none."""
-    best = F.pad(margin[:, None], (0, scores.shape[1] - 1))  # [B, K]: the margin, then zeros
+    best = F.pad(margin[:, None], (0, scores.shape[1] - 1))  # [B, K]: the margin, then zeros; K may be 0
     mean = (scores * kept).sum(-1) / kept.sum(-1)
+    # of two answers: − log σ(r_1 − m − r_2)
     return plackett_luce(scores - best, kept).sum() + center_coef * mean.square().sum()
 
 
@@ -90,8 +92,8 @@ def parse_args():
     add = parser.add_argument_group("reward model").add_argument
     add("--train", help="any of projector,llm,vision (default: projector,llm; with --lora_rank llm)")
     add("--projector_lr", type=float, help="the projector's own peak rate (default: --lr)")
-    add("--center_coef", type=float, default=0.0, help="weight of the penalty on a row's mean score, squared")
-    add("--center_rows", type=int, default=2048, help="training rows whose mean reward the bias brings to 0")
+    add("--center_coef", type=float, default=0.0, help="c: weight of a row's mean score, squared")
+    add("--center_rows", type=int, default=2048, help="rows (whole steps) whose mean reward becomes 0")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=os.path.join(fsdp.WORLD, "test_pairs.json"), batch_size=32, micro_batch=32, lr=5e-4,
         warmup=100, adam_beta2=0.98, max_steps=800, **fsdp.left_by("sft")))
@@ -168,7 +170,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         loss, accuracy, gap, mean = world.sum(*sums)
-        figures = {"loss": loss, "lr": optimizer.param_groups[-1]["lr"], "grad_norm": grad_norm,
+        figures = {"loss": loss, "lr": factor * args.lr, "grad_norm": grad_norm,
                    "accuracy": accuracy, "margin": gap, "score": mean}
         seconds = log.seconds()
 

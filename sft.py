@@ -135,7 +135,7 @@ def main():
         grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        figures = {"loss": world.sum(loss)[0], "lr": optimizer.param_groups[-1]["lr"], "grad_norm": grad_norm}
+        figures = {"loss": world.sum(loss)[0], "lr": factor * args.lr, "grad_norm": grad_norm}
         seconds = log.seconds()
 
         stopped, ended = stop.asked(world), step == total

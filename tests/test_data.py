@@ -1566,7 +1566,7 @@ def test_transformers_reads_the_export(folders, tmp_path, template, name, mode):
 
 # ---- 10. ranked answers ----
 
-MARGINS = [(None, 0.0), (0, 0.0), (2, 2.0), (0.25, 0.25), (-1.5, -1.5)]
+MARGINS = [(None, 0.0), (0, 0.0), (2, 2.0), (0.25, 0.25), (1, 1.0)]
 
 
 @pytest.mark.parametrize("margin, want", MARGINS)
@@ -1587,7 +1587,7 @@ BAD_RANKED = {  # case: (row, essential words of the error), where two answers a
     "no answer": (make_row(HUMAN), "got no answer"),
     "margin, three answers": (
         make_row(HUMAN, ("gpt", ["a", "b", "c"]), margin=1.0),
-        "got the margin 1.0, 3 answers; need a number, and two",
+        "got the margin 1.0, 3 answers; need a number from 0, and two",
     ),
     "margin a string": (make_row(HUMAN, ("gpt", ["a", "b"]), margin="1"), "got the margin '1', 2 answers"),
     "margin a list": (make_row(HUMAN, ("gpt", ["a", "b"]), margin=[1]), r"got the margin \[1\], 2 answers"),
@@ -1605,7 +1605,7 @@ def test_bad_ranked_rows(images, case):
     assert [c.id for _, c in left] == ["good"] and bad == 1
 
 
-@pytest.mark.parametrize("margin", [float("nan"), float("inf"), True, ""])
+@pytest.mark.parametrize("margin", [float("nan"), float("inf"), -0.5, True, ""])
 def test_a_margin_that_is_no_number(images, margin):
     """JSON as Python reads it knows NaN and Infinity: as a margin they would make every weight NaN."""
     row = json.loads(json.dumps(make_row(HUMAN, ("gpt", ["a", "b"]), margin=margin)))

@@ -487,7 +487,37 @@ def another_norm(place, folder):
     return ["--model", folder / "model"]
 
 
+def another_content(place, folder):
+    """A picture of the same name and the same number of bytes."""
+    tiny.shutil.copytree(place / "images", folder / "images")
+    for color in ("white", "black"):
+        tiny.Image.new("RGB", (40, 30), color).save(folder / f"{color}.bmp")
+    assert (folder / "white.bmp").stat().st_size == (folder / "black.bmp").stat().st_size
+    rows = json.loads(json.dumps(PAIRS))
+    rows[5]["image"] = "same.bmp"
+    tiny.shutil.copy(folder / "white.bmp", folder / "images" / "same.bmp")
+    options = ["--data", tiny.write_rows(folder / "rows.json", rows), "--images", folder / "images"]
+    inside("dpo", *files(place), *options, "--out", folder / "first", *ONE_STEP, "--reference",
+           folder / "first.json")
+    tiny.shutil.copy(folder / "black.bmp", folder / "images" / "same.bmp")
+    return [*options, "--reference", folder / "first.json"]
+
+
+def another_setting(name, value, part=None):
+    """The same weights under another config.json."""
+    def stale(place, folder):
+        tiny.shutil.copytree(place / "model", folder / "model")
+        config = json.loads((folder / "model" / "config.json").read_text())
+        (config[part] if part else config)[name] = value
+        (folder / "model" / "config.json").write_text(json.dumps(config))
+        return ["--model", folder / "model"]
+    return stale
+
+
 STALE = {
+    "content": another_content, "activation": another_setting("projector_hidden_act", "relu"),
+    "layer": another_setting("vision_feature_layer", -1),
+    "epsilon": another_setting("rms_norm_eps", 0.1, "text_config"),
     "model": another_model, "answer": another_answer, "order": another_order, "picture": another_picture,
     "fewer rows": lambda place, folder: ["--data", tiny.write_rows(folder / "rows.json", PAIRS[:-1])],
     "held-out rows": lambda place, folder: ["--eval_data", place / "pairs.json"],
@@ -787,6 +817,8 @@ WRONG = {
     "smooth hinge": (["--loss", "hinge", "--label_smoothing", 0.1], "0.1 with --loss hinge, need 0 … 0.5"),
     "beta": (["--beta", 0], "got --beta 0.0, need more than 0"),
     "loss": (["--loss", "kto"], "argument --loss: invalid choice: 'kto'"),
+    "robust": (["--loss", "robust"], "got --loss robust without --label_smoothing, need the share"),
+    "reference in --out": (["--reference", "{out}/reference.json"], "in --out, which a run replaces"),
     "part": (["--train", "head"], "got --train head, need any of projector,llm,vision"),
 }
 
@@ -795,7 +827,7 @@ WRONG = {
 def test_what_is_wrong_is_said(wrong, place, tmp_path):
     """The last line on the terminal says it, the exit code is 2, and --out is not there."""
     options, message = WRONG[wrong]
-    options = [str(option).format(spoiled(place)) for option in options]
+    options = [str(option).format(spoiled(place), out=tmp_path / "out") for option in options]
     done = fork("dpo", *files(place), "--out", tmp_path / "out", "--max_steps", 1, *options)
     assert message in done.error, done.err
     assert done.code == 2 and "Traceback" not in done.err and done.err.count("error: ") == 1

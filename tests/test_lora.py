@@ -370,7 +370,7 @@ def test_killed_and_resumed_is_uninterrupted(script, ranks, place, tmp_path):
 
 def test_save_adapter_needs_one(place, tmp_path):
     """--save_adapter without --lora_rank, and a rank below 0: one error, and --out is not there."""
-    for wrong, message in ((["--save_adapter"], "got --save_adapter without --lora_rank"),
+    for wrong, message in ((["--save_adapter"], "got --save_adapter, need --lora_rank, and --model"),
                            (["--lora_rank", -1], "got --lora_rank -1, need at least 0")):
         done = fork("sft", *files(place, "sft"), "--out", tmp_path / "out", *wrong)
         assert done.code == 2 and message in done.error and "Traceback" not in done.err

@@ -7,6 +7,7 @@ model are compared with those that transformers' hidden states and score.safeten
 Legend: A answers, B rows, K most answers of a row, D width.
 """
 import functools
+import itertools
 import json
 import math
 import os
@@ -460,6 +461,9 @@ def test_the_first_logged_figures(place, run, world):
         ranking = sum(float(r[k:].logsumexp(0) - r[k]) for k in range(len(r)))
         grid.append(ranking + 0.01 * float(row.mean()) ** 2)
     assert lines[0]["loss"] == pytest.approx(sum(grid) / 5, rel=1e-5)
+    right = [sum(float(a > b) + float(a == b) / 2 for a, b in itertools.combinations(row.tolist(), 2))
+             / math.comb(len(row), 2) for row in scores]
+    assert lines[0]["accuracy"] == pytest.approx(sum(right) / 5)
     margins = [float(row[0] - row[1:].mean()) for row in scores]
     assert lines[0]["margin"] == pytest.approx(sum(margins) / 5, rel=1e-4)
     assert lines[0]["score"] == pytest.approx(sum(float(row.mean()) for row in scores) / 5, rel=1e-4)
@@ -685,7 +689,7 @@ WRONG = {  # rows after a good one, options → what is said
     "one in a list": ([human(1, ["no"])], [], NAMED + "got 1 answer, need 2 or more"),
     "no answer": ([tiny.row(1, "p0.png", "What?")], [], NAMED + "got no answer"),
     "margin of three": ([human(1, ["a", "star", "no"], margin=1)], [],
-                        NAMED + "got the margin 1, 3 answers; need a number, and two"),
+                        NAMED + "got the margin 1, 3 answers; need a number from 0, and two"),
     "margin in words": ([human(1, ["a star", "no"], margin="significantly")], [],
                         NAMED + "got the margin 'significantly', 2 answers; need a number"),
     "held-out": ([human(1, "no")], ["--data", "{}/pairs.json", "--eval_data", "{}/bad.json"],

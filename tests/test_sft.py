@@ -2,6 +2,8 @@
 import json
 import math
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -88,6 +90,33 @@ def test_a_user_fine_tunes(ranks, place, tmp_path):
                 "--batch_size", 10, "--workers", 0)
     assert done.code == 0, done.err
     assert tiny.log(tmp_path / "again")[0]["loss"] == pytest.approx(lines[-1]["eval_loss"], rel=1e-4)
+
+
+def test_the_logged_rate(place, tmp_path):
+    """lr is that of --lr, whichever parts have rates of their own."""
+    done = fork("sft", *files(place), "--out", tmp_path / "out", "--train", "projector,llm,vision", "--lr",
+                "1e-3", "--projector_lr", "1e-2", "--max_steps", 1, "--warmup", 0, "--workers", 0)
+    assert done.code == 0, done.err
+    assert tiny.log(tmp_path / "out")[0]["lr"] == pytest.approx(1e-3)
+
+
+def fake_wandb():
+    """A module that prints what it is asked to do."""
+    def say(*args, **named):
+        print("wandb", args, sorted(named))
+    wandb = SimpleNamespace(init=lambda **named: say(named["project"]) or wandb, log=say, finish=say)
+    wandb.__spec__ = SimpleNamespace()
+    sys.modules["wandb"] = wandb
+
+
+def test_weights_and_biases(place, tmp_path):
+    """--wandb: started with the project, given every step's figures, and finished."""
+    done = fork("sft", *files(place), "--out", tmp_path / "out", "--max_steps", 2, "--wandb", "mine",
+                "--workers", 0, prepare=fake_wandb)
+    assert done.code == 0, done.err
+    said = [line for line in done.out.splitlines() if line.startswith("wandb")]
+    assert said[0] == "wandb ('mine',) []" and said[-1] == "wandb () ['exit_code']" and len(said) == 4
+    assert "'loss'" in said[1] and said[1].endswith("['step']")
 
 
 def test_projector_pre_training(place, tmp_path):
