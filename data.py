@@ -552,7 +552,7 @@ class Batch:
     answer: torch.Tensor  # [N] which of the A answers it belongs to
     last: torch.Tensor  # [A] flat position of each answer's last kept token
     row: torch.Tensor  # [A] the row it stands in
-    causal: bool  # no row has two answers: plain causal attention will do
+    causal: int  # leading columns where plain causal attention will do: T, or the prompts of rows that branch
 
     def to(self, device):
         return Batch(*(value.to(device) if torch.is_tensor(value) else value
@@ -606,10 +606,11 @@ def collate(examples, processor, pixels=None):
         blank = torch.zeros(3, processor.size, processor.size)
         pixels = torch.stack([processor.pixels(path) for path in distinct] or [blank])
     image = torch.tensor([distinct[path] for path in paths], dtype=torch.long)
+    branching = [int((branch[b] == 0).sum()) for b in (answers > 1).nonzero()]
     return Batch(
         ids, position, branch, pixels, image, target=ids.flatten()[at],
         source=row * T + source.flatten()[at], answer=answer, last=last,
-        row=torch.arange(len(answers)).repeat_interleave(answers), causal=bool((answers < 2).all()))
+        row=torch.arange(len(answers)).repeat_interleave(answers), causal=min([T, *branching]))
 
 
 def shuffled(n, *key):

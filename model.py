@@ -178,10 +178,9 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotates channel pairs (c, c + C/2) of x [B, H, T, C] by the angles of cos, sin [B, 1, T, C] (RoPE, Eq.
-    34)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    """Rotates channel pairs (c, c + C/2) of x [B, H, T, C] by angles of cos, sin [B, 1, T, C], sin negated in
+    its first half (RoPE, Eq. 34)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def visible(q_branch, k_branch, q_index, k_index):
@@ -223,12 +222,16 @@ class LlamaAttention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(self, k, v)  # [B, K, S, C]
-        # Each kv-head serves H/K heads; expanded, so that a mask still reaches a fused CUDA kernel. Without a
-        # mask the row is plain causal (right padding is later than every real token); is_causal would be
-        # wrong for a cache.
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        # the mask is of the last queries; those before are plain causal (padding comes after all real tokens)
+        n, g, out = q.shape[2] - (0 if mask is None else mask.shape[2]), self.heads // self.kv_heads, []
+        if n:
+            keys, values = (t[:, :, :n].repeat_interleave(g, dim=1) for t in (k, v))
+            out.append(F.scaled_dot_product_attention(q[:, :, :n], keys, values, is_causal=True))
+        if mask is not None:  # the g heads of a kv-head as more queries of it: no copies of a long cache
+            grouped = q[:, :, n:].unflatten(1, (-1, g)).flatten(2, 3)  # [B, K, g · Tq, C]
+            masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, g, 1))
+            out.append(masked.unflatten(2, (g, -1)).flatten(1, 2))
+        return self.o_proj(torch.cat(out, dim=2).transpose(1, 2).flatten(2))
 
 
 class LlamaMLP(nn.Module):
@@ -282,36 +285,38 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids, position, mask, at, read, images=None, cache=None):
-        """ids, position [B, T]; mask [B, 1, T, S] or None for plain causal rows; images [R, I, D]: what
+        """ids, position [B, T]; mask [B, 1, Tq, S] of the last Tq positions (the others are plain causal) or
+        None; images [R, I, D]: what
         stands at the image tokens, in row order. → read(states [N, D] at the flat positions `at` [N], head
         weight [V, D])."""
         x = self.model.embed_tokens(ids)  # [B, T, D]
         if images is not None:
             x = x.masked_scatter((ids == self.image_token).unsqueeze(-1), images.to(x.dtype))
         angle = position[:, None, :, None] * self.frequencies.to(position.device)  # [B, 1, T, C/2]
-        angle = torch.cat([angle, angle], dim=-1)
-        rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        cos, sin = angle.cos(), angle.sin()
+        rope = torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
         for layer in self.model.layers:
             x = layer(x, rope, mask, cache)
         return read(self.model.norm(x.flatten(0, 1)[at]), self.lm_head.weight)
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(states · headᵀ / temperature)[target], and the distribution's entropy, with logits made a
-    chunk at a time.
+    """log softmax(states · headᵀ / temperature)[target], and if asked the distribution's entropy (else None),
+    with logits made a chunk at a time.
 
     Forward keeps no logits, backward makes them again. With p the softmax and H the entropy:
     ∂ logp / ∂ logit_v = [v = target] − p_v, ∂ H / ∂ logit_v = −p_v (log p_v + H).
     """
 
     @staticmethod
-    def forward(ctx, states, head, target, temperature):
+    def forward(ctx, states, head, target, temperature, with_entropy=False):
         logprob = torch.empty(len(target), dtype=torch.float32, device=states.device)
-        entropy = torch.empty_like(logprob)
+        entropy = torch.empty_like(logprob) if with_entropy else None
         for rows in chunks(len(target), len(head)):
-            logp = F.log_softmax(F.linear(states[rows], head).float() / temperature, dim=-1)  # [n, V]
+            logp = F.log_softmax(F.linear(states[rows], head).float().div_(temperature), dim=-1)  # [n, V]
             logprob[rows] = logp.gather(1, target[rows, None]).squeeze(1)
-            entropy[rows] = -(logp.exp() * logp).sum(-1)
+            if with_entropy:
+                entropy[rows] = -(logp.exp() * logp).sum(-1)
         ctx.save_for_backward(states, head, target, entropy)
         ctx.temperature = temperature
         return logprob, entropy
@@ -323,15 +328,16 @@ class TokenLogProbs(torch.autograd.Function):
         # summed over chunks in fp32: in bf16 every addition would round the whole sum
         d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for rows in chunks(len(target), len(head)):
-            logp = F.log_softmax(F.linear(states[rows], head).float() / ctx.temperature, dim=-1)
-            p = logp.exp()
-            d = -p * d_logprob[rows, None] - p * (logp + entropy[rows, None]) * d_entropy[rows, None]
+            logp = F.log_softmax(F.linear(states[rows], head).float().div_(ctx.temperature), dim=-1)
+            d = -logp.exp() * d_logprob[rows, None]
+            if entropy is not None:
+                d -= logp.exp() * (logp + entropy[rows, None]) * d_entropy[rows, None]
             d.scatter_add_(1, target[rows, None], d_logprob[rows, None])
-            d = (d / ctx.temperature).to(states.dtype)  # [n, V]
+            d = d.div_(ctx.temperature).to(states.dtype)  # [n, V]
             d_states[rows] = d @ head
             if d_head is not None:
                 d_head += d.T @ states[rows]
-        return d_states, d_head, None, None
+        return d_states, d_head, None, None, None
 
 
 def chunks(N, V, elements=2**24):
@@ -413,8 +419,10 @@ class VisionLLM(nn.Module):
         """read(final states [N, D] at the flat positions `at` [N], head [V, D]) for a Batch (see data.py)."""
         projected = self.multi_modal_projector(features).unflatten(0, features.shape[:2])  # [M, I, D]
         images = projected[batch.image]  # [R, I, D]
-        column = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-        mask = None if batch.causal else visible(batch.branch, batch.branch, column, column)
+        mask, T, n = None, batch.ids.shape[1], batch.causal
+        if n < T:
+            column = torch.arange(T, device=batch.ids.device)
+            mask = visible(batch.branch[:, n:], batch.branch, column[n:], column)  # [B, 1, T − n, T]
         return self.language_model(batch.ids, batch.position, mask, at, read, images, cache)
 
     def forward(self, batch, features, temperature=1.0, entropy=False):
@@ -422,7 +430,7 @@ class VisionLLM(nn.Module):
         `entropy` also the entropy of the distribution it was drawn from [N]. Target n is predicted by the
         state at source n."""
         def read(states, head):
-            return TokenLogProbs.apply(states, head, batch.target, temperature)
+            return TokenLogProbs.apply(states, head, batch.target, temperature, entropy)
         logprob, entropies = self.states(batch, features, batch.source, read)
         return (logprob, entropies) if entropy else logprob
 

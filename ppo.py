@@ -1,7 +1,9 @@
 r"""Proximal policy optimisation of a vision-LLM against a learned reward model.
 
 Four models: the policy π and its frozen start π_ref (--model), the reward model and the critic V
-(--reward_model). An iteration samples answers y to a batch of prompts x and learns from them:
+(--reward_model). An iteration samples answers y to --rollout_batch prompts x and learns from them for
+--ppo_epochs passes, in minibatches of --batch_size prompts (an optimiser step each), in micro-batches (a
+forward pass; one Rollout each):
 
     reward      r_t = − β (log π(y_t) − log π_ref(y_t)) + [t is the last token] · score(x, y)
     advantage   A_t = Σ_l (γ λ)^l δ_{t+l},   δ_t = r_t + γ V_{t+1} − V_t,   return R_t = A_t + V_t
@@ -10,26 +12,26 @@ Four models: the policy π and its frozen start π_ref (--model), the reward mod
 
 PPO, arXiv:1707.06347, Eq. 7; GAE, arXiv:1506.02438, Eq. 16; on language, with the reward above,
 arXiv:1909.08593, Eq. 2, and arXiv:2009.01325, whose critic too starts from the reward model. The defaults
-γ = 1, λ = 0.95, ε = 0.2, β = 0.05, four epochs and Adam's ε 1e-5, advantages whitened (after R_t is taken),
-scores normalised before training and a fixed score for answers without an end token are those of
-arXiv:2403.17031, which reproduces it. Clipped values are OpenAI Baselines'. --ptx_data is after InstructGPT,
-arXiv:2203.02155, Eq. 2.
+γ = 1, λ = 0.95, ε = 0.2, β = 0.05, four epochs and Adam's ε 1e-5, advantages whitened over the iteration
+(after R_t is taken) and a fixed score for answers without an end token are those of arXiv:2403.17031, which
+reproduces it; its normalised scores are --normalize_scores. Clipped values are OpenAI Baselines'. --ptx_data
+is after InstructGPT, arXiv:2203.02155, Eq. 2.
 
-Departures: the critic has an optimiser of its own; whitening and every mean are over the kept tokens of all
-ranks; tokens are the inverse CDF of uniforms keyed by (seed, minibatch, prompt, sample, step); the samples of
-a prompt share its row; a cosine over iterations, not a line; the vision tower stays frozen; --ptx_data holds
-SFT rows, not pre-training text; --whiten_rewards divides and does not centre. ρ and KL are of the whole
-softmax, while ids that no one may say (padding, pictures) and what --top_k or --top_p cut are never sampled.
-policy/clipfrac and val/clipfrac count what lies outside 1 ± ε and V_old ± ε, whether or not it is clipped.
+Departures: the critic has an optimiser of its own; a loss is a mean over all tokens of a minibatch and
+whitening over those of an iteration, on all ranks; tokens are the inverse CDF of uniforms keyed by (seed,
+minibatch, prompt, sample, step); the samples of a prompt share its row; a cosine over iterations, not a line,
+and the policy's starts after --critic_warmup; prompts that do not fill a minibatch at an epoch's end wait for
+a later one; the vision tower stays frozen; --ptx_data holds SFT rows, not pre-training text; --whiten_rewards
+divides and does not centre. ρ and KL are of the whole softmax, while ids that no one may say (padding,
+pictures) and what --top_k or --top_p cut are never sampled. policy/clipfrac and val/clipfrac count what lies
+outside 1 ± ε and V_old ± ε, whether or not it is clipped.
 
     python ppo.py                                       # on the shapes world, after sft.py and rm.py
     torchrun --nproc_per_node=8 ppo.py --model runs/sft-7b --reward_model runs/rm-7b --data prompts.json \
         --images pictures --out out
 
-An iteration holds --rollout_batch prompts, in minibatches of --batch_size (an optimiser step), in
-micro-batches (a forward pass; one Rollout each).
-
-Legend: B rows (prompts), K samples of each, A = B · K answers, L longest answer, N all answers' tokens.
+Legend: B rows (prompts) of P tokens, K samples of each, T = prompt and answers, A = B · K answers, L longest
+answer, N all answers' tokens.
 """
 import argparse
 import contextlib
@@ -37,6 +39,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import sys
 
 import numpy as np
 import torch
@@ -65,7 +68,7 @@ def gae(rewards, values, kept, gamma, lam):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         following = (delta + gamma * lam * following) * kept[:, t]
         advantages[:, t] = following
-    return advantages, (advantages + values) * kept
+    return advantages, advantages + values
 
 
 def policy_loss(logprob, old_logprob, advantages, kept, clip):
@@ -135,7 +138,7 @@ def load_function(name):
     if not os.path.isfile(path):
         raise ValueError(f"got --reward_model {name}: no such file {path}")
     spec = importlib.util.spec_from_file_location("reward_function", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # as an import would leave it
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ValueError(f"got --reward_model {name}: no function {function} in {path}")
@@ -155,6 +158,7 @@ class Rollout:
     logprob: torch.Tensor = None
     ref_logprob: torch.Tensor = None
     values: torch.Tensor = None
+    kl: torch.Tensor = None  # [A] log π − log π_ref of whole answers
     score: torch.Tensor = None  # [A]
     ended: torch.Tensor = None  # [A] whether the answer has its end token
     rewards: torch.Tensor = None
@@ -168,14 +172,14 @@ def decoding(policy, args):
 
 
 @torch.no_grad()
-def roll_out(policy, batch, examples, processor, args, world, number):
-    """Samples --samples_per_prompt answers of each prompt → Rollout with rows of prompt and answers. number:
-    of the minibatch, which keys the draws."""
+def roll_out(policy, batch, examples, processor, args, world, minibatch_number):
+    """Samples --samples_per_prompt answers of each prompt → Rollout with rows of prompt and answers. The
+    draws are keyed by the minibatch's number."""
     batch, K = batch.to(world.device), args.samples_per_prompt
     features = policy.vision_tower(batch.pixels)
     uniforms = None
     if examples:
-        uniforms = keyed_uniforms(args.seed, number, [e.index for e in examples], K, args.max_new)
+        uniforms = keyed_uniforms(args.seed, minibatch_number, [e.index for e in examples], K, args.max_new)
     anyone = world.any if args.rollout == "sharded" else torch.any  # sharded weights: ranks decode in step
     answers, _ = generate(policy, batch, features, args.max_new, processor.stop, processor.banned, uniforms,
                           K, args.temperature, args.top_k, args.top_p, anyone)
@@ -188,7 +192,7 @@ def roll_out(policy, batch, examples, processor, args, world, number):
 
 
 @torch.no_grad()
-def look(rollout, policy, reference, critic, args):
+def forward_passes(rollout, policy, reference, critic, args):
     """The sampled tokens' log-probabilities under policy and reference, and their values, by the very forward
     passes that the update will take. reference None: the policy without its adapters."""
     batch, features = rollout.batch, rollout.features
@@ -197,6 +201,7 @@ def look(rollout, policy, reference, critic, args):
     ref_logprob = (reference or policy)(batch, features, args.temperature)
     policy.set_adapters(True)
     rollout.ref_logprob, _ = data.by_row(ref_logprob, batch.answer)
+    rollout.kl = (rollout.logprob - rollout.ref_logprob).sum(1)
     shared = critic.vision_tower is policy.vision_tower
     rollout.critic_features = features if shared else critic.vision_tower(batch.pixels)
     rollout.values, _ = data.by_row(critic.scores(batch, rollout.critic_features, batch.source), batch.answer)
@@ -207,13 +212,14 @@ def normalise(training, rollouts, args, world):
     """Fixes the scale of all scores by those of whole answers before training, and brings a critic that was
     the reward model to it."""
     ended, = world.sum(sum(int(r.ended.sum()) for r in rollouts))
-    mean, std = 0.0, 0.0
-    if ended:
-        mean, std = moments([r.score for r in rollouts], [r.ended for r in rollouts], world)
-    if std < 1e-6:
+    if ended < 2:
         raise ValueError(f"got --normalize_scores, but {ended:.0f} of the first iteration's answers have "
-                         f"their end token, with a deviation of {std} in score: raise --max_new")
-    training.score_moments.copy_(torch.tensor([mean, std]))
+                         "their end token: raise --max_new")
+    mean, std = moments([r.score for r in rollouts], [r.ended for r in rollouts], world)
+    if std < 1e-6:
+        raise ValueError(f"got --normalize_scores, but all ended answers of the first iteration score {mean}: "
+                         "leave it out")
+    training.score_moments.copy_(torch.tensor([mean, std], dtype=torch.float64))
     if args.critic == "reward":
         head = training["critic"].score
         head.weight /= std
@@ -247,34 +253,29 @@ def advantages_of(rollouts, beta, args, world):
         r.advantages = (r.advantages - mean) / (std + 1e-8) * r.kept
 
 
-UPDATE_FIGURES = ("loss/policy", "loss/value", "policy/approxkl", "policy/clipfrac", "policy/ratio",
-                  "policy/entropy", "val/clipfrac")
-
-
-def minibatch_gradients(rollouts, policy, critic, train_policy, args, world):
-    """Backward passes of one optimiser step's rollouts. → its UPDATE_FIGURES, means over its tokens"""
+def minibatch_gradients(rollouts, policy, critic, args, world):
+    """Backward passes of one optimiser step's rollouts. → its figures, means over its tokens, and their
+    number"""
     count, = world.sum(sum(int(r.kept.sum()) for r in rollouts))
-    sums = torch.zeros(len(UPDATE_FIGURES), device=world.device)
+    sums = {}
     for r in rollouts:
-        with torch.set_grad_enabled(train_policy):
-            logprob, entropy = policy(r.batch, r.features, args.temperature, entropy=True)  # [N] each
-            logprob, _ = data.by_row(logprob, r.batch.answer)  # [A, L]
-            loss = policy_loss(logprob, r.logprob, r.advantages, r.kept, args.clip_range)
-        if train_policy:
-            ((loss - args.entropy_coef * entropy.sum()) / count).backward()
+        logprob, entropy = policy(r.batch, r.features, args.temperature, entropy=True)  # [N] each
+        logprob, _ = data.by_row(logprob, r.batch.answer)  # [A, L]
+        loss = policy_loss(logprob, r.logprob, r.advantages, r.kept, args.clip_range)
+        ((loss - args.entropy_coef * entropy.sum()) / count).backward()
         values = critic.scores(r.batch, r.critic_features, r.batch.source)  # [N]
         values, _ = data.by_row(values, r.batch.answer)
         error = value_loss(values, r.values, r.returns, r.kept, args.value_clip)
         (error / count).backward()
         with torch.no_grad():
             change = (logprob - r.logprob)[r.kept]
-            moved = (values - r.values)[r.kept].abs()
-            each = [loss, error, 0.5 * change.square(), ((change.exp() - 1).abs() > args.clip_range).float(),
-                    change.exp(), entropy, (moved > args.value_clip).float()]
-            sums += torch.stack([value.sum() for value in each]) / count
-    if not train_policy:
-        fsdp.reshard(policy)
-    return dict(zip(UPDATE_FIGURES, world.sum(*sums)))
+            ratio, moved = change.exp(), (values - r.values)[r.kept].abs()
+            parts = {"loss/policy": loss, "loss/value": error, "policy/approxkl": 0.5 * change.square(),
+                     "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/ratio": ratio,
+                     "policy/entropy": entropy, "val/clipfrac": moved > args.value_clip}
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value.sum() / count
+    return dict(zip(sums, world.sum(*sums.values()))), count
 
 
 def ptx_gradients(micro_batches, policy, args, world):
@@ -297,9 +298,8 @@ def objectives(rollouts, beta, world):
     names = ("kl", "entropy", "scores", "non_score_reward", "length", "no_eos")
     sums = torch.zeros(len(names), device=world.device)
     for r in rollouts:
-        kl = ((r.logprob - r.ref_logprob) * r.kept).sum(1)
         sums += torch.stack([value.sum() for value in (
-            kl, -r.logprob.sum(1), r.score, -beta * kl, r.kept.sum(1), ~r.ended)])
+            r.kl, -r.logprob, r.score, -beta * r.kl, r.kept, ~r.ended)])
     *sums, count = world.sum(*sums, sum(len(r.score) for r in rollouts))
     kl, entropy, scores, non_score, length, no_eos = (value / count for value in sums)
     figures = {"objective/kl": kl, "objective/entropy": entropy, "objective/scores": scores,
@@ -317,9 +317,8 @@ def answers_of(rollouts, processor, beta):
     """What was sampled, an answer a line: {"id", "answer", "score", "kl", "total"}"""
     lines = []
     for r in rollouts:
-        kls = ((r.logprob - r.ref_logprob) * r.kept).sum(1).tolist()
         said = [(example.id, processor.text(ids)) for example in r.examples for ids in example.answers]
-        for (id_, text), score, kl in zip(said, r.score.tolist(), kls):
+        for (id_, text), score, kl in zip(said, r.score.tolist(), r.kl.tolist()):
             lines.append({"id": id_, "answer": text, "score": score, "kl": kl, "total": score - beta * kl})
     return lines
 
@@ -335,7 +334,7 @@ def held_out_figures(steps, models, judge, processor, score_moments, beta, args,
                 rollouts.append(roll_out(policy, batch, prompts, processor, args, world, 0))
     for rollout in rollouts:
         rollout.score = judge.scores(rollout, processor)
-        look(rollout, policy, reference, critic, args)
+        forward_passes(rollout, policy, reference, critic, args)
     fsdp.reshard(*[model for model in (*models, judge.model) if model])
     final_scores(rollouts, score_moments, args)
     figures = objectives(rollouts, beta, world)
@@ -355,7 +354,7 @@ def parse_args():
     add("--critic", choices=["reward", "policy"], default="reward", help="its start (policy: with V = 0)")
     add("--rollout_batch", type=int, default=512, help="prompts an iteration, over all ranks")
     add("--samples_per_prompt", type=int, default=1, help="answers sampled of each")
-    add("--max_new", type=int, default=256, help="tokens an answer, at most")
+    add("--max_new", type=int, default=256, help="tokens an answer, at most; not part of --max_len")
     add("--temperature", type=float, default=1.0, help="of sampling, and of all log-probabilities")
     add("--top_k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
     add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens up to this mass")
@@ -390,7 +389,7 @@ def parse_args():
     if args.rollout_batch % args.batch_size:
         parser.error(f"got --rollout_batch {args.rollout_batch}, need a multiple of --batch_size "
                      f"{args.batch_size}")
-    if args.kl_horizon < args.rollout_batch * args.samples_per_prompt:
+    if args.target_kl and args.kl_horizon < args.rollout_batch * args.samples_per_prompt:
         parser.error(f"got --kl_horizon {args.kl_horizon}, need at least an iteration's answers")
     if args.reward_model.endswith(".py"):
         parser.error(f"got --reward_model {args.reward_model}, need FILE.py:FUNCTION")
@@ -456,10 +455,10 @@ def main():
     examples, judge = read_prompts(args.data, judge, processor, args, world)
     held_out, eval_judge = read_prompts(args.eval_data, judge, processor, args, world)
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                       args.seed, by_length=args.group_by_length == "yes")
+                       args.seed, by_length=args.group_by_length == "yes", drop_last=True)
     ptx = fsdp.read_examples(args.ptx_data, "turns", processor, args, world) if args.ptx_data else []
     ptx_steps = data.Steps(ptx, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                           args.seed)
+                           args.seed, by_length=args.group_by_length == "yes")
     eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                             shuffle=False)
     minibatches = args.rollout_batch // args.batch_size  # optimiser steps a pass over an iteration's answers
@@ -501,10 +500,12 @@ def main():
     # loop
     batches = iter(data.loader(steps, done * minibatches, total * minibatches, args.workers))
     for iteration in range(done + 1, total + 1):
-        factor = fsdp.schedule(iteration - 1, total, args.warmup)
-        for optimizer, peak in ((policy_adam, args.lr), (critic_adam, args.critic_lr)):
+        alone = args.critic_warmup  # iterations
+        lr = args.lr * fsdp.schedule(max(0, iteration - 1 - alone), max(1, total - alone), args.warmup)
+        critic_lr = args.critic_lr * fsdp.schedule(iteration - 1, total, args.warmup)
+        for optimizer, rate in ((policy_adam, lr), (critic_adam, critic_lr)):
             for group in optimizer.param_groups:
-                group["lr"] = factor * peak
+                group["lr"] = rate
         first, seconds = (iteration - 1) * minibatches, {}
 
         # generate: prompts [B, P] → rows of prompt and answers [B, T]
@@ -527,7 +528,7 @@ def main():
 
         # log-probabilities under policy and reference, values: rows → [A, L] each
         for rollout in every:
-            look(rollout, policy, reference, critic, args)
+            forward_passes(rollout, policy, reference, critic, args)
         fsdp.reshard(*models)
         seconds["forward"] = log.seconds()
 
@@ -536,18 +537,24 @@ def main():
         advantages_of(every, beta, args, world)
 
         # minibatch epochs: the same row groups every time, in an order of their own
-        train_policy, figures, ptx_losses, norms = iteration > args.critic_warmup, [], [], {}
+        train_policy, figures, tokens, norms, ptx_losses = iteration > args.critic_warmup, [], [], {}, []
         order = [m for epoch in range(args.ppo_epochs)
-                 for m in np.random.default_rng([args.seed, iteration, epoch]).permutation(minibatches)]
-        for k, m in enumerate(order, (iteration - 1) * len(order)):
-            figures.append(minibatch_gradients(rollouts[m], policy, critic, train_policy, args, world))
-            too_far = args.kl_stop and figures[-1]["policy/approxkl"] > args.kl_stop
-            if ptx and train_policy and not too_far:
-                ptx_losses.append(ptx_gradients(ptx_steps[k], policy, args, world))
-            for name, model, optimizer in (("policy", policy, policy_adam), ("critic", critic, critic_adam)):
-                if not too_far and (train_policy or model is critic):
+                 for m in data.shuffled(minibatches, args.seed, iteration, epoch)]
+        start = (iteration - 1) * len(order)
+        ptx_batches = [None] * len(order)
+        if ptx and train_policy:
+            ptx_batches = data.loader(ptx_steps, start, start + len(order), args.workers)
+        for m, ptx_batch in zip(order, ptx_batches):
+            found, count = minibatch_gradients(rollouts[m], policy, critic, args, world)
+            figures.append(found)
+            tokens.append(count)
+            too_far = args.kl_stop and found["policy/approxkl"] > args.kl_stop
+            if ptx_batch and not too_far:
+                ptx_losses.append(ptx_gradients(ptx_batch, policy, args, world))
+            for name, optimizer in (("policy", policy_adam), ("critic", critic_adam)):
+                if not too_far and (train_policy or name == "critic"):
                     trained = [p for group in optimizer.param_groups for p in group["params"]]
-                    norms[f"grad_norm/{name}"] = fsdp.clip_gradients(trained, args.grad_clip)
+                    norms.setdefault(name, []).append(fsdp.clip_gradients(trained, args.grad_clip))
                     optimizer.step()
                 optimizer.zero_grad()
             if too_far:
@@ -556,20 +563,22 @@ def main():
 
         # log, evaluate, save
         line = objectives(every, beta, world)
-        line |= {name: np.mean([step[name] for step in figures]) for name in UPDATE_FIGURES}
+        line |= {name: np.average([step[name] for step in figures], weights=tokens) for name in figures[0]}
         line |= {f"first/{name}": value for name, value in figures[0].items()}
         line |= {f"seconds/{name}": value for name, value in seconds.items()}
         line |= {"loss/ptx": np.mean(ptx_losses)} if ptx_losses else {}
-        line |= {"beta": beta, "lr": policy_adam.param_groups[0]["lr"], **norms}
+        line |= {f"grad_norm/{name}": np.mean(norm) for name, norm in norms.items()}
+        line |= {"beta": beta, "lr": lr, "critic_lr": critic_lr}
         n, columns = world.sum(sum(len(r.score) for r in every),
                                sum(int((r.batch.branch >= 0).sum()) for r in every))
         if args.target_kl and train_policy:
             training.beta.fill_(adapted_beta(beta, line["objective/kl"], args.target_kl, args.kl_horizon, n))
-        answers = answers_of(every, processor, beta)
         if args.show_every and iteration % args.show_every == 0:
-            log.say("\n".join(f"    {answer}" for answer in answers[:3]))
+            answers = answers_of(every, processor, beta)
+            log.say("\n".join(f"    {answer}" for answer in answers[::max(1, len(answers) // 3)][:3]))
         if args.save_rollouts:
-            answers = sorted(sum(world.gather(answers), []), key=lambda answer: answer["id"])
+            answers = sum(world.gather(answers_of(every, processor, beta)), [])
+            answers.sort(key=lambda answer: answer["id"])
             text = "".join(json.dumps(answer) + "\n" for answer in answers)
             world.first(fsdp.write_text, os.path.join(args.out, "rollouts", f"{iteration}.jsonl"), text)
         stopped, ended = stop.asked(world), iteration == total

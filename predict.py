@@ -14,7 +14,7 @@ its end token included, in nats at temperature 1. A row whose prompt does not fi
 null.
 
 Best of n: the prompt passes the policy once for its K samples, and the reward model once with all of them in
-one row (README: rows).
+one row (README: rows). A sample that --max_new cuts is rewarded as it stands.
 
 Legend: A answers of a batch, N their tokens.
 """

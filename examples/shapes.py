@@ -536,17 +536,18 @@ def judge_pairs(paths):
 
 
 def curve(run, truth, each=5):
-    """Prints PPO's way: the score an iteration's answers got (normalised, with a penalty for answers without
-    end), and what is true of them."""
+    """Prints PPO's way by the answers that it sampled: their KL and score (normalised, with a penalty for
+    answers without end), and what is true of them."""
     files = sorted((run / "rollouts").glob("*.jsonl"), key=lambda path: int(path.stem))
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().strip().split("\n")]
-    print("\n| iterations | KL | score | chair_s | coverage | exact |\n|---|---|---|---|---|---|")
+    names = ("well_formed", "chair_s", "coverage", "exact")
+    print(f"\n| iterations | KL | score | {' | '.join(names)} |\n|" + "---|" * (3 + len(names)))
     for i in range(0, len(files), each):
-        answers = [answer for path in files[i:i + each] for answer in read_answers(path, truth)]
-        true, steps = measure([(r["objects"], text) for r, text, _ in answers]), log[i:i + each]
-        kl, score = (np.mean([step[f"objective/{name}"] for step in steps]) for name in ("kl", "scores"))
-        print(f"| {steps[0]['step']}–{steps[-1]['step']} | {kl:.3f} | {score:.3f} | {true['chair_s']:.3f} "
-              f"| {true['coverage']:.3f} | {true['exact']:.3f} |")
+        some = files[i:i + each]
+        lines = [json.loads(line) for path in some for line in path.read_text().strip().split("\n")]
+        true = measure([(r["objects"], text) for path in some for r, text, _ in read_answers(path, truth)])
+        means = [np.mean([line[name] for line in lines]) for name in ("kl", "score")]
+        cells = [f"{value:.3f}" for value in (*means, *(true[name] for name in names))]
+        print(f"| {some[0].stem}–{some[-1].stem} | {' | '.join(cells)} |")
 
 
 def summarise(paths):

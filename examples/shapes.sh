@@ -58,3 +58,4 @@ files() { for name in $1; do echo "$dir/$name.jsonl"; done; }
 $python examples/shapes.py --world "$world" --evaluate $(files "$judged") --pairs $(files "$scored") --json "$dir/figures.json" > "$dir/figures.txt"
 $python examples/shapes.py --summary "$dir/figures.json"
 $python examples/shapes.py --world "$world" --curve "$dir/ppo"
+echo "the chain took $SECONDS s"

@@ -959,7 +959,7 @@ def collate_by_hand(examples):
         last=[b * T + t for b, t in last],
         row=owner,
         image=[distinct.index(p) for p in paths],
-        causal=all(len(e.answers) < 2 for e in examples),
+        causal=min([T, *(branch[b].tolist().count(0) for b, e in enumerate(examples) if len(e.answers) > 1)]),
     ), distinct
 
 
@@ -1072,6 +1072,26 @@ def test_steps_epochs():
         epoch(*key, fresh=False) == order for key, order in orders.items()
     )  # whatever was asked before
     assert epoch(0, 0) != list(range(29))
+
+
+def test_steps_that_are_whole():
+    """drop_last: no short step, no row twice an epoch, and over epochs every row; fewer rows than a step
+    takes are one short step. Orders are their keys' alone: of any length, and not model.keyed_uniforms'."""
+    steps = make_steps(make_examples(29), seed=3, drop_last=True)
+    assert len(steps) == 3
+    epochs = [[sum(steps.groups(3 * e + k), []) for k in range(3)] for e in range(6)]
+    for epoch in epochs:
+        assert all(len(rows) == 8 for rows in epoch) and len(set(sum(epoch, []))) == 24
+    assert set(sum(sum(epochs, []), [])) == set(range(29))
+    assert len(make_steps(make_examples(24), drop_last=True)) == 3
+    few = make_steps(make_examples(5), drop_last=True)
+    assert len(few) == 1 and sorted(sum(few.groups(4), [])) == [0, 1, 2, 3, 4]
+    keys = [(7,), (7, 0), (7, 0, 0), (7, 1), (7, 1, 0), (7, 0, 1), (8, 0)]
+    orders = [data.shuffled(50, *key).tolist() for key in keys]
+    assert len(set(map(tuple, orders))) == len(keys) and all(sorted(o) == list(range(50)) for o in orders)
+    assert orders == [data.shuffled(50, *key).tolist() for key in keys]
+    drawn = [[7, iteration, prompt, k] for iteration in (0, 1) for prompt in range(4) for k in range(4)]
+    assert not any(np.random.default_rng(key).permutation(50).tolist() in orders for key in drawn)
 
 
 def test_steps_without_shuffle():

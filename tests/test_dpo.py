@@ -266,7 +266,7 @@ def loss_of_separate_rows(model, processor, examples, reference, beta, tokens):
         for k, (answer, kept) in enumerate(zip(example.answers, example.kept)):
             one = data.Example(0, "", example.prompt, [answer], [kept], example.images)
             batch = data.collate([one], processor)
-            assert batch.causal
+            assert batch.causal == batch.ids.shape[1]
             logprob = model(batch, model.vision_tower(batch.pixels))
             logratio.append(beta * (logprob.sum() - given[k]))
             loss = loss - 0.5 * logprob.sum() / tokens if k == 0 else loss

@@ -129,7 +129,8 @@ def make_batch(rows, image=(), extra=0, pad=0):
         source=torch.tensor([b * T + column for b, column, *_ in predicted], dtype=torch.long),
         answer=torch.tensor([a for *_, a in predicted], dtype=torch.long),
         last=torch.tensor([b * T + column for b, column in last], dtype=torch.long),
-        row=torch.tensor(owner, dtype=torch.long), causal=all(len(answers) < 2 for _, answers in rows))
+        row=torch.tensor(owner, dtype=torch.long),
+        causal=min([T, *(len(prompt) for prompt, answers in rows if len(answers) > 1)]))
 
 
 def row_of_padding():
@@ -411,9 +412,14 @@ def test_token_logprobs(monkeypatch, temperature, chunk):
     """Log-probability, entropy and the gradients of either and both are log_softmax's, however chunked."""
     cut(monkeypatch, chunk)
     states, head, target = head_inputs(20)
-    logprob, entropy = ours.TokenLogProbs.apply(states, head, target, temperature)
+    logprob, entropy = ours.TokenLogProbs.apply(states, head, target, temperature, True)
     expected = plain(states, head, target, temperature)
     close(logprob.double(), expected[0])
+    alone, none = ours.TokenLogProbs.apply(states, head, target, temperature)
+    assert none is None and torch.equal(alone, logprob)
+    for x, y in zip(torch.autograd.grad(weighted(alone), (states, head)),
+                    torch.autograd.grad(weighted(logprob), (states, head), retain_graph=True)):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
     close(entropy.double(), expected[1])
     for a, b in ((1, 0), (0, 1), (1, -0.3)):
         found, truth = (
@@ -426,7 +432,7 @@ def test_token_logprobs(monkeypatch, temperature, chunk):
 def test_token_logprobs_of_nothing():
     """No targets: zero gradients for states and head, which are there all the same."""
     states, head, target = head_inputs(0)
-    logprob, entropy = ours.TokenLogProbs.apply(states, head, target, 1.0)
+    logprob, entropy = ours.TokenLogProbs.apply(states, head, target, 1.0, True)
     assert logprob.shape == entropy.shape == (0,) and logprob.dtype == torch.float32
     d_states, d_head = torch.autograd.grad(logprob.sum() + entropy.sum(), (states, head))
     assert d_states.shape == (0, 8) and d_head.shape == (50, 8) and not d_head.any()
@@ -467,7 +473,7 @@ def test_no_logits_are_kept(monkeypatch):
         saved.append(tensor.numel())
         return tensor
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logprob, entropy = ours.TokenLogProbs.apply(states, head, target, 1.0)
+        logprob, entropy = ours.TokenLogProbs.apply(states, head, target, 1.0, True)
         (logprob.sum() + entropy.sum()).backward()
     assert sum(saved) <= N * D + V * D + 2 * N
     assert elements // 2 <= largest.numbers <= max(elements, V * D) < N * V // 50
@@ -511,7 +517,8 @@ def test_shared_prompt_is_separate_rows(K):
     answers = [random_words(n, n) + [2] for n in (4, 1, 7, 2, 0)[:K]]
     shared = make_batch([(ONE[0], answers), (TEXT[0], answers[::-1])], [0])
     separate = make_batch([(ONE[0], [a]) for a in answers] + [(TEXT[0], [a]) for a in answers[::-1]], [0] * K)
-    assert shared.causal == (K == 1) and separate.causal
+    assert shared.causal == (shared.ids.shape[1] if K == 1 else len(TEXT[0]))
+    assert separate.causal == separate.ids.shape[1]
     assert len(shared.target) == len(separate.target) and shared.answer.tolist() == separate.answer.tolist()
     a, b = logprobs(model, shared), logprobs(model, separate)
     close(a, b)

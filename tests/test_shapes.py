@@ -423,6 +423,29 @@ def test_judges_rewards_by_kind(tmp_path, capsys):
     assert "added" in capsys.readouterr().out
 
 
+def test_curve_is_of_the_answers(tmp_path, capsys):
+    """Means over all answers of the files that are there, in their numbers' order; no log is read."""
+    truth = {"a": {"id": "a", "objects": ["red circle", "blue star"]},
+             "b": {"id": "b", "objects": ["white square"]}}
+    (tmp_path / "rollouts").mkdir()
+
+    def answered(number, *lines):
+        keys = ("id", "answer", "score", "kl", "total")
+        text = "".join(json.dumps(dict(zip(keys, line, strict=True))) + "\n" for line in lines)
+        (tmp_path / "rollouts" / f"{number}.jsonl").write_text(text)
+    answered(10, ("a", "a red circle and a blue star.", 2.0, 1.5, 1.9))
+    answered(9, ("a", "a red circle and a green star.", -1.0, 0.25, -1.1),
+             ("b", "a white white", 0.5, -0.5, 0.6), ("b", "a white square.", 0.5, 0.75, 0.4))
+    shapes.curve(tmp_path, truth)
+    head, _, line = capsys.readouterr().out.strip().splitlines()
+    assert head == "| iterations | KL | score | well_formed | chair_s | coverage | exact |"
+    assert line == "| 9–10 | 0.500 | 0.500 | 0.750 | 0.250 | 0.667 | 0.500 |"  # of 4 answers, 6 objects
+    shapes.curve(tmp_path, truth, each=1)
+    *_, first, second = capsys.readouterr().out.strip().splitlines()
+    assert first == "| 9–9 | 0.167 | 0.000 | 0.667 | 0.333 | 0.500 | 0.333 |"
+    assert second == "| 10–10 | 1.500 | 2.000 | 1.000 | 0.000 | 1.000 | 1.000 |"
+
+
 def test_summary_is_the_mean_over_seeds(world, tmp_path):
     test = rows(world, "test")
     for seed, wrong in enumerate((0, 16, 32)):  # of 64 answers
