@@ -217,7 +217,7 @@ def normalise(training, rollouts, args, world):
                          "their end token: raise --max_new")
     mean, std = moments([r.score for r in rollouts], [r.ended for r in rollouts], world)
     if std < 1e-6:
-        raise ValueError(f"got --normalize_scores, but all ended answers of the first iteration score {mean}: "
+        raise ValueError(f"got --normalize_scores, but whole answers of iteration 1 all score {mean}: "
                          "leave it out")
     training.score_moments.copy_(torch.tensor([mean, std], dtype=torch.float64))
     if args.critic == "reward":

@@ -1324,7 +1324,7 @@ def test_what_is_wrong_is_said(wrong, place, world, tmp_path, monkeypatch, capfd
 @pytest.mark.parametrize("ended, scores, message", [
     (0, [1.0, 2.0, 3.0], "but 0 of the first iteration's answers have their end token: raise --max_new"),
     (1, [1.0, 2.0, 3.0], "but 1 of the first iteration's answers have their end token: raise --max_new"),
-    (2, [4.0, 4.0, 5.0], "but all answers of the first iteration score 4.0: leave it out")])
+    (2, [4.0, 4.0, 5.0], "but whole answers of iteration 1 all score 4.0: leave it out")])
 def test_scores_that_have_no_scale(ended, scores, message, world):
     """--normalize_scores where no answer of the first iteration ends, or one, or all score the same: an error
     says what to do, and the scale is as it was."""
