@@ -205,7 +205,7 @@ def parse_args():
     add("--ref_model", help="a reference other than the policy before its first step")
     add("--reference", help="file of its log-probabilities, made or reused (default: OUT/reference.json)")
     args = fsdp.parse(parser, data_file="pairs.json", shapes=dict(
-        eval_data=os.path.join(fsdp.WORLD, "test_pairs.json"), batch_size=64, micro_batch=64, lr=2e-4,
+        eval_data=os.path.join(fsdp.WORLD, "test_pairs.json"), batch_size=64, micro_batch=64, lr=3e-4,
         warmup=10, adam_beta2=0.98, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
     if args.reference and os.path.dirname(os.path.abspath(args.reference)) == os.path.abspath(args.out):
         parser.error(f"got --reference {args.reference}, in --out, which a run replaces: leave it out "

@@ -26,8 +26,8 @@ answer sft samples --data "$world/prompts.json" --num_samples 2 --temperature 1 
 $python examples/shapes.py --world "$world" --rank "$dir/samples.jsonl" --mix --pairs_out "$dir/pairs.json"
 $python examples/shapes.py --world "$world" --rank "$dir/sft-sampled.jsonl" --pairs_out "$dir/test-sampled.json"
 
-train rm rm --model "$dir/sft" --data "$dir/pairs.json" --eval_data "$world/test_pairs.json" --eval_every 0 --batch_size 32 --micro_batch 32 --lr 5e-4 --warmup 100 --max_steps 800
-train dpo dpo --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 2e-4 --warmup 10 --max_steps 80 --sft_coef 1
+train rm rm --model "$dir/sft" --data "$dir/pairs.json" --eval_data "$world/test_pairs.json" --eval_every 0 --batch_size 64 --micro_batch 64 --lr 7e-4 --warmup 60 --max_steps 350
+train dpo dpo --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 3e-4 --warmup 10 --max_steps 80 --sft_coef 1
 train ppo ppo --model "$dir/sft" --reward_model "$dir/rm" --data "$world/prompts.json" --rollout_batch 128 --batch_size 128 \
   --micro_batch 128 --max_new 28 --max_steps 40 --lr 2e-4 --critic_lr 3e-4 --ppo_epochs 2 --critic_warmup 2 --kl_coef 0.05 \
   --missing_eos_score -3 --normalize_scores --save_rollouts
@@ -41,8 +41,8 @@ answer sft rewards-sampled --data "$dir/test-sampled.json" --score --reward_mode
 judged="sft-greedy sft-sampled best-of-8 dpo-greedy dpo-sampled ppo-greedy ppo-sampled" scored="rewards rewards-sampled"
 
 if [ "$study" = study ]; then
-  train dpo dpo-alone --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 2e-4 --warmup 10 --max_steps 80
-  train sft sft-best --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 2e-4 --warmup 10 --max_steps 80
+  train dpo dpo-alone --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 3e-4 --warmup 10 --max_steps 80
+  train sft sft-best --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 3e-4 --warmup 10 --max_steps 80
   for name in dpo-alone sft-best; do
     answer $name $name-greedy
     answer $name $name-sampled --num_samples 4 --temperature 1
