@@ -1,0 +1,55 @@
+"""A step of direct preference optimisation on pairs against TRL.
+
+Ours is dpo.py's step, and with it a forward pass of the batch without gradients: the reference's, which
+every row has once. (It is run with the policy as it is by then, for its cost; the loss takes the
+log-probabilities that the policy had before its first step.) Theirs is the DPOTrainer's own train() with the
+reference model that it loads itself; a collator gives it the very tensors that we take.
+
+    python benchmarks/bench_dpo.py                      # pip install -r benchmarks/requirements.txt
+"""
+import common
+import torch
+
+import dpo
+import fsdp
+
+
+def ours(setup):
+    model, update = common.build_ours(setup)
+    batch, rows, known = setup.batch, range(len(setup.examples)), {}
+
+    def step():
+        with torch.no_grad():
+            _, logprob, _ = dpo.answer_logprobs(model, batch, model.vision_tower(batch.pixels))
+        fsdp.reshard(model)
+        known.setdefault("reference", dict(zip(rows, logprob.view(len(rows), -1).tolist())))
+        losses, _, _ = dpo.forward(model, batch, rows, known["reference"], setup.world, setup.options)
+        loss = losses / len(rows)
+        loss.backward()
+        update()
+        return [loss.item()]
+    return step
+
+
+def flops(setup, head=3):
+    """A training step and a forward pass (head: as in common.training_flops)."""
+    tokens, pairs = common.visible_pairs(setup.batch)
+    reference = common.forward_flops(setup.checkpoint.config, len(setup.batch.pixels), tokens, pairs,
+                                     len(setup.batch.target))
+    return common.training_flops(setup, head=head) + sum(reference.values())
+
+
+def masked(setup):
+    """What the DPOTrainer takes: the chosen answers' rows, then the rejected ones'."""
+    inputs, mask = common.their_rows(setup)
+    return {**inputs, "completion_mask": mask}
+
+
+def main():
+    args = common.parse(common.options(__doc__))
+    import trl_side  # not at the top: bench_growth.py does without TRL
+    common.compare("DPO against TRL", args, dpo, ours, trl_side.dpo(masked), flops, answers=2)
+
+
+if __name__ == "__main__":
+    fsdp.run(main)

@@ -1,0 +1,76 @@
+"""Decoding against transformers: greedy answers to 8 prompts, and 8 samples of one.
+
+Ours is predict.py's `sample` with whole weights on the rank, theirs is generate(); both in --dtype, and
+nobody stops early. The prefill is a run of one new token; decoding is the time of a whole run less the median
+prefill. For the 8 samples we encode picture and prompt once, generate(num_return_sequences=8) eight times;
+they are each side's own draws, and not compared.
+
+    python benchmarks/bench_generate.py
+"""
+import argparse
+import dataclasses
+
+import common
+import numpy as np
+import torch
+
+import fsdp
+import predict
+
+
+def ours(setup):
+    model = fsdp.build(setup.checkpoint, setup.options, setup.world)
+    whole = fsdp.gathered(model)
+    whole.__enter__()
+    processor = dataclasses.replace(setup.processor, stop=frozenset(), banned=frozenset())
+
+    @torch.no_grad()
+    def step():
+        features = model.vision_tower(setup.batch.pixels)
+        _, ids = predict.sample(model, setup.batch, features, processor, setup.examples, setup.options,
+                                torch.any)
+        return np.ravel(ids).tolist() if setup.options.num_samples == 1 else []
+    step.whole = whole  # stays entered as long as the step function lives
+    return step
+
+
+def theirs(setup):
+    model = common.build_theirs(setup, fsdp.DTYPES[setup.args.dtype])
+    model.generation_config.eos_token_id = None
+    inputs, _ = common.their_rows(setup)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    samples, max_new = setup.options.num_samples, setup.options.max_new
+    how = {"do_sample": True, "top_k": 0, "num_return_sequences": samples} if samples > 1 else {}
+
+    def step():
+        whole = model.generate(**inputs, max_new_tokens=max_new, **how)
+        return whole[:, -max_new:].flatten().tolist() if samples == 1 else []
+    return step
+
+
+def flops(setup):
+    """A forward pass of the prompts, then one of each token but the last, which sees all that came before."""
+    config, (tokens, pairs) = setup.checkpoint.config, common.visible_pairs(setup.batch)
+    B, K, n = len(setup.examples), setup.options.num_samples, setup.options.max_new
+    prefill = common.forward_flops(config, B, tokens, pairs, B)
+    pairs = K * sum(tokens + B * t for t in range(1, n))
+    decoding = common.forward_flops(config, 0, B * K * (n - 1), pairs, B * K * (n - 1))
+    return sum(prefill.values()) + sum(decoding.values())
+
+
+def main():
+    args = common.parse(common.options(__doc__), batch=8, answer=64)
+    one = argparse.Namespace(**{**vars(args), "batch": 1})
+
+    def run(title, args, *options):
+        return common.forked(common.compare, title, args, predict, ours, theirs, flops, 0, options)
+    prefill = run("prefill", args, "--max_new", "1")
+    whole = run("prefill and greedy decoding", args, "--max_new", str(args.answer))
+    a, b = (np.array(side) - np.median(first) for side, first in zip(whole, prefill))
+    print(f"greedy decoding alone: ours {common.spread(a)} s, theirs {common.spread(b)} s, "
+          f"ratio {common.spread(b / a)}")
+    run("8 samples of a picture", one, "--max_new", str(args.answer), "--num_samples", "8")
+
+
+if __name__ == "__main__":
+    fsdp.run(main)
