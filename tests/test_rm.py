@@ -586,7 +586,7 @@ def run_case(name, ranks, place):
     fsdp.clip_gradients, fsdp.build = recording_clip, recording_build
     out = place / f"{name}-{ranks}"
     sys.argv = ["rm.py", "--model", "model", "--data", "pairs.json", "--images", "images", "--out", str(out),
-                "--max_steps", "5", "--lr", "1e-2", "--workers", "0", "--save_every", "0",
+                "--max_steps", "5", "--lr", "3e-3", "--workers", "0", "--save_every", "0",
                 *map(str, CASES[name])]
     rm.main()
     if dist.get_rank() == 0:
