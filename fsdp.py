@@ -481,12 +481,13 @@ def roots(model):
 
 def shard(model, world, dtype):
     """fully_shard on each root, the LLaMA's layers as units of their own; scores are computed in fp32.
-    Gradients are summed over ranks, not averaged."""
+    Gradients are summed over ranks, not averaged. (One rank has nothing to sum, but would divide by the
+    1.)"""
     for unit in (*model.language_model.model.layers, *roots(model)):
         unit_dtype = torch.float32 if unit is getattr(model, "score", None) else dtype
         policy = MixedPrecisionPolicy(param_dtype=unit_dtype, reduce_dtype=torch.float32)
         fully_shard(unit, mesh=world.mesh, mp_policy=policy)
-    for module in model.modules():
+    for module in model.modules() if world.size > 1 else []:
         if isinstance(module, FSDPModule):  # these settings do not reach child units by themselves
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -519,8 +520,11 @@ def gathered(model):
 
 def clip_gradients(parameters, largest):
     """Scales gradients to the given global norm (0: as they are). → the norm before, over all ranks."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, largest or float("inf"))
-    return float(norm.full_tensor())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    before = float(norm.full_tensor())
+    if largest and not before <= largest:  # NaN reaches the weights, as it does in clip_grad_norm_
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return before
 
 
 def schedule(step, steps, warmup):

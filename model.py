@@ -302,48 +302,63 @@ class Llama(nn.Module):
 
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(states · headᵀ / temperature)[target], and if asked the distribution's entropy (else None),
-    with logits made a chunk at a time.
+    with logits made for a part of the vocabulary at a time.
 
     Forward keeps no logits, backward makes them again. With p the softmax and H the entropy:
     ∂ logp / ∂ logit_v = [v = target] − p_v, ∂ H / ∂ logit_v = −p_v (log p_v + H).
+    As each part is of the vocabulary, its rows of the head's gradient are whole: only [N, D] is summed (fp32).
     """
 
     @staticmethod
     def forward(ctx, states, head, target, temperature, with_entropy=False):
-        logprob = torch.empty(len(target), dtype=torch.float32, device=states.device)
-        entropy = torch.empty_like(logprob) if with_entropy else None
-        for rows in chunks(len(target), len(head)):
-            logp = F.log_softmax(F.linear(states[rows], head).float().div_(temperature), dim=-1)  # [n, V]
-            logprob[rows] = logp.gather(1, target[rows, None]).squeeze(1)
+        N = len(target)
+        # of the vocabulary so far: log Σ exp(logit), from a finite −∞ (0 · ∞ is NaN), and the entropy
+        total = torch.full((N,), torch.finfo(torch.float32).min, device=states.device)
+        entropy = torch.zeros_like(total) if with_entropy else None
+        at_target = torch.zeros_like(total)
+        for part in parts(len(head), N):
+            logits = F.linear(states, head[part]).float().div_(temperature)  # [N, v]
+            here, column = in_part(target, part)
+            at_target += here * logits.gather(1, column).squeeze(1)
+            before, total = total, torch.logaddexp(total, logits.logsumexp(-1))
             if with_entropy:
-                entropy[rows] = -(logp.exp() * logp).sum(-1)
-        ctx.save_for_backward(states, head, target, entropy)
+                logp, shrunk = logits.sub_(total[:, None]), before - total  # those before lose in log p
+                entropy = shrunk.exp() * (entropy - shrunk) - (logp.exp() * logp).sum(-1)
+        ctx.save_for_backward(states, head, target, total, entropy)
         ctx.temperature = temperature
-        return logprob, entropy
+        return at_target - total, entropy
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy):
-        states, head, target, entropy = ctx.saved_tensors
-        d_states = torch.empty_like(states)
-        # summed over chunks in fp32: in bf16 every addition would round the whole sum
-        d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows in chunks(len(target), len(head)):
-            logp = F.log_softmax(F.linear(states[rows], head).float().div_(ctx.temperature), dim=-1)
-            d = -logp.exp() * d_logprob[rows, None]
+        states, head, target, total, entropy = ctx.saved_tensors
+        d_states = torch.zeros_like(states, dtype=torch.float32)
+        d_head = torch.empty_like(head) if ctx.needs_input_grad[1] else None
+        for part in parts(len(head), len(target)):
+            logp = F.linear(states, head[part]).float().div_(ctx.temperature).sub_(total[:, None])  # [N, v]
+            d = -d_logprob[:, None]
             if entropy is not None:
-                d -= logp.exp() * (logp + entropy[rows, None]) * d_entropy[rows, None]
-            d.scatter_add_(1, target[rows, None], d_logprob[rows, None])
-            d = d.div_(ctx.temperature).to(states.dtype)  # [n, V]
-            d_states[rows] = d @ head
+                d = d - (logp + entropy[:, None]) * d_entropy[:, None]
+            d = logp.exp_().mul_(d)
+            here, column = in_part(target, part)
+            d.scatter_add_(1, column, (here * d_logprob)[:, None])
+            d = d.div_(ctx.temperature).to(states.dtype)
+            d_states += d @ head[part]
             if d_head is not None:
-                d_head += d.T @ states[rows]
-        return d_states, d_head, None, None, None
+                d_head[part] = d.T @ states
+        return d_states.to(states.dtype), d_head, None, None, None
 
 
-def chunks(N, V, elements=2**24):
-    """Slices of N rows so that a chunk's [n, V] logits stay near `elements` numbers (64 MB in fp32)."""
-    n = max(1, elements // V)
-    return [slice(start, min(start + n, N)) for start in range(0, N, n)]
+def parts(V, N, elements=2**22):
+    """Slices of a vocabulary of V: a part's [N, v] logits stay near `elements` numbers (16 MB in fp32)."""
+    v = max(1, elements // max(1, N))
+    return [slice(start, min(start + v, V)) for start in range(0, V, v)]
+
+
+def in_part(target, part):
+    """Which targets [N] are in a part of the vocabulary, and their columns in it [N, 1] (for the others,
+    any)."""
+    here = (target >= part.start) & (target < part.stop)
+    return here, (target - part.start).clamp(0, part.stop - part.start - 1)[:, None]
 
 
 # ---- rankings: of rewards in rm.py, of log-ratios in dpo.py ----

@@ -396,8 +396,8 @@ def head_inputs(N, D=8, V=50, dtype=torch.float32):
 
 
 def cut(monkeypatch, n):
-    """Makes chunks of n rows."""
-    monkeypatch.setattr(ours, "chunks", lambda N, V: [slice(i, min(i + n, N)) for i in range(0, N, n)])
+    """Makes parts of n tokens of the vocabulary."""
+    monkeypatch.setattr(ours, "parts", lambda V, N: [slice(i, min(i + n, V)) for i in range(0, V, n)])
 
 
 def plain(states, head, target, temperature):
@@ -407,10 +407,10 @@ def plain(states, head, target, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-@pytest.mark.parametrize("chunk", [1000, 7, 1])
-def test_token_logprobs(monkeypatch, temperature, chunk):
-    """Log-probability, entropy and the gradients of either and both are log_softmax's, however chunked."""
-    cut(monkeypatch, chunk)
+@pytest.mark.parametrize("part", [1000, 7, 1])
+def test_token_logprobs(monkeypatch, temperature, part):
+    """Log-probability, entropy and the gradients of either and both are log_softmax's, in whatever parts."""
+    cut(monkeypatch, part)
     states, head, target = head_inputs(20)
     logprob, entropy = ours.TokenLogProbs.apply(states, head, target, temperature, True)
     expected = plain(states, head, target, temperature)
@@ -438,34 +438,38 @@ def test_token_logprobs_of_nothing():
     assert d_states.shape == (0, 8) and d_head.shape == (50, 8) and not d_head.any()
 
 
-def test_bf16_head_gradient_is_summed_in_fp32(monkeypatch):
-    """Over 256 chunks the head's bf16 gradient is over 4 times nearer the truth than a sum in bf16."""
-    N, n = 2048, 8
+def test_bf16_gradients_are_not_summed_in_bf16(monkeypatch):
+    """Over 256 parts the states' gradient, and over 2048 rows the head's, is over 4 times nearer the truth
+    than autograd's sum of bf16 gradients."""
+    N, V, n = 2048, 2048, 8
     cut(monkeypatch, n)
-    states, head, target = head_inputs(N, V=32, dtype=torch.bfloat16)
+    states, head, target = head_inputs(N, V=V, dtype=torch.bfloat16)
+    logp = F.log_softmax((states @ head.T).double(), dim=-1).detach()
+    d = F.one_hot(target, V) - logp.exp()
+    truth = d @ head.detach().double(), d.T @ states.detach().double()
     loss = ours.TokenLogProbs.apply(states, head, target, 1.0)[0].sum()
-    found, = torch.autograd.grad(loss, head)
-    exact = head.detach().double().requires_grad_()
-    truth, = torch.autograd.grad(plain(states.detach(), exact, target, 1.0)[0].sum(), exact)
-    for i in range(0, N, n):  # autograd adds every chunk's gradient to head.grad, which is bf16
-        logp = F.log_softmax((states[i:i + n].detach() @ head.T).float(), dim=-1)
-        at_targets(logp, target[i:i + n]).sum().backward()
-    assert found.dtype == head.grad.dtype == torch.bfloat16
-    assert 4 * (found.double() - truth).norm() < (head.grad.double() - truth).norm()
+    found = torch.autograd.grad(loss, (states, head))
+    d, in_bf16 = d.bfloat16(), [torch.zeros_like(states), torch.zeros_like(head)]
+    for i in range(0, N, n):
+        in_bf16[0] += d[:, i:i + n] @ head[i:i + n].detach()
+        in_bf16[1] += d[i:i + n].T @ states[i:i + n].detach()
+    for exact, ours_, summed in zip(truth, found, in_bf16):
+        assert ours_.dtype == torch.bfloat16
+        assert 4 * (ours_.double() - exact).norm() < (summed.double() - exact).norm()
 
 
-def test_chunks():
-    """Chunks cover every row once, in order, and hold at most `elements` logits, or one row."""
-    for N, V, elements in itertools.product((0, 1, 7, 64), (3, 50), (10, 100, 1000)):
-        parts = ours.chunks(N, V, elements)
-        assert [i for part in parts for i in range(N)[part]] == list(range(N))
-        assert all(0 < part.stop - part.start <= max(1, elements // V) for part in parts)
+def test_parts():
+    """Parts cover the vocabulary once, in order, and hold at most `elements` logits, or one column."""
+    for V, N, elements in itertools.product((1, 7, 64), (0, 3, 50), (10, 100, 1000)):
+        parts = ours.parts(V, N, elements)
+        assert [i for part in parts for i in range(V)[part]] == list(range(V))
+        assert all(0 < part.stop - part.start <= max(1, elements // max(1, N)) for part in parts)
 
 
 def test_no_logits_are_kept(monkeypatch):
     """Nothing as large as targets × vocabulary is ever made, nor saved between forward and backward."""
     N, D, V, elements = 512, 8, 2048, 2**13
-    monkeypatch.setattr(ours.chunks, "__defaults__", (elements,))
+    monkeypatch.setattr(ours.parts, "__defaults__", (elements,))
     states, head, target = head_inputs(N, D, V)
     saved = []
 
@@ -475,7 +479,7 @@ def test_no_logits_are_kept(monkeypatch):
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logprob, entropy = ours.TokenLogProbs.apply(states, head, target, 1.0, True)
         (logprob.sum() + entropy.sum()).backward()
-    assert sum(saved) <= N * D + V * D + 2 * N
+    assert sum(saved) <= N * D + V * D + 3 * N
     assert elements // 2 <= largest.numbers <= max(elements, V * D) < N * V // 50
 
 
