@@ -74,6 +74,7 @@ def arguments(parser, training=True):
     add("--out", help="what is written: a folder (predict.py: a .jsonl file)")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     add("--seed", type=int, default=0, help="of the order of rows, new parameters and sampling")
+    add("--compile", action="store_true", help="torch.compile the layers: slow to start, then faster")
     add("--replicas", type=int, default=1, help="copies of the sharded model (hybrid sharding)")
     if not training:
         return
@@ -459,6 +460,8 @@ def build(checkpoint, args, world, trainable=(), score=False):
     shard(model, world, DTYPES[args.dtype])
     model.to_empty(device=world.device)
     fill(model, tensors, checkpoint.grown, args.seed)
+    if args.compile:
+        model.compile_layers()
     return model
 
 
@@ -540,7 +543,7 @@ def schedule(step, steps, warmup):
 RUN_FILES = ("checkpoints", "log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
 FREE = {"resume", "overwrite", "out", "save_every", "keep", "eval_every", "workers", "wandb", "micro_batch",
-        "replicas", "show_every", "save_rollouts"}  # options that may differ after a resume
+        "replicas", "compile", "show_every", "save_rollouts"}  # options that may differ after a resume
 
 
 def check_out(args):

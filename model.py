@@ -225,8 +225,8 @@ class LlamaAttention(nn.Module):
         # the mask is of the last queries; those before are plain causal (padding comes after all real tokens)
         n, g, out = q.shape[2] - (0 if mask is None else mask.shape[2]), self.heads // self.kv_heads, []
         if n:
-            keys, values = (t[:, :, :n].repeat_interleave(g, dim=1) for t in (k, v))
-            out.append(F.scaled_dot_product_attention(q[:, :, :n], keys, values, is_causal=True))
+            out.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True,
+                                                      enable_gqa=g > 1))
         if mask is not None:  # the g heads of a kv-head as more queries of it: no copies of a long cache
             grouped = q[:, :, n:].unflatten(1, (-1, g)).flatten(2, 3)  # [B, K, g · Tq, C]
             masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, g, 1))
@@ -248,20 +248,24 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """x [B, T, D] → [B, T, D]. With `recompute` only its input is kept for the backward pass."""
+    """x [B, T, D] → [B, T, D]. With `recompute` only its input is kept for the backward pass; `compiled` is
+    what torch.compile makes of compute, where asked for. Decoding, step by step longer, is never compiled."""
 
     def __init__(self, config):
         super().__init__()
-        self.recompute = False
+        self.recompute, self.compiled = False, None
         self.self_attn = LlamaAttention(config)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, rope, mask, cache=None):
+        if cache is not None:
+            return self.compute(x, rope, mask, cache)
+        compute = self.compiled or self.compute
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, rope, mask, use_reentrant=False, preserve_rng_state=False)
-        return self.compute(x, rope, mask, cache)
+            return checkpoint(compute, x, rope, mask, use_reentrant=False, preserve_rng_state=False)
+        return compute(x, rope, mask)
 
     def compute(self, x, rope, mask, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
@@ -423,6 +427,15 @@ class VisionLLM(nn.Module):
         for module in self.modules():
             if hasattr(module, "recompute"):
                 module.recompute = on
+
+    def compile_layers(self):
+        """torch.compile on every layer, inside what FSDP does before and after it. The first step of a shape
+        takes a minute; from the second shape on code for any is made."""
+        torch._dynamo.config.recompile_limit = 64  # PPO's four models, with gradients and without
+        for layer in self.language_model.model.layers:
+            layer.compiled = torch.compile(layer.compute)
+        for layer in self.vision_tower.vision_model.encoder.layers:
+            layer.compile()
 
     def set_adapters(self, on):
         """Switches LoRA adapters: off, the model is the one they were put on."""

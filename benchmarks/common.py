@@ -71,6 +71,7 @@ def options(doc):
     add("--answer", type=int, default=96, help="tokens of an answer")
     add("--dtype", choices=["bf16", "fp32"], default="bf16", help="of computation")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a process")
+    add("--compile", action="store_true", help="our --compile (the peers stay as they are)")
     add("--tiny", action="store_true", help="sizes for a test that it runs")
     add("--profile", action="store_true", help="print where the time of our step goes, by torch.profiler")
     return parser
@@ -173,7 +174,8 @@ def prepare(script, folder, args, answers=1, more=()):
     logging.set_verbosity_error()
     argv, sys.argv = sys.argv, [
         f"{script.__name__}.py", "--model", folder, "--template", "vicuna", "--data", "rows.json",
-        "--images", folder, "--dtype", args.dtype, "--max_len", "8192", *more]
+        "--images", folder, "--dtype", args.dtype, "--max_len", "8192",
+        *["--compile"] * args.compile, *more]
     options, sys.argv = script.parse_args(), argv
     checkpoint = fsdp.open_checkpoint(options, world())
     examples = make_rows(folder, args, answers)
