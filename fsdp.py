@@ -484,16 +484,32 @@ def roots(model):
 
 def shard(model, world, dtype):
     """fully_shard on each root, the LLaMA's layers as units of their own; scores are computed in fp32.
-    Gradients are summed over ranks, not averaged. (One rank has nothing to sum, but would divide by the
-    1.)"""
+    Gradients are summed over ranks, not averaged."""
     for unit in (*model.language_model.model.layers, *roots(model)):
         unit_dtype = torch.float32 if unit is getattr(model, "score", None) else dtype
         policy = MixedPrecisionPolicy(param_dtype=unit_dtype, reduce_dtype=torch.float32)
         fully_shard(unit, mesh=world.mesh, mp_policy=policy)
-    for module in model.modules() if world.size > 1 else []:
+    for module in model.modules():
         if isinstance(module, FSDPModule):  # these settings do not reach child units by themselves
+            if world.size == 1:  # nothing to sum, and no factor that FSDP would divide by
+                module.set_custom_reduce_scatter(OneBuffer())
+                continue
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+class OneBuffer:
+    """FSDP asks for memory to reduce gradients from, then for memory to reduce them into. A world of one gets
+    the same twice, so that what would be a copy of all gradients is none."""
+
+    def __init__(self):
+        self.buffer = None
+
+    def allocate(self, size, *, dtype, device):
+        buffer, self.buffer = self.buffer, None
+        if buffer is None:
+            buffer = self.buffer = torch.empty(size, dtype=dtype, device=device)
+        return buffer
 
 
 def reshard(*models):
