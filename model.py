@@ -204,6 +204,21 @@ class RMSNorm(nn.Module):
         return self.weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
+@torch.compiler.disable  # compiled for varying lengths, the backward of these slices fails (torch 2.13)
+def attend(q, k, v, mask):
+    """q [B, H, T, C], k and v [B, K, S, C] → [B, H, T, C]. mask [B, 1, Tq, S] is of the last Tq queries (None:
+    of none); those before are plain causal, as padding comes after all real tokens."""
+    n, g, out = q.shape[2] - (0 if mask is None else mask.shape[2]), q.shape[1] // k.shape[1], []
+    if n:
+        out.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True,
+                                                  enable_gqa=g > 1))
+    if mask is not None:  # the g heads of a kv-head as more queries of it: no copies of a long cache
+        grouped = q[:, :, n:].unflatten(1, (-1, g)).flatten(2, 3)  # [B, K, g · Tq, C]
+        masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, g, 1))
+        out.append(masked.unflatten(2, (g, -1)).flatten(1, 2))
+    return torch.cat(out, dim=2)
+
+
 class LlamaAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -222,16 +237,7 @@ class LlamaAttention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(self, k, v)  # [B, K, S, C]
-        # the mask is of the last queries; those before are plain causal (padding comes after all real tokens)
-        n, g, out = q.shape[2] - (0 if mask is None else mask.shape[2]), self.heads // self.kv_heads, []
-        if n:
-            out.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True,
-                                                      enable_gqa=g > 1))
-        if mask is not None:  # the g heads of a kv-head as more queries of it: no copies of a long cache
-            grouped = q[:, :, n:].unflatten(1, (-1, g)).flatten(2, 3)  # [B, K, g · Tq, C]
-            masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, g, 1))
-            out.append(masked.unflatten(2, (g, -1)).flatten(1, 2))
-        return self.o_proj(torch.cat(out, dim=2).transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class LlamaMLP(nn.Module):

@@ -763,6 +763,21 @@ def test_killed_and_resumed_is_uninterrupted(kill, ranks, place, uninterrupted, 
         assert (out / name).read_bytes() == (uninterrupted(ranks) / name).read_bytes()
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_runs_log_the_same(ranks, place, tmp_path):
+    """--compile beside FSDP, with --recompute, rows of several lengths and the reference's pass without
+    gradients: five steps' losses and gradient norms are those of a plain run."""
+    traces = []
+    for more in ([], ["--compile", "--recompute"]):
+        out = tmp_path / f"{len(more)}"
+        argv = [*files(place, "ranked.json"), "--out", out, "--batch_size", 4, "--micro_batch", 2, "--lr", "1e-3",
+                "--max_steps", 5, "--group_by_length", "no", *more]
+        done = tiny.spread(functools.partial(tiny.main, "dpo", argv), ranks, timeout=600)
+        assert done.code == 0, done.err
+        traces.append(tiny.log(out))
+    assert_same_trace(*traces[::-1])
+
+
 # ---- memory ----
 
 def measure(folder):

@@ -585,6 +585,27 @@ def test_recompute_changes_nothing(rows):
     same_gradients(*found, 1e-6)
 
 
+def test_compiled_layers_compute_the_same():
+    """Causal rows and masked ones, of three lengths each: the gradients of compiled layers are those of plain
+    ones; what is compiled at the second length fits the third; names are kept; decoding stays plain."""
+    model, made, counts = vision_llm(), torch._dynamo.utils.counters["frames"], []
+    batches = [make_batch(rows, [0, 1, 2], extra) for rows in ([ONE, TEXT, TWO], MANY) for extra in (0, 3, 5)]
+    plain = [gradients(model, weighted(logprobs(model, batch))) for batch in batches]
+    names = list(model.state_dict())
+    model.compile_layers()
+    torch._dynamo.reset()
+    made.clear()
+    for batch, expected in zip(batches, plain):
+        same_gradients(gradients(model, weighted(logprobs(model, batch))), expected, 1e-5)
+        counts.append(made["total"])
+    assert list(model.state_dict()) == names
+    assert 0 < counts[0] < counts[1] == counts[2] and counts[4] == counts[5], counts
+    features = model.vision_tower(batches[0].pixels).detach()
+    ours.generate(model, make_batch([(ONE[0], [])], [0]), features, 4, ())
+    assert made["ok"] == made["total"] == counts[5], made
+    torch._dynamo.reset()
+
+
 def test_collate_is_the_definition(tmp_path):
     """data.collate lays examples out as make_batch does, image tokens expanded, distinct pictures once."""
     for name in "ab":
