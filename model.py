@@ -206,8 +206,8 @@ class RMSNorm(nn.Module):
 
 @torch.compiler.disable  # compiled for varying lengths, the backward of these slices fails (torch 2.13)
 def attend(q, k, v, mask):
-    """q [B, H, T, C], k and v [B, K, S, C] → [B, H, T, C]. mask [B, 1, Tq, S] is of the last Tq queries (None:
-    of none); those before are plain causal, as padding comes after all real tokens."""
+    """q [B, H, T, C], k and v [B, K, S, C] → [B, H, T, C]. mask [B, 1, Tq, S] is of the last Tq queries
+    (None: of none); those before are plain causal, as padding comes after all real tokens."""
     n, g, out = q.shape[2] - (0 if mask is None else mask.shape[2]), q.shape[1] // k.shape[1], []
     if n:
         out.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True,
@@ -316,7 +316,7 @@ class TokenLogProbs(torch.autograd.Function):
 
     Forward keeps no logits, backward makes them again. With p the softmax and H the entropy:
     ∂ logp / ∂ logit_v = [v = target] − p_v, ∂ H / ∂ logit_v = −p_v (log p_v + H).
-    As each part is of the vocabulary, its rows of the head's gradient are whole: only [N, D] is summed (fp32).
+    A part of the vocabulary makes its rows of the head's gradient whole: summed, in fp32, is only [N, D].
     """
 
     @staticmethod

@@ -770,8 +770,8 @@ def test_compiled_runs_log_the_same(ranks, place, tmp_path):
     traces = []
     for more in ([], ["--compile", "--recompute"]):
         out = tmp_path / f"{len(more)}"
-        argv = [*files(place, "ranked.json"), "--out", out, "--batch_size", 4, "--micro_batch", 2, "--lr", "1e-3",
-                "--max_steps", 5, "--group_by_length", "no", *more]
+        argv = [*files(place, "ranked.json"), "--out", out, "--batch_size", 4, "--micro_batch", 2, "--lr",
+                "1e-3", "--max_steps", 5, "--group_by_length", "no", *more]
         done = tiny.spread(functools.partial(tiny.main, "dpo", argv), ranks, timeout=600)
         assert done.code == 0, done.err
         traces.append(tiny.log(out))
