@@ -74,7 +74,8 @@ def arguments(parser, training=True):
     add("--out", help="what is written: a folder (predict.py: a .jsonl file)")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     add("--seed", type=int, default=0, help="of the order of rows, new parameters and sampling")
-    add("--compile", action="store_true", help="torch.compile the layers: slow to start, then faster")
+    add("--compile", action="store_true",
+        help="torch.compile the layers (not decoding): slow to start, then faster")
     add("--replicas", type=int, default=1, help="copies of the sharded model (hybrid sharding)")
     if not training:
         return
@@ -491,16 +492,17 @@ def shard(model, world, dtype):
         fully_shard(unit, mesh=world.mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # these settings do not reach child units by themselves
-            if world.size == 1:  # nothing to sum, and no factor that FSDP would divide by
+            if world.size > 1:  # a world of one would make a copy to divide by the 1
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+            elif world.device.type == "cpu":
                 module.set_custom_reduce_scatter(OneBuffer())
-                continue
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
 
 
 class OneBuffer:
-    """FSDP asks for memory to reduce gradients from, then for memory to reduce them into. A world of one gets
-    the same twice, so that what would be a copy of all gradients is none."""
+    """FSDP (torch 2.13) allocates what it reduces gradients from, then what it reduces them into; in a world
+    of one it copies between them and calls no collective. Given the same memory twice it copies nothing. (Not
+    on a GPU: there the two belong to different streams.)"""
 
     def __init__(self):
         self.buffer = None
@@ -509,6 +511,7 @@ class OneBuffer:
         buffer, self.buffer = self.buffer, None
         if buffer is None:
             buffer = self.buffer = torch.empty(size, dtype=dtype, device=device)
+        assert (buffer.shape, buffer.dtype) == (torch.Size(size), dtype), (buffer.shape, size, dtype)
         return buffer
 
 
@@ -559,7 +562,7 @@ def schedule(step, steps, warmup):
 RUN_FILES = ("checkpoints", "log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
 FREE = {"resume", "overwrite", "out", "save_every", "keep", "eval_every", "workers", "wandb", "micro_batch",
-        "replicas", "compile", "show_every", "save_rollouts"}  # options that may differ after a resume
+        "replicas", "show_every", "save_rollouts"}  # options that may differ after a resume
 
 
 def check_out(args):

@@ -10,7 +10,8 @@ The input is a row: a prompt once, then its answers end to end, each seeing the 
     branch    0 0 0 …                         0  | 1 1 …    | 2 2 …    | -1
 
 Module names are those of the Hugging Face checkpoint llava-hf/llava-1.5-7b-hf, configurations are
-transformers'. Logits are made only where they are read, chunk by chunk; no [B, T, V] tensor exists.
+transformers'. Logits are made only where they are read, a part of the vocabulary at a time; no [B, T, V]
+tensor exists.
 
 Legend: B rows, T positions, N positions read, M images, I tokens an image, R image runs in the rows, D width,
 H heads, K kv-heads, C channels a head, V vocabulary, S cached columns. A mask says what is kept.
@@ -204,19 +205,19 @@ class RMSNorm(nn.Module):
         return self.weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
-@torch.compiler.disable  # compiled for varying lengths, the backward of these slices fails (torch 2.13)
+@torch.compiler.disable  # compiled for varying lengths, backward fails: "expected … stride" (torch 2.13)
 def attend(q, k, v, mask):
     """q [B, H, T, C], k and v [B, K, S, C] → [B, H, T, C]. mask [B, 1, Tq, S] is of the last Tq queries
     (None: of none); those before are plain causal, as padding comes after all real tokens."""
     n, g, out = q.shape[2] - (0 if mask is None else mask.shape[2]), q.shape[1] // k.shape[1], []
     if n:
-        out.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True,
-                                                  enable_gqa=g > 1))
+        keys, values = (t[:, :, :n].repeat_interleave(g, dim=1) for t in (k, v))
+        out.append(F.scaled_dot_product_attention(q[:, :, :n], keys, values, is_causal=True))
     if mask is not None:  # the g heads of a kv-head as more queries of it: no copies of a long cache
         grouped = q[:, :, n:].unflatten(1, (-1, g)).flatten(2, 3)  # [B, K, g · Tq, C]
         masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, g, 1))
         out.append(masked.unflatten(2, (g, -1)).flatten(1, 2))
-    return torch.cat(out, dim=2)
+    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
 class LlamaAttention(nn.Module):
@@ -316,39 +317,40 @@ class TokenLogProbs(torch.autograd.Function):
 
     Forward keeps no logits, backward makes them again. With p the softmax and H the entropy:
     ∂ logp / ∂ logit_v = [v = target] − p_v, ∂ H / ∂ logit_v = −p_v (log p_v + H).
-    A part of the vocabulary makes its rows of the head's gradient whole: summed, in fp32, is only [N, D].
+    Parts divide the vocabulary, not the rows: a part's rows of d_head come whole from one product. Only
+    d_states is summed over parts, in fp32, and [N], in fp64.
     """
 
     @staticmethod
     def forward(ctx, states, head, target, temperature, with_entropy=False):
         N = len(target)
         # of the vocabulary so far: log Σ exp(logit), from a finite −∞ (0 · ∞ is NaN), and the entropy
-        total = torch.full((N,), torch.finfo(torch.float32).min, device=states.device)
-        entropy = torch.zeros_like(total) if with_entropy else None
-        at_target = torch.zeros_like(total)
+        lse = torch.full((N,), torch.finfo(torch.float64).min, dtype=torch.float64, device=states.device)
+        entropy, at_target = torch.zeros_like(lse), torch.zeros_like(lse)
         for part in parts(len(head), N):
             logits = F.linear(states, head[part]).float().div_(temperature)  # [N, v]
             here, column = in_part(target, part)
-            at_target += here * logits.gather(1, column).squeeze(1)
-            before, total = total, torch.logaddexp(total, logits.logsumexp(-1))
-            if with_entropy:
-                logp, shrunk = logits.sub_(total[:, None]), before - total  # those before lose in log p
-                entropy = shrunk.exp() * (entropy - shrunk) - (logp.exp() * logp).sum(-1)
-        ctx.save_for_backward(states, head, target, total, entropy)
+            at_target = torch.where(here, logits.gather(1, column).squeeze(1), at_target)
+            before, lse = lse, torch.logaddexp(lse, logits.logsumexp(-1).double())
+            if with_entropy:  # every log p so far moves by the shift: e^shift (H − shift) − Σ_part p log p
+                shift, logp = before - lse, logits.sub_(lse.float()[:, None])
+                entropy = shift.exp() * (entropy - shift) - (logp.exp() * logp).sum(-1)
+        entropy = entropy.float() if with_entropy else None
+        ctx.save_for_backward(states, head, target, lse.float(), entropy)
         ctx.temperature = temperature
-        return at_target - total, entropy
+        return (at_target - lse).float(), entropy
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy):
-        states, head, target, total, entropy = ctx.saved_tensors
+        states, head, target, lse, entropy = ctx.saved_tensors
         d_states = torch.zeros_like(states, dtype=torch.float32)
         d_head = torch.empty_like(head) if ctx.needs_input_grad[1] else None
         for part in parts(len(head), len(target)):
-            logp = F.linear(states, head[part]).float().div_(ctx.temperature).sub_(total[:, None])  # [N, v]
-            d = -d_logprob[:, None]
+            logp = F.linear(states, head[part]).float().div_(ctx.temperature).sub_(lse[:, None])  # [N, v]
+            times_p = -d_logprob[:, None]
             if entropy is not None:
-                d = d - (logp + entropy[:, None]) * d_entropy[:, None]
-            d = logp.exp_().mul_(d)
+                times_p = times_p - (logp + entropy[:, None]) * d_entropy[:, None]
+            d = logp.exp_().mul_(times_p)
             here, column = in_part(target, part)
             d.scatter_add_(1, column, (here * d_logprob)[:, None])
             d = d.div_(ctx.temperature).to(states.dtype)
@@ -358,9 +360,10 @@ class TokenLogProbs(torch.autograd.Function):
         return d_states.to(states.dtype), d_head, None, None, None
 
 
-def parts(V, N, elements=2**22):
-    """Slices of a vocabulary of V: a part's [N, v] logits stay near `elements` numbers (16 MB in fp32)."""
-    v = max(1, elements // max(1, N))
+def parts(V, N, elements=2**22, least=1024):
+    """Slices of a vocabulary of V: a part's [N, v] logits stay near `elements` numbers (16 MB in fp32), or it
+    is of the `least` tokens that keep its products efficient."""
+    v = max(least, elements // max(1, N))
     return [slice(start, min(start + v, V)) for start in range(0, V, v)]
 
 
@@ -435,10 +438,10 @@ class VisionLLM(nn.Module):
                 module.recompute = on
 
     def compile_layers(self):
-        """torch.compile on every layer, inside what FSDP does before and after it. The first step of a shape
-        takes a minute; from the second shape on code for any is made."""
+        """torch.compile on every layer, but for the LLaMA's attention and for decoding. It takes a minute at
+        the first step, and once more at the first of another length, which makes code for any."""
         torch._dynamo.config.recompile_limit = 64  # PPO's four models, with gradients and without
-        for layer in self.language_model.model.layers:
+        for layer in self.language_model.model.layers:  # FSDP's units: compiled is what is inside its hooks
             layer.compiled = torch.compile(layer.compute)
         for layer in self.vision_tower.vision_model.encoder.layers:
             layer.compile()

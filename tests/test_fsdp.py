@@ -6,6 +6,7 @@
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from tiny import HUB, MEMORY, MIXED, NEW, ORIGINAL, fork, named, write
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 import data
 import fsdp
@@ -343,9 +345,56 @@ def test_a_shard_that_is_not_there_is_named(world, tmp_path):
         load(options(model=str(tmp_path / "model")), world)
 
 
-# ---- two ranks and one ----
+# ---- gradients ----
 
 ALL = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
+
+
+def gradients_of(place, world, dtype):
+    """A model's gradients after two micro-batches, and its trained parameters."""
+    model, processor = load(options(model=str(place / "model"), dtype=dtype), world, tuple(ALL.values())[:2])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    batch = batch_of(processor, place / "images")
+    for weight in (1, 3):
+        (weight * model(batch, model.vision_tower(batch.pixels)).sum()).backward()
+    return [p.grad.full_tensor().clone() for p in parameters], parameters
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_world_of_one_reduces_in_place(dtype, place, world, monkeypatch):
+    """FSDP asks for memory twice a unit and gets the same; gradients are those that it makes by itself."""
+    made, allocate = [], fsdp.OneBuffer.allocate
+
+    def recorded(self, *args, **kwargs):
+        made.append(allocate(self, *args, **kwargs))
+        return made[-1]
+    monkeypatch.setattr(fsdp.OneBuffer, "allocate", recorded)
+    found, _ = gradients_of(place, world, dtype)
+    assert len(made) == 2 * 2 * (2 + 1 + 1)  # micro-batches; two layers, the LLaMA's root, the projector
+    assert all(a is b for a, b in zip(made[::2], made[1::2])) and len({id(a) for a in made}) == len(made) / 2
+    monkeypatch.setattr(fsdp, "OneBuffer", DefaultReduceScatter)
+    expected, _ = gradients_of(place, world, dtype)
+    assert all(grad.any() for grad in found) and all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_clip_gradients(place, world):
+    """Up to the limit gradients stay as they are, to the bit; beyond it their norm becomes the limit, and NaN
+    reaches all of them. Returned is the norm before."""
+    whole, parameters = gradients_of(place, world, "fp32")
+    norm = torch.cat([grad.flatten() for grad in whole]).norm().item()
+    for limit in (0, 2 * norm):
+        assert fsdp.clip_gradients(parameters, limit) == pytest.approx(norm, rel=1e-5)
+        assert all(torch.equal(p.grad.full_tensor(), grad) for p, grad in zip(parameters, whole))
+    assert fsdp.clip_gradients(parameters, norm / 2) == pytest.approx(norm, rel=1e-5)
+    for p, grad in zip(parameters, whole):
+        torch.testing.assert_close(p.grad.full_tensor(), grad / 2, rtol=1e-4, atol=0)
+    parameters[0].grad.to_local()[:1] = torch.nan
+    assert math.isnan(fsdp.clip_gradients(parameters, norm))
+    assert all(p.grad.full_tensor().isnan().all() for p in parameters)
+
+
+# ---- two ranks and one ----
+
 CASES = {  # options of a run of 5 steps; what each is there for is in the tests below
     "plain": ["--batch_size", 6, "--micro_batch", 2],
     "micro 1": ["--batch_size", 8, "--micro_batch", 1, "--group_by_length", "no"],
