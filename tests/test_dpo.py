@@ -763,6 +763,7 @@ def test_killed_and_resumed_is_uninterrupted(kill, ranks, place, uninterrupted, 
         assert (out / name).read_bytes() == (uninterrupted(ranks) / name).read_bytes()
 
 
+@tiny.compiles
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_runs_log_the_same(ranks, place, tmp_path):
     """--compile beside FSDP, with --recompute, rows of several lengths and the reference's pass without

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 import transformers as hf
@@ -611,6 +612,7 @@ def test_recompute_changes_nothing(rows):
     same_gradients(*found, 1e-6)
 
 
+@tiny.compiles
 def test_compiled_layers_compute_the_same():
     """Causal rows and masked ones, of three lengths each: the gradients of compiled layers are those of plain
     ones; what is compiled at the second length fits the third; names are kept; decoding stays plain."""

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLIN
 os.environ.update(ENV)  # of every process that a test starts
 
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers as hf  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -227,6 +229,12 @@ def log(out):
 
 
 # ---- running a script ----
+
+compiles = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++"))
+    or not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")),
+    reason="torch.compile needs a C++ compiler and Python's headers")
+
 
 @dataclasses.dataclass
 class Run:
