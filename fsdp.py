@@ -122,6 +122,9 @@ def parse(parser, data_file, shapes, argv=None):
         args = parser.parse_args(argv)
     if bool(args.llm) != bool(args.clip) and not args.model:
         parser.error("--llm and --clip go together: a LLaMA and the CLIP tower for its fresh projector")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if args.compile and not torch.cuda.is_available() and not shutil.which(compiler):
+        parser.error(f"got --compile, need a C++ compiler: install {compiler}, or name another in CXX")
     if args.model and args.llm:
         parser.error("got --model and --llm: give a whole LLaVA, or a LLaMA with --clip")
     if not args.data:

@@ -256,7 +256,7 @@ class LlamaMLP(nn.Module):
 
 class LlamaLayer(nn.Module):
     """x [B, T, D] → [B, T, D]. With `recompute` only its input is kept for the backward pass; `compiled` is
-    what torch.compile makes of compute, where asked for. Decoding, step by step longer, is never compiled."""
+    what torch.compile makes of `compute`, where asked for. With a cache, longer each step, it is not used."""
 
     def __init__(self, config):
         super().__init__()
@@ -297,9 +297,8 @@ class Llama(nn.Module):
 
     def forward(self, ids, position, mask, at, read, images=None, cache=None):
         """ids, position [B, T]; mask [B, 1, Tq, S] of the last Tq positions (the others are plain causal) or
-        None; images [R, I, D]: what
-        stands at the image tokens, in row order. → read(states [N, D] at the flat positions `at` [N], head
-        weight [V, D])."""
+        None; images [R, I, D]: what stands at the image tokens, in row order. → read(states [N, D] at the
+        flat positions `at` [N], head weight [V, D])."""
         x = self.model.embed_tokens(ids)  # [B, T, D]
         if images is not None:
             x = x.masked_scatter((ids == self.image_token).unsqueeze(-1), images.to(x.dtype))

@@ -100,6 +100,15 @@ def test_the_logged_rate(place, tmp_path):
     assert tiny.log(tmp_path / "out")[0]["lr"] == pytest.approx(1e-3)
 
 
+def test_compile_without_a_compiler(place, tmp_path, monkeypatch):
+    """Said at once, with what to do, and before anything is written."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = tiny.command("sft", *files(place), "--compile", "--out", tmp_path / "out")
+    assert done.code == 2 and done.error == (
+        "got --compile, need a C++ compiler: install no-such-compiler, or name another in CXX")
+    assert not (tmp_path / "out").exists()
+
+
 def fake_wandb():
     """A module that prints what it is asked to do."""
     def say(*args, **named):
