@@ -32,6 +32,10 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 TEMPLATE_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templates")
 
 
+class UserError(ValueError):
+    """What the user got wrong: one line on the terminal, not a traceback (see fsdp.run)."""
+
+
 def progress(items, what):
     """Yields the items of a list; on rank 0 says every ten seconds how far it is, and how long the rest will
     take."""
@@ -47,10 +51,10 @@ def progress(items, what):
 # ---- rows ----
 
 def load_rows(path):
-    """The rows of a .json, .jsonl or .txt file (a JSON list, or one JSON object a line). ValueError names the
+    """The rows of a .json, .jsonl or .txt file (a JSON list, or one JSON object a line). UserError names the
     file and line."""
     if not os.path.isfile(path):
-        raise ValueError(f"got --data {path}, need a .json, .jsonl or .txt file: no such file")
+        raise UserError(f"got --data {path}, need a .json, .jsonl or .txt file: no such file")
     rows, line = [], 0
     try:
         with open(path, encoding="utf-8-sig") as f:
@@ -63,9 +67,9 @@ def load_rows(path):
                 rows += [json.loads(one)] if one.strip() else []
     except ValueError as error:  # of the decoder or of json
         where = f" in line {line}" if line else ""
-        raise ValueError(f"{path}: not JSON{where} ({error}): need a list, or one row a line") from error
+        raise UserError(f"{path}: not JSON{where} ({error}): need a list, or one row a line") from error
     if not rows:
-        raise ValueError(f"{path}: got no rows, need at least one")
+        raise UserError(f"{path}: got no rows, need at least one")
     return rows
 
 
@@ -78,7 +82,7 @@ def read_json(folder, name, default=None):
         try:
             return json.load(f)
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}): need a whole file") from error
+            raise UserError(f"{path}: not JSON ({error}): need a whole file") from error
 
 
 @dataclasses.dataclass
@@ -94,41 +98,41 @@ class Conversation:
 
 
 def read_row(row, images_dir, need_answers=1):
-    """A row → Conversation; ValueError says what is wrong with it (the caller adds which row it is)."""
+    """A row → Conversation; UserError says what is wrong with it (the caller adds which row it is)."""
     turns = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns:
-        raise ValueError('need {"id", "image", "conversations": [{"from", "value"}, …]} with a turn or more')
+        raise UserError('need {"id", "image", "conversations": [{"from", "value"}, …]} with a turn or more')
     roles, contents = [], []
     for turn in turns:
         if not isinstance(turn, dict) or "value" not in turn:
-            raise ValueError(f'got the turn {str(turn)[:80]!r}, need {{"from", "value"}}')
+            raise UserError(f'got the turn {str(turn)[:80]!r}, need {{"from", "value"}}')
         roles.append(turn.get("from"))
         contents.append(turn["value"])
     body = roles[1:] if roles[0] == "system" else roles
     if body != ["human", "gpt"] * (len(body) // 2) + ["human"] * (len(body) % 2) or not body:
-        raise ValueError(f"got turns from {roles}, need human and gpt in turn, human first; system may lead")
+        raise UserError(f"got turns from {roles}, need human and gpt in turn, human first; system may lead")
     answers = []
     if roles[-1] == "gpt":
         roles, last = roles[:-1], contents.pop()
         answers = last if isinstance(last, list) else [last]
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-            raise ValueError(f"got the answer {str(last)[:60]!r}, need text, or a list of texts, none empty")
+            raise UserError(f"got the answer {str(last)[:60]!r}, need text, or a list of texts, none empty")
     elif need_answers:
-        raise ValueError("got no answer: the last turn is human; training needs a final gpt turn")
+        raise UserError("got no answer: the last turn is human; training needs a final gpt turn")
     if len(answers) < need_answers:
-        raise ValueError(f"got {len(answers)} answer, need {need_answers} or more, best first, as the last "
+        raise UserError(f"got {len(answers)} answer, need {need_answers} or more, best first, as the last "
                          "gpt turn's value")
     margin = 0.0 if row.get("margin") is None else row["margin"]
     if type(margin) not in (int, float) or not 0 <= margin < math.inf or margin and len(answers) != 2:
-        raise ValueError(f"got the margin {margin!r}, {len(answers)} answers; need a number from 0, and two")
+        raise UserError(f"got the margin {margin!r}, {len(answers)} answers; need a number from 0, and two")
     if not all(isinstance(c, str) for c in contents):
-        raise ValueError("got a turn whose value is not text; only the last gpt turn may be a list")
+        raise UserError("got a turn whose value is not text; only the last gpt turn may be a list")
     if not all(c.strip() for role, c in zip(roles, contents) if role == "gpt"):
-        raise ValueError("got an empty gpt turn, need text")
+        raise UserError("got an empty gpt turn, need text")
     images = image_list(row.get("image"), images_dir)
     asked = sum(c.count(IMAGE) for role, c in zip(roles, contents) if role == "human")
     if asked > len(images):
-        raise ValueError(f"got {asked} {IMAGE} placeholders for {len(images)} images: remove some")
+        raise UserError(f"got {asked} {IMAGE} placeholders for {len(images)} images: remove some")
     first = roles.index("human")
     contents[first] = f"{IMAGE}\n" * (len(images) - asked) + contents[first]
     contents, answers = [c.strip() for c in contents], [a.strip() for a in answers]
@@ -138,19 +142,19 @@ def read_row(row, images_dir, need_answers=1):
 
 def image_list(value, images_dir):
     """A row's `image` (path, list, comma-joined paths, null) → paths that exist below images_dir; else
-    ValueError."""
+    UserError."""
     names = value if isinstance(value, list) else [value] if value else []
     if isinstance(value, str) and "," in value and not os.path.isfile(os.path.join(images_dir, value)):
         names = [name.strip() for name in value.split(",")]
     paths, root = [], os.path.abspath(images_dir)
     for name in names:
         if not isinstance(name, str) or not name:
-            raise ValueError(f"got the image {name!r}, need a path")
+            raise UserError(f"got the image {name!r}, need a path")
         path = os.path.abspath(os.path.join(root, name))
         if os.path.commonpath([path, root]) != root:
-            raise ValueError(f"got the image {name!r}, outside --images {images_dir}: use paths below it")
+            raise UserError(f"got the image {name!r}, outside --images {images_dir}: use paths below it")
         if not os.path.isfile(path):
-            raise ValueError(f"no such picture: {path} (see --images)")
+            raise UserError(f"no such picture: {path} (see --images)")
         paths.append(path)
     return paths
 
@@ -178,7 +182,7 @@ class Template:
             with open(os.path.join(TEMPLATE_DIR, f"{name}.jinja"), encoding="utf-8") as f:
                 self.jinja = f.read()
         if not self.jinja:
-            raise ValueError(f"got --template auto, but {tokenizer.name_or_path} has no chat template: "
+            raise UserError(f"got --template auto, but {tokenizer.name_or_path} has no chat template: "
                              f"give --template {'|'.join(TEMPLATES)}")
         specials = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.special_ids = specials
@@ -207,7 +211,7 @@ class Template:
                     gaps[0] = bos + gaps[0]
                 return gaps
             why.append("it reorders, repeats or drops messages")
-        raise ValueError(f"the chat template cannot be used for turns {list(roles)}: {'; '.join(why)}; "
+        raise UserError(f"the chat template cannot be used for turns {list(roles)}: {'; '.join(why)}; "
                          f"give --template {'|'.join(TEMPLATES)}")
 
     def ids(self, text):
@@ -412,7 +416,7 @@ def load_processor(folder, config, args):
     (config then says so). → Processor, and None or (old, new) number of embedding rows."""
     source = args.tokenizer or folder
     if not os.path.isfile(os.path.join(source, "tokenizer.json")):
-        raise ValueError(
+        raise UserError(
             f"{source}: no tokenizer.json; make one: python -c \"from transformers import AutoTokenizer; "
             f"AutoTokenizer.from_pretrained('{source}').save_pretrained('DIR')\" and give --tokenizer DIR")
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -424,12 +428,12 @@ def load_processor(folder, config, args):
                                  replace_extra_special_tokens=False)
     image_token, text = tokenizer.convert_tokens_to_ids(IMAGE), config.text_config
     if config.image_token_index not in (-1, image_token):
-        raise ValueError(f"{source}: {IMAGE} is token {image_token}, but config.json's image_token_index is "
+        raise UserError(f"{source}: {IMAGE} is token {image_token}, but config.json's image_token_index is "
                          f"{config.image_token_index}: the tokenizer is of another checkpoint")
     config.image_token_index, grown = image_token, None
     if len(tokenizer) > text.vocab_size:
         if len(tokenizer) - len(new) > text.vocab_size:
-            raise ValueError(f"{source}: the tokenizer has {len(tokenizer) - len(new)} tokens, the model "
+            raise UserError(f"{source}: the tokenizer has {len(tokenizer) - len(new)} tokens, the model "
                              f"{text.vocab_size}: the tokenizer is of another checkpoint")
         grown = text.vocab_size, -(-len(tokenizer) // 64) * 64
         text.vocab_size = grown[1]
@@ -483,14 +487,14 @@ def save_processor(processor, config, folder):
 
 
 def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, world=None):
-    """Rows → (index, Conversation) of the good ones, and how many were bad. A bad row is a ValueError that
+    """Rows → (index, Conversation) of the good ones, and how many were bad. A bad row is a UserError that
     names it, or is reported and skipped. world.share(function, items) spreads the look at every picture over
     threads and ranks."""
     good, errors = [], {}
     for index, row in enumerate(progress(rows, f"{source}: rows checked")):
         try:
             good.append((index, read_row(row, images_dir, need_answers)))
-        except ValueError as error:
+        except (UserError, UnicodeError) as error:
             errors[index] = str(error)
             if not skip_bad_rows:
                 break
@@ -506,12 +510,12 @@ def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, wo
         name = rows[index].get("id") if isinstance(rows[index], dict) else None
         message = f"{source}: row {index} (id {name}): {errors[index]}"
         if not skip_bad_rows:
-            raise ValueError(message + "; --skip_bad_rows leaves such rows out")
+            raise UserError(message + "; --skip_bad_rows leaves such rows out")
         if os.environ.get("RANK", "0") == "0":
             print(f"skipped {message}", flush=True)
     good = [(index, conversation) for index, conversation in good if index not in errors]
     if not good:
-        raise ValueError(f"{source}: all {len(rows)} rows are bad, need at least one good row")
+        raise UserError(f"{source}: all {len(rows)} rows are bad, need at least one good row")
     return good, len(errors)
 
 
@@ -532,7 +536,7 @@ def build_examples(conversations, processor, which):
         else:
             examples.append(example)
     if not examples:
-        raise ValueError(f"none of {len(conversations)} rows fits --max_len {processor.max_len}: raise it "
+        raise UserError(f"none of {len(conversations)} rows fits --max_len {processor.max_len}: raise it "
                          f"(a picture takes {processor.image_tokens} tokens)")
     return examples, counts
 

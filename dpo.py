@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import data
 import fsdp
+from data import UserError
 from model import plackett_luce
 
 
@@ -127,17 +128,17 @@ def open_reference(model, training, held_out, processor, args, world):
     if args.ref_model:
         other = fsdp.open_other(args.ref_model, processor, args, world)
         if other.processor.pictures != processor.pictures:
-            raise ValueError(f"got --ref_model {args.ref_model}, which sees pictures in another size or mode "
+            raise UserError(f"got --ref_model {args.ref_model}, which sees pictures in another size or mode "
                              "than the policy: both read the same batches")
         model = fsdp.build(other, args, world)
     of = fingerprint(model, training.examples, held_out.examples, processor, args, world)
     folder, name = os.path.split(args.reference or os.path.join(args.out, "reference.json"))
     if os.path.isdir(os.path.join(folder, name)):
-        raise ValueError(f"got --reference {args.reference}, which is a folder, need a file")
+        raise UserError(f"got --reference {args.reference}, which is a folder, need a file")
     resumed = args.resume and fsdp.checkpoint_steps(args.out)
     saved = data.read_json(folder, name) if args.reference or resumed else None
     if saved is not None and (not isinstance(saved, dict) or saved.get("fingerprint") != of):
-        raise ValueError(f"{os.path.join(folder, name)}: holds none or reference log-probabilities of another"
+        raise UserError(f"{os.path.join(folder, name)}: holds none or reference log-probabilities of another"
                          " model, data, template, --max_len or --dtype: remove it, or give --reference "
                          "another file")
     return model, of, saved
@@ -231,9 +232,9 @@ def main():
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
     train = args.train.split(",")
     if not set(train) <= set(parts):
-        raise ValueError(f"got --train {args.train}, need any of projector,llm,vision, comma-joined")
+        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, comma-joined")
     if args.projector_lr is not None and "projector" not in train:
-        raise ValueError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
+        raise UserError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
 
     # data
     checkpoint = fsdp.open_checkpoint(args, world)
@@ -242,7 +243,7 @@ def main():
     held_out = fsdp.read_examples(args.eval_data, "ranked", processor, args, world) if args.eval_data else []
     for example in examples + held_out:
         if len(example.answers) > 2 and (args.loss != "sigmoid" or args.label_smoothing):
-            raise ValueError(f"row {example.index} (id {example.id}): got {len(example.answers)} answers, "
+            raise UserError(f"row {example.index} (id {example.id}): got {len(example.answers)} answers, "
                              "need two; only --loss sigmoid without --label_smoothing ranks more")
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                        args.seed, by_length=args.group_by_length == "yes")

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 
 import safetensors.torch
 import torch
@@ -33,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlavaConfig
 
 import data
+from data import UserError
 from model import (
     EXTRAS,
     VOCABULARY,
@@ -210,7 +210,7 @@ def launch(args):
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if size % args.replicas:
-        raise ValueError(f"got --replicas {args.replicas}, need a divisor of the {size} ranks")
+        raise UserError(f"got --replicas {args.replicas}, need a divisor of the {size} ranks")
     shape = args.replicas, size // args.replicas
     mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh if args.replicas > 1 else mesh["shard"]
@@ -233,9 +233,7 @@ def run(main):
     code = 0
     try:
         main()
-    except ValueError as error:
-        if os.path.dirname(os.path.abspath(traceback.extract_tb(error.__traceback__)[-1].filename)) != ROOT:
-            raise
+    except UserError as error:
         rank = os.environ.get("RANK", "0")
         print("error:" if rank == "0" else f"rank {rank}: error:", error, file=sys.stderr, flush=True)
         code = 2
@@ -265,7 +263,7 @@ def fetch(name, world):
             if not glob.glob(os.path.join(folder, "*.safetensors")):
                 snapshot_download(name, allow_patterns=["*.bin"])
         except Exception as error:
-            raise ValueError(f"got {name!r}, need a checkpoint folder or a hub id; there is no such folder, "
+            raise UserError(f"got {name!r}, need a checkpoint folder or a hub id; there is no such folder, "
                              f"and the hub says: {error}") from error
     world.first(download)
     return snapshot_download(name, allow_patterns=[*patterns, "*.bin"], local_files_only=True)
@@ -277,16 +275,16 @@ def read_config(args, world):
     folder = fetch(args.model or args.llm, world)
     raw = data.read_json(folder, "config.json")
     if raw is None:
-        raise ValueError(f"{folder}: no config.json: need a checkpoint folder")
+        raise UserError(f"{folder}: no config.json: need a checkpoint folder")
     if args.model and "text_config" in raw:
         if args.clip:
-            raise ValueError(f"got --clip {args.clip}, but {folder} has a tower of its own: leave it out")
+            raise UserError(f"got --clip {args.clip}, but {folder} has a tower of its own: leave it out")
         return llava_config(folder, raw), folder, [folder]
     if args.model and "mm_vision_tower" not in raw:
-        raise ValueError(f"{folder}: got --model of the kind {raw.get('model_type')!r}, need a LLaVA; "
+        raise UserError(f"{folder}: got --model of the kind {raw.get('model_type')!r}, need a LLaVA; "
                          "give a LLaMA as --llm, with --clip")
     if args.llm and raw.get("model_type") != "llama":
-        raise ValueError(f"{folder}: got --llm of the kind {raw.get('model_type')!r}, need llama")
+        raise UserError(f"{folder}: got --llm of the kind {raw.get('model_type')!r}, need llama")
     clip = fetch(args.clip or raw["mm_vision_tower"], world)
     projector = args.projector if args.llm else raw.get("mm_projector_type", "linear")
     # an original LLaVA may hold a tower that was trained with it; one asked for with --clip goes before it
@@ -304,10 +302,10 @@ def open_tensors(folders, world):
         pickled = sorted(glob.glob(os.path.join(folder, "pytorch_model*.bin")))
         files = files or [mapped(file, world) for file in pickled]
         if not files:
-            raise ValueError(f"{folder}: got no model*.safetensors or pytorch_model*.bin, need weights")
+            raise UserError(f"{folder}: got no model*.safetensors or pytorch_model*.bin, need weights")
         for file in files:
             if not os.path.isfile(file):
-                raise ValueError(f"{file}: named by model.safetensors.index.json, but there is no such file")
+                raise UserError(f"{file}: named by model.safetensors.index.json, but there is no such file")
             if file.endswith(".bin"):
                 found = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
             else:
@@ -321,7 +319,7 @@ def slices(file):
     try:
         handle = safe_open(file, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{file}: cannot be read ({error}): fetch it again") from error
+        raise UserError(f"{file}: cannot be read ({error}): fetch it again") from error
     return {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (no dict)
 
 
@@ -341,7 +339,7 @@ def mapped(file, world):
         try:
             whole = torch.load(file, weights_only=True, map_location="cpu")
         except Exception as error:
-            raise ValueError(f"{file}: cannot be read ({error}): fetch it again") from error
+            raise UserError(f"{file}: cannot be read ({error}): fetch it again") from error
         safetensors.torch.save_file({key: value.clone() for key, value in whole.items()}, copy + ".part")
         os.replace(copy + ".part", copy)
     world.first(convert)
@@ -423,9 +421,9 @@ def open_other(name, processor, args, world, reward=False):
         other.tokenizer, other.template, other.image_mode = None, "auto", "auto"
     checkpoint = open_checkpoint(other, world)
     if checkpoint.processor.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
-        raise ValueError(f"{name}: its tokenizer is not that of {args.model or args.llm}, need the same")
+        raise UserError(f"{name}: its tokenizer is not that of {args.model or args.llm}, need the same")
     if reward and not any(os.path.isfile(os.path.join(folder, SCORE)) for folder in checkpoint.folders):
-        raise ValueError(f"{name}: no {SCORE}, need a reward model: what rm.py leaves in --out")
+        raise UserError(f"{name}: no {SCORE}, need a reward model: what rm.py leaves in --out")
     return checkpoint
 
 
@@ -453,7 +451,7 @@ def build(checkpoint, args, world, trainable=(), score=False):
         master = parameter.requires_grad or name.startswith("score.")
         parameter.data = parameter.data.to(torch.float32 if master else DTYPES[args.dtype])
     if lora and not any(".lora_" in name and p.requires_grad for name, p in model.named_parameters()):
-        raise ValueError(f"got --lora_rank {args.lora_rank} without llm in --train: adapters are the LLaMA's")
+        raise UserError(f"got --lora_rank {args.lora_rank} without llm in --train: adapters are the LLaMA's")
     tensors, fresh = open_tensors(checkpoint.folders, world), checkpoint.fresh
     if score:
         fresh += ("score.",)
@@ -573,33 +571,33 @@ def check_out(args):
     meant."""
     earlier = data.read_json(args.out, "args.json")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
-        raise ValueError(f"got --out {args.out}, which is a file, need a folder")
+        raise UserError(f"got --out {args.out}, which is a file, need a folder")
     if args.wandb and not importlib.util.find_spec("wandb"):
-        raise ValueError("--wandb needs Weights & Biases: pip install wandb")
+        raise UserError("--wandb needs Weights & Biases: pip install wandb")
     if earlier is None:
         if os.path.isdir(args.out) and os.listdir(args.out):
-            raise ValueError(f"got --out {args.out}, neither empty nor an earlier run: choose another")
+            raise UserError(f"got --out {args.out}, neither empty nor an earlier run: choose another")
     elif args.resume:
         differ = [f"--{key} {earlier.get(key)} then, {value} now" for key, value in vars(args).items()
                   if key not in FREE and earlier.get(key) != value]
         if not checkpoint_steps(args.out) and os.path.exists(os.path.join(args.out, "config.json")):
-            raise ValueError(f"got --resume, but {args.out} is a finished run without its checkpoints: "
+            raise UserError(f"got --resume, but {args.out} is a finished run without its checkpoints: "
                              "give --overwrite to replace it")
         if differ and checkpoint_steps(args.out):
-            raise ValueError(f"cannot resume {args.out}: got {'; '.join(differ)}; use the old values")
+            raise UserError(f"cannot resume {args.out}: got {'; '.join(differ)}; use the old values")
     elif not args.overwrite:
-        raise ValueError(f"got --out {args.out}, which holds a run: give --resume or --overwrite")
+        raise UserError(f"got --out {args.out}, which holds a run: give --resume or --overwrite")
 
 
 def check_out_file(args):
     if os.path.isdir(args.out):
-        raise ValueError(f"got --out {args.out}, which is a folder, need a .jsonl file")
+        raise UserError(f"got --out {args.out}, which is a folder, need a .jsonl file")
     if os.path.exists(args.out) and not args.overwrite:
-        raise ValueError(f"got --out {args.out}, which exists: --overwrite replaces it")
+        raise UserError(f"got --out {args.out}, which exists: --overwrite replaces it")
     parent = os.path.dirname(os.path.abspath(args.out))
     os.makedirs(parent, exist_ok=True)
     if not os.access(parent, os.W_OK):
-        raise ValueError(f"got --out {args.out}, whose folder cannot be written to: choose another")
+        raise UserError(f"got --out {args.out}, whose folder cannot be written to: choose another")
 
 
 def begin_run(args, world):

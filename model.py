@@ -29,6 +29,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from data import UserError
+
 # ---- CLIP vision tower ----
 
 ACTIVATIONS = {
@@ -42,9 +44,9 @@ ACTIVATIONS = {
 
 
 def activation(name):
-    """The function a configuration's activation name stands for; ValueError for one that is not here."""
+    """The function a configuration's activation name stands for; UserError for one that is not here."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"got the activation {name!r}, need one of {sorted(ACTIVATIONS)} in config.json")
+        raise UserError(f"got the activation {name!r}, need one of {sorted(ACTIVATIONS)} in config.json")
     return ACTIVATIONS[name]
 
 
@@ -112,7 +114,7 @@ class CLIPVision(nn.Module):
         L = config.num_hidden_layers
         self.depth = feature_layer if feature_layer >= 0 else L + 1 + feature_layer
         if not 0 <= self.depth <= L:
-            raise ValueError(f"got vision_feature_layer {feature_layer}, need {-L - 1}..{L} for {L} layers")
+            raise UserError(f"got vision_feature_layer {feature_layer}, need {-L - 1}..{L} for {L} layers")
         self.drop_class = drop_class
         self.recompute = False
         self.vision_model = nn.ModuleDict({
@@ -171,7 +173,7 @@ def rope_frequencies(config):
     if kind == "linear":
         return frequency / rope["factor"]
     if kind != "llama3":
-        raise ValueError(f"got rope_type {kind!r}, need default, linear or llama3 in config.json")
+        raise UserError(f"got rope_type {kind!r}, need default, linear or llama3 in config.json")
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in that context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -486,7 +488,7 @@ def llava_config(folder, raw, clip=None, projector=None):
         config = LlavaConfig.from_pretrained(folder)
     else:
         if projector not in ("mlp2x_gelu", "linear"):
-            raise ValueError(f"{folder}: got the projector {projector!r}, need mlp2x_gelu or linear")
+            raise UserError(f"{folder}: got the projector {projector!r}, need mlp2x_gelu or linear")
         # an original LLaVA's config is that of its LLaMA plus mm_*; AutoConfig would take it for
         # transformers'
         text = {key: value for key, value in raw.items() if key != "model_type" and not key.startswith("mm_")}
@@ -499,10 +501,10 @@ def llava_config(folder, raw, clip=None, projector=None):
         config.mm_projector_type, config.image_token_index = projector, -1
     text, vision = config.text_config, config.vision_config
     if (text.model_type, vision.model_type) != ("llama", "clip_vision_model"):
-        raise ValueError(f"{folder}: got a {text.model_type} and a {vision.model_type}, need a llama and a "
+        raise UserError(f"{folder}: got a {text.model_type} and a {vision.model_type}, need a llama and a "
                          "clip_vision_model")
     if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(f"{folder}: got vision_feature_layer {config.vision_feature_layer}, need one layer")
+        raise UserError(f"{folder}: got vision_feature_layer {config.vision_feature_layer}, need one layer")
     tied = config.tie_word_embeddings or text.tie_word_embeddings
     config.tie_word_embeddings = text.tie_word_embeddings = tied
     patches = (vision.image_size // vision.patch_size) ** 2
@@ -549,7 +551,7 @@ def initial_std(name, shape):
 
 def check_names(model, tensors, grown, fresh, folders):
     """Every parameter found among the tensors (name → tensor or safetensors slice), every tensor used, every
-    shape equal; else a ValueError that lists the difference. grown: (old, new) rows of a vocabulary that gets
+    shape equal; else a UserError that lists the difference. grown: (old, new) rows of a vocabulary that gets
     more than the folders hold; fresh: parts of the names that are drawn where no tensor is."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(t.shape if torch.is_tensor(t) else t.get_shape()) for name, t in tensors.items()}
@@ -566,7 +568,7 @@ def check_names(model, tensors, grown, fresh, folders):
             problems.append(f"shape: {name} is {found[name]}, need {want}")
     if problems:
         where = " + ".join(folders)
-        raise ValueError("\n  ".join([f"the weights in {where} do not fit its config.json:", *problems]))
+        raise UserError("\n  ".join([f"the weights in {where} do not fit its config.json:", *problems]))
 
 
 # ---- generation ----

@@ -47,6 +47,7 @@ from torch import nn
 
 import data
 import fsdp
+from data import UserError
 from model import generate, keyed_uniforms
 
 # ---- equations: all tensors [A, L] over the answers' tokens, kept [A, L] says which there are ----
@@ -120,7 +121,7 @@ class Judge:
             for example, said, scores in zip(rollout.examples, texts, found):
                 numbers = all(isinstance(s, (int, float, np.number)) and np.isfinite(s) for s in scores)
                 if len(scores) != len(said) or not numbers:
-                    raise ValueError(f"row {example.index} (id {example.id}): --reward_model's function gave "
+                    raise UserError(f"row {example.index} (id {example.id}): --reward_model's function gave "
                                      f"{len(scores)} scores for {len(said)} answers, need a finite number "
                                      f"each: {scores}")
             return torch.tensor(sum(found, []), dtype=torch.float32, device=rollout.features.device)
@@ -136,12 +137,12 @@ def load_function(name):
     """FILE.py:FUNCTION → the function"""
     path, _, function = name.rpartition(":")
     if not os.path.isfile(path):
-        raise ValueError(f"got --reward_model {name}: no such file {path}")
+        raise UserError(f"got --reward_model {name}: no such file {path}")
     spec = importlib.util.spec_from_file_location("reward_function", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # as an import would leave it
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
-        raise ValueError(f"got --reward_model {name}: no function {function} in {path}")
+        raise UserError(f"got --reward_model {name}: no function {function} in {path}")
     return getattr(module, function)
 
 
@@ -213,11 +214,11 @@ def normalise(training, rollouts, args, world):
     the reward model to it."""
     ended, = world.sum(sum(int(r.ended.sum()) for r in rollouts))
     if ended < 2:
-        raise ValueError(f"got --normalize_scores, but {ended:.0f} of the first iteration's answers have "
+        raise UserError(f"got --normalize_scores, but {ended:.0f} of the first iteration's answers have "
                          "their end token: raise --max_new")
     mean, std = moments([r.score for r in rollouts], [r.ended for r in rollouts], world)
     if std < 1e-6:
-        raise ValueError(f"got --normalize_scores, but whole answers of iteration 1 all score {mean}: "
+        raise UserError(f"got --normalize_scores, but whole answers of iteration 1 all score {mean}: "
                          "leave it out")
     training.score_moments.copy_(torch.tensor([mean, std], dtype=torch.float64))
     if args.critic == "reward":
@@ -435,11 +436,11 @@ def main():
     train = args.train.split(",")
     parts = {"projector": "multi_modal_projector.", "llm": "language_model."}
     if not set(train) <= set(parts):
-        raise ValueError(f"got --train {args.train}, need projector, llm or both, comma-joined")
+        raise UserError(f"got --train {args.train}, need projector, llm or both, comma-joined")
     by_rule = ".py:" in args.reward_model
     judge = Judge(function=load_function(args.reward_model)) if by_rule else Judge()
     if by_rule and args.critic == "reward":
-        raise ValueError("got a function as --reward_model, from which no critic can start: give --critic "
+        raise UserError("got a function as --reward_model, from which no critic can start: give --critic "
                          "policy")
 
     # data
@@ -450,7 +451,7 @@ def main():
         judge.processor = reward_checkpoint.processor
         sizes = [(p.size, p.image_tokens) for p in (processor, judge.processor)]
         if args.critic == "reward" and sizes[0] != sizes[1]:
-            raise ValueError(f"{args.reward_model}: sees pictures of another size than the policy, "
+            raise UserError(f"{args.reward_model}: sees pictures of another size than the policy, "
                              "whose rows the critic reads: give --critic policy")
     examples, judge = read_prompts(args.data, judge, processor, args, world)
     held_out, eval_judge = read_prompts(args.eval_data, judge, processor, args, world)

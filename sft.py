@@ -21,6 +21,7 @@ import torch
 
 import data
 import fsdp
+from data import UserError
 from model import generate
 
 
@@ -83,9 +84,9 @@ def main():
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
     train = args.train.split(",")
     if not set(train) <= set(parts):
-        raise ValueError(f"got --train {args.train}, need any of projector,llm,vision, comma-joined")
+        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, comma-joined")
     if args.projector_lr is not None and "projector" not in train:
-        raise ValueError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
+        raise UserError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
 
     # data
     checkpoint = fsdp.open_checkpoint(args, world)
