@@ -173,7 +173,7 @@ class Template:
     sentinels. Its own special tokens become ids; what people wrote is always text, so a typed "</s>" never
     ends a turn. """
 
-    def __init__(self, name, tokenizer, image_token):
+    def __init__(self, name, tokenizer, image_token, rendered=()):
         self.name, self.tokenizer, self.image_token = name, tokenizer, image_token
         self.jinja = tokenizer.chat_template
         if isinstance(self.jinja, dict):  # several, by name
@@ -191,11 +191,17 @@ class Template:
         # a tokenizer of the SentencePiece kind puts a space in front of every text by itself
         self.prefixes = tokenizer.convert_ids_to_tokens(self.ids("a"))[0].startswith("▁")
         self.adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
-        self.gaps = functools.lru_cache(maxsize=256)(self.gaps)
+        self.rendered = {tuple(roles): gaps for roles, gaps in rendered}
         self.piece_ids = functools.lru_cache(maxsize=2**14)(self.piece_ids)
 
     def gaps(self, roles):
-        """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1]."""
+        """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1], rendered
+        once: a template may write today's date."""
+        if roles not in self.rendered:
+            self.rendered[roles] = self.render_gaps(roles)
+        return self.rendered[roles]
+
+    def render_gaps(self, roles):
         marks, why = [f"SENTINEL{i}X" for i in range(len(roles))], []
         names = {"human": "user", "gpt": "assistant", "system": "system"}
         for form in (lambda mark: mark), (lambda mark: [{"type": "text", "text": mark}]):  # they take either
@@ -411,9 +417,10 @@ class Processor:
         return np.repeat(ids, self.lengths(ids))
 
 
-def load_processor(folder, config, args):
+def load_processor(folder, config, args, rendered=()):
     """The Processor of a checkpoint folder, with <image> and <pad> added where its vocabulary lacks them
-    (config then says so). → Processor, and None or (old, new) number of embedding rows."""
+    (config then says so). rendered: what its chat template rendered when the run began, as (roles, gaps). →
+    Processor, and None or (old, new) number of embedding rows."""
     source = args.tokenizer or folder
     if not os.path.isfile(os.path.join(source, "tokenizer.json")):
         raise UserError(
@@ -437,7 +444,7 @@ def load_processor(folder, config, args):
                              f"{text.vocab_size}: the tokenizer is of another checkpoint")
         grown = text.vocab_size, -(-len(tokenizer) // 64) * 64
         text.vocab_size = grown[1]
-    template = Template(args.template, tokenizer, image_token)
+    template = Template(args.template, tokenizer, image_token, rendered)
     eos = read_json(folder, "generation_config.json", {}).get("eos_token_id")
     stop = template.stop_ids() | {tokenizer.eos_token_id} | set(eos if isinstance(eos, list) else [eos])
     banned = {image_token, tokenizer.pad_token_id, *range(len(tokenizer), text.vocab_size)} - stop
@@ -486,7 +493,12 @@ def save_processor(processor, config, folder):
             json.dump(content, f, indent=2)
 
 
-def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, world=None):
+def digest(conversations):
+    import hashlib
+    return hashlib.sha256(repr([dataclasses.astuple(c) for c in conversations]).encode()).hexdigest()
+
+
+def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, world=None, unreadable=None):
     """Rows → (index, Conversation) of the good ones, and how many were bad. A bad row is a UserError that
     names it, or is reported and skipped. world.share(function, items) spreads the look at every picture over
     threads and ranks."""
@@ -500,7 +512,7 @@ def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, wo
                 break
     paths = sorted({path for _, conversation in good for path in conversation.images})
     what = f"{source}: pictures looked at"
-    found = world.share(picture_error, paths, what) if world else map(picture_error, paths)
+    found = world.parallel_map(picture_error, paths, what) if world else map(picture_error, paths)
     torn = {path: error for path, error in zip(paths, found) if error}
     for index, conversation in good:
         for path in conversation.images:
@@ -516,7 +528,7 @@ def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, wo
     good = [(index, conversation) for index, conversation in good if index not in errors]
     if not good:
         raise UserError(f"{source}: all {len(rows)} rows are bad, need at least one good row")
-    return good, len(errors)
+    return good, len(errors), torn
 
 
 ANSWERS_NEEDED = {"prompt": 0, "turns": 1, "answers": 1, "ranked": 2}  # by a row of each kind of examples

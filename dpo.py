@@ -3,10 +3,10 @@ r"""Direct preference optimisation: a vision-LLM learns from ranked answers, wit
     loss = mean over rows of  − log σ(β h) + c · SFT      h = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
 
 DPO, arXiv:2305.18290, Eq. 7; more than two ranked answers: Eq. 20. SFT is − log π a token of the best answers
-(--sft_coef; not in eval_loss; after arXiv:2404.19733, Eq. 1). The reference π_ref is the policy before its
-first step, or --ref_model; its log-probabilities are computed in one pass before training and kept in a file
-that knows what it was made of, so no second model stays in memory. Departures from the paper: AdamW with a
-cosine, not RMSprop; the SFT term's mean is over all tokens of the step.
+(--sft_coef; after arXiv:2404.19733, Eq. 1). The reference π_ref is the policy before its first step, or
+--ref_model; its log-probabilities are computed in one pass before training, so no second model stays in
+memory. Departures from the paper: AdamW with a cosine, not RMSprop; the SFT term's mean is over all tokens of
+the step.
 
     python dpo.py                                       # on the shapes world
     torchrun --nproc_per_node=8 dpo.py --model runs/sft-7b --data pairs.json --images pictures --out out
@@ -15,6 +15,7 @@ Legend: N targets, A answers of a micro-batch, B rows with answers, K most answe
 """
 import argparse
 import hashlib
+import json
 import os
 
 import torch
@@ -49,61 +50,30 @@ def answer_logprobs(model, batch, features):
     return logprob, total, torch.bincount(batch.answer, minlength=len(batch.last))
 
 
-FIGURES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-           "logps/chosen", "logps/rejected", "kl/chosen", "kl/rejected")
+FIGURES = ("loss/dpo", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+           "logps/chosen", "logps/rejected", "logratio/chosen", "logratio/rejected")
 
 
 @torch.no_grad()
 def figures_of(loss, policy, reference, kept, length, beta):
     """The FIGURES, summed over rows [9]. `chosen` is the best answer, `rejected` the mean of the others;
-    rewards are β (log π − log π_ref), a tie is no accuracy (as in TRL, hence 0 at first), kl is
-    log π − log π_ref a token on the given answers: not the KL of π's own samples, and negative where they
-    lost. All [B, K] but loss [B]."""
-    logratio = policy - reference
-    reward = beta * logratio
+    rewards are β (log π − log π_ref), a tie is half an accuracy, logratio is log π − log π_ref per token on
+    the given answers: not the KL of π's own samples, and negative where they lost. All [B, K] but loss
+    [B]."""
+    reward = beta * (policy - reference)
 
     def both(values):
         return values[:, :1].sum(-1), (values * kept)[:, 1:].sum(-1) / (kept.sum(-1) - 1)
     pairs = torch.ones(kept.shape[1], kept.shape[1]).triu(1).to(kept) & kept[:, None, :]  # [B, better, worse]
-    right = ((reward[:, :, None] > reward[:, None, :]) & pairs).sum((1, 2)) / pairs.sum((1, 2))
+    right = (torch.sign(reward[:, :, None] - reward[:, None, :]) + 1) / 2
+    accuracy = (right * pairs).sum((1, 2)) / pairs.sum((1, 2))
     chosen, rejected = both(reward)
-    kl = logratio / length.clamp(min=1)
-    each = [loss, chosen, rejected, right, chosen - rejected, *both(policy), *both(kl)]
+    logratio = (policy - reference) / length.clamp(min=1)
+    each = [loss, chosen, rejected, accuracy, chosen - rejected, *both(policy), *both(logratio)]
     return torch.stack([values.sum() for values in each])
 
 
 # ---- the reference ----
-
-def digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def fingerprint(model, training, held_out, processor, args, world):
-    """What reference log-probabilities depend on, as a hash: weights and configuration, tokens (template and
-    length rule), what the picture files hold and the dtype of computation."""
-    seen = hashlib.sha256()
-    for name, parameter in data.progress([*model.named_parameters()], "weights fingerprinted"):
-        if ".lora_" not in name:  # adapters start without effect
-            bits = parameter.detach().full_tensor().flatten(1 if parameter.ndim > 1 else 0)
-            bits = bits.to(fsdp.DTYPES[args.dtype]).view(torch.int16)
-            if bits.ndim > 1:  # sums over rows and over columns, for speed
-                bits = torch.cat([bits.sum(dim, dtype=torch.int64) for dim in range(2)])
-            seen.update(f"{name} {tuple(parameter.shape)} {bits.tolist()}".encode())
-    paths = sorted({path for example in training + held_out for path in example.images})
-    pictures = dict(zip(paths, world.share(digest, paths, "pictures fingerprinted")))
-    for example in training + held_out:
-        parts = [example.prompt, *(part for pair in zip(example.answers, example.kept) for part in pair)]
-        seen.update(repr([part.tolist() for part in parts]).encode())
-        seen.update(repr([pictures[path] for path in example.images]).encode())
-    whole = model.config
-    configs = [part.to_dict() for part in (whole, whole.text_config, whole.vision_config)]
-    config = [(key, str(value)) for part in configs for key, value in sorted(part.items())
-              if key[0] != "_" and not isinstance(value, dict)]
-    rule = processor.template.jinja, processor.max_len, processor.pictures, args.dtype, len(training), config
-    seen.update(repr(rule).encode())
-    return seen.hexdigest()
-
 
 @torch.no_grad()
 def reference_pass(model, steps, world, args):
@@ -121,37 +91,43 @@ def reference_pass(model, steps, world, args):
     return {i: logprob for part in world.gather(found) for i, logprob in part.items()}
 
 
-def open_reference(model, training, held_out, processor, args, world):
-    """What is known of the reference before a run begins: its model, its fingerprint with the Steps of both,
-    and what --reference (or the run to be resumed) holds: None where it is to be made. ValueError for a
-    file of another model or data."""
-    if args.ref_model:
-        other = fsdp.open_other(args.ref_model, processor, args, world)
-        if other.processor.pictures != processor.pictures:
-            raise UserError(f"got --ref_model {args.ref_model}, which sees pictures in another size or mode "
-                             "than the policy: both read the same batches")
-        model = fsdp.build(other, args, world)
-    of = fingerprint(model, training.examples, held_out.examples, processor, args, world)
-    folder, name = os.path.split(args.reference or os.path.join(args.out, "reference.json"))
-    if os.path.isdir(os.path.join(folder, name)):
-        raise UserError(f"got --reference {args.reference}, which is a folder, need a file")
-    resumed = args.resume and fsdp.checkpoint_steps(args.out)
-    saved = data.read_json(folder, name) if args.reference or resumed else None
-    if saved is not None and (not isinstance(saved, dict) or saved.get("fingerprint") != of):
-        raise UserError(f"{os.path.join(folder, name)}: holds none or reference log-probabilities of another"
-                         " model, data, template, --max_len or --dtype: remove it, or give --reference "
-                         "another file")
-    return model, of, saved
+def open_ref_model(processor, args, world):
+    """--ref_model, which has to read the policy's batches."""
+    other = fsdp.open_other(args.ref_model, processor, args, world)
+    if other.processor.pictures != processor.pictures:
+        raise UserError(f"got --ref_model {args.ref_model}, which sees pictures in another size or mode "
+                        "than the policy: both read the same batches")
+    return fsdp.build(other, args, world)
 
 
-def make_reference(model, of, training, held_out, args, world):
-    """The reference's log-probabilities of the answers of both Steps, written where the next run finds
-    them."""
+def make_reference(model, training, held_out, args, world):
+    """→ the reference's log-probabilities of the answers of both Steps, and a digest of them: a list with one
+    list per record each, kept in OUT/reference.json for a resume."""
+    path = os.path.join(args.out, "reference.json")
+    if world.on_rank0(os.path.isfile, path):  # a run that is continued
+        return world.on_rank0(read_reference, path, training, held_out)
     found = [reference_pass(model, steps, world, args) for steps in (training, held_out)]
     training, held_out = ([logprobs[i] for i in range(len(logprobs))] for logprobs in found)
-    made = {"fingerprint": of, "training": training, "held_out": held_out}
-    world.first(fsdp.write_json, args.reference or os.path.join(args.out, "reference.json"), made)
+    made = {"training": training, "held_out": held_out, "sha256": digest(training, held_out)}
+    world.on_rank0(fsdp.write_json, path, made)
     return made
+
+
+def digest(training, held_out):
+    return hashlib.sha256(json.dumps([training, held_out]).encode()).hexdigest()
+
+
+def read_reference(path, training, held_out):
+    """What make_reference left. UserError where it was changed, or is of other answers."""
+    try:
+        saved = data.read_json(*os.path.split(path))
+        assert digest(saved["training"], saved["held_out"]) == saved["sha256"]
+        for name, steps in (("training", training), ("held_out", held_out)):
+            assert list(map(len, saved[name])) == [len(example.answers) for example in steps.examples]
+    except (UserError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"{path} was changed since the run began: remove it, and --resume computes it "
+                        "again") from error
+    return saved
 
 
 # ---- the loop ----
@@ -179,15 +155,25 @@ def best_tokens(rows, examples):
 
 
 @torch.no_grad()
-def evaluate(model, steps, reference, world, args):
-    """The FIGURES over all held-out rows, means over rows."""
-    sums = torch.zeros(len(FIGURES), device=world.device)
+def evaluate(model, steps, reference, world, args, stop):
+    """The loss and the FIGURES over all held-out rows, means over rows; {} where SIGTERM cuts it short."""
+    sums, tokens = torch.zeros(1 + len(FIGURES), device=world.device), 0
     for step, micro_batches in enumerate(data.loader(steps, 0, len(steps), args.workers)):
+        if stop.asked(world):
+            return {}
         for rows, batch in zip(steps.groups(step), micro_batches):
-            sums += forward(model, batch, rows, reference, world, args)[-1]
+            _, best, figures = forward(model, batch, rows, reference, world, args)
+            sums += torch.cat([-best[None], figures])
+            tokens += best_tokens(rows, steps.examples)
     fsdp.reshard(model)
-    sums = world.sum(*sums)
-    return {f"eval_{name}": value / len(steps.examples) for name, value in zip(FIGURES, sums)}
+    sft_loss, *sums, tokens = world.sum(*sums, tokens)
+    figures = {name: value / len(steps.examples) for name, value in zip(FIGURES, sums)}
+    return {f"eval_{name}": value for name, value in with_loss(figures, sft_loss / tokens, args).items()}
+
+
+def with_loss(figures, sft_loss, args):
+    """The FIGURES, and what is minimised: loss = loss/dpo + c · loss/sft."""
+    return {"loss": figures["loss/dpo"] + args.sft_coef * sft_loss, "loss/sft": sft_loss, **figures}
 
 
 def parse_args():
@@ -204,13 +190,9 @@ def parse_args():
     add("--length_norm", action="store_true", help="log-ratios a token, not an answer (not in rewards/*)")
     add("--sft_coef", type=float, default=0.0, help="weight of the best answers' own loss, as sft.py's")
     add("--ref_model", help="a reference other than the policy before its first step")
-    add("--reference", help="file of its log-probabilities, made or reused (default: OUT/reference.json)")
     args = fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=os.path.join(fsdp.WORLD, "test_pairs.json"), batch_size=64, micro_batch=64, lr=3e-4,
         warmup=10, adam_beta2=0.98, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
-    if args.reference and os.path.dirname(os.path.abspath(args.reference)) == os.path.abspath(args.out):
-        parser.error(f"got --reference {args.reference}, in --out, which a run replaces: leave it out "
-                     "(OUT/reference.json is kept by itself), or choose another place")
     if args.beta <= 0:
         parser.error(f"got --beta {args.beta}, need more than 0")
     smooth = args.label_smoothing
@@ -228,7 +210,7 @@ def main():
     if args.train is None:  # a fresh projector is always trained
         args.train = "llm" if args.lora_rank and not args.llm else "projector,llm"
     world = fsdp.launch(args)
-    fsdp.check_out(args)
+    fsdp.check_out(args, world)
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
     train = args.train.split(",")
     if not set(train) <= set(parts):
@@ -265,14 +247,18 @@ def main():
                                    for (lr, decay), params in groups.items()],
                                   betas=(0.9, args.adam_beta2), fused=True)
     parameters = [parameter for params in groups.values() for parameter in params]
-    ref_model, of, reference = open_reference(model, steps, eval_steps, processor, args, world)
-    fsdp.begin_run(args, world)
-    reference = reference or make_reference(ref_model, of, steps, eval_steps, args, world)
+    ref_model = open_ref_model(processor, args, world) if args.ref_model else model  # before its first step
+    fsdp.begin_run(args, world, checkpoint)
+    reference = make_reference(ref_model, steps, eval_steps, args, world)
     del ref_model  # no second model stays in memory
     done = fsdp.load_checkpoint(args, world, model, optimizer)
     log = fsdp.Log(args, world, total, done, shown=("loss", "lr", "grad_norm", *FIGURES[3:5], "eval_loss"))
     stop = fsdp.Stop()
     log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters")
+    if held_out and log.owes_evaluation():  # of the last step done: SIGTERM cut it short
+        log.add_evaluation(evaluate(model, eval_steps, reference["held_out"], world, args, stop))
+        if stop.asked(world):
+            return fsdp.STOPPED
 
     # loop
     for step, micro_batches in enumerate(data.loader(steps, done, total, args.workers), done + 1):
@@ -289,25 +275,26 @@ def main():
             sft_loss = -best / tokens
             (losses / count + args.sft_coef * sft_loss).backward()
             sums += torch.cat([sft_loss.detach()[None], figures / count])
+        sft_loss, *figures = world.sum(*sums)
+        figures = with_loss(dict(zip(FIGURES, figures)), sft_loss, args)
         grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
+        fsdp.check_finite(args, step, loss=figures["loss"], grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        sft_loss, *figures = world.sum(*sums)
-        figures = dict(zip(FIGURES, figures))
-        figures["loss"] += args.sft_coef * sft_loss
-        figures |= {"sft_loss": sft_loss, "lr": factor * args.lr, "grad_norm": grad_norm}
+        figures |= {"lr": factor * args.lr, "grad_norm": grad_norm}
         seconds = log.seconds()
 
-        stopped, ended = stop.asked(world), step == total
-        if held_out and not stopped and (ended or args.eval_every and step % args.eval_every == 0):
-            figures |= evaluate(model, eval_steps, reference["held_out"], world, args)
+        ended = step == total
+        if held_out and (ended or args.eval_every and step % args.eval_every == 0):
+            figures |= evaluate(model, eval_steps, reference["held_out"], world, args, stop)
         log.step(step, columns, seconds, **figures)
+        stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:
             fsdp.save_checkpoint(args, world, step, model, optimizer)
         log.seconds()
         if stopped:
             log.say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
-            return
+            return fsdp.STOPPED
     fsdp.export(model, processor, args, world)
     log.say(f"wrote {args.out}")
 

@@ -7,19 +7,25 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
+import errno
+import fcntl
 import glob
 import hashlib
 import importlib.util
 import json
 import math
 import os
-import resource
+import pickle
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
+import traceback
 
 import safetensors.torch
 import torch
@@ -44,6 +50,7 @@ from model import (
     is_linear,
     llava_config,
     our_name,
+    tensor_shape,
 )
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -69,19 +76,18 @@ def arguments(parser, training=True):
     add("--images", help="folder that the rows' picture paths start from (default: the folder of --data)")
     add("--max_len", type=int, default=2048, help="longest prompt and answer, in tokens; pictures count")
     add("--skip_bad_rows", action="store_true", help="report bad rows and leave them out")
-    add("--workers", type=int, default=2, help="processes a rank that decode pictures ahead")
+    add("--workers", type=int, default=2, help="threads per rank that decode images ahead (0: none)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="what is written: a folder (predict.py: a .jsonl file)")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
+    add("--resume", action="store_true", help="continue the run in --out where it ended, if there is one")
     add("--seed", type=int, default=0, help="of the order of rows, new parameters and sampling")
     add("--compile", action="store_true",
         help="torch.compile the layers (not decoding): slow to start, then faster")
     add("--replicas", type=int, default=1, help="copies of the sharded model (hybrid sharding)")
     if not training:
         return
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     add("--save_every", type=int, default=500, help="steps between checkpoints (0: only at the end)")
-    add("--keep", type=int, default=1, help="checkpoints kept")
     add("--eval_data", help="held-out rows")
     add("--eval_every", type=int, default=500, help="steps between evaluations (0: only at the end)")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project too (pip install wandb)")
@@ -103,7 +109,7 @@ def arguments(parser, training=True):
 
 
 LEAST = {  # the smallest value an option can have
-    1: ("batch_size", "micro_batch", "keep", "replicas", "max_len", "num_samples", "max_new",
+    1: ("batch_size", "micro_batch", "replicas", "max_len", "num_samples", "max_new",
         "rollout_batch", "samples_per_prompt", "ppo_epochs", "kl_horizon"),
     0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "projector_lr", "warmup",
         "weight_decay", "adam_beta2", "seed", "top_k", "temperature", "lora_rank", "center_coef",
@@ -133,7 +139,8 @@ def parse(parser, data_file, shapes, argv=None):
     if getattr(args, "save_adapter", False) and not (args.lora_rank and args.model):
         parser.error("got --save_adapter, need --lora_rank, and --model: the adapter is put on that LLaVA")
     name = os.path.splitext(os.path.basename(parser.prog))[0]
-    args.out = args.out or os.path.join(ROOT, "runs", name + ("" if hasattr(args, "resume") else ".jsonl"))
+    name += "" if hasattr(args, "save_every") else ".jsonl"
+    args.out = args.out or os.path.join(ROOT, "runs", name)
     for least, options in LEAST.items():
         for option in options:
             value = getattr(args, option, None)
@@ -157,6 +164,9 @@ class World:
     size: int
     device: torch.device
     mesh: object
+    commit: str = None  # of this project, if known
+    inputs: dict = dataclasses.field(default_factory=dict)  # what this run depends on beyond its options
+    earlier: dict = dataclasses.field(default_factory=dict)  # `inputs` of the run that --resume continues
 
     def sum(self, *numbers):
         """Numbers (or scalar tensors) summed over ranks, in fp64."""
@@ -174,7 +184,11 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
-    def share(self, function, items, what):
+    def on_rank0(self, function, *args):
+        """Runs function on rank 0 while the others wait. → its result, on every rank"""
+        return self.gather(function(*args) if self.rank == 0 else None)[0]
+
+    def parallel_map(self, function, items, what):
         """[function(item) for item in items], the work spread over ranks and threads."""
         mine = items[self.rank::self.size]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -185,40 +199,44 @@ class World:
             results[rank::self.size] = part
         return results
 
-    def first(self, function, *args):
-        """Runs function on rank 0; the others wait, and stop too if it fails."""
-        error = None
-        if self.rank == 0:
-            try:
-                function(*args)
-            except Exception as raised:
-                error = raised
-        failed = self.gather(error is not None)[0]
-        if failed:
-            raise error or SystemExit(2)  # rank 0 says why
+    def depends_on(self, what, value):
+        """Records a JSON value that the run depends on. UserError where ranks differ, or where it is not what
+        it was when the run that --resume continues began."""
+        for rank, other in enumerate(self.gather(value)):
+            if other != value:
+                raise UserError(f"{what}: rank {rank} reads other content than rank {self.rank}: "
+                                "need the same files on every node")
+        value = json.loads(json.dumps(value))
+        if self.earlier.get(what, value) != value:
+            raise UserError(f"cannot resume: {what} changed since the run began: restore it, or start again "
+                            "in another --out")
+        self.inputs[what] = value
 
 
 def launch(args):
-    """Starts the process group and makes the mesh. → World"""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # workers hand over each tensor as an open file
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked after it was used
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **alone)
-    kind, size = "cuda" if torch.cuda.is_available() else "cpu", dist.get_world_size()
+    """Joins the process group and creates the mesh. → World"""
+    # what starts another program comes first: a process with gloo's threads is not to be forked
+    commit = None
+    if shutil.which("git"):
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    if args.images == os.path.join(WORLD, "images") and os.environ.get("RANK", "0") == "0":
+        make_shapes()
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **alone)
+    watch(None if alone else dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False))
+    size = dist.get_world_size()
     if size % args.replicas:
         raise UserError(f"got --replicas {args.replicas}, need a divisor of the {size} ranks")
     shape = args.replicas, size // args.replicas
     mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
     mesh = mesh if args.replicas > 1 else mesh["shard"]
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    world = World(dist.get_rank(), size, device, mesh)
-    if args.images == os.path.join(WORLD, "images"):
-        world.first(make_shapes)
-    return world
+    return World(dist.get_rank(), size, device, mesh, commit)
 
 
 def make_shapes():
@@ -227,25 +245,164 @@ def make_shapes():
         subprocess.run([sys.executable, script, "--out", WORLD], check=True)
 
 
+# ---- the end of a run: failures, signals ----
+
+STOPPED = 143  # exit code of a run that SIGTERM ended, as in shells: `sft.py … && rm.py …` goes no further
+
+
+class Diverged(ArithmeticError):
+    """A loss, gradient or score is not finite: the run ends before the optimizer's step."""
+
+
 def run(main):
-    """Runs a script's main. What is wrong with the user's input is one line on the terminal, not a
-    traceback."""
-    code = 0
+    """Runs a script's main and ends the process: with 2 for what the user got wrong (one line on the
+    terminal), with 1 for every other failure, else with what main returns. The first rank that fails says why,
+    and the others end with it."""
+    text, code = "", 0
     try:
-        main()
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print("error:" if rank == "0" else f"rank {rank}: error:", error, file=sys.stderr, flush=True)
-        code = 2
-    finally:
-        if dist.is_initialized():
+        code = main() or 0
+        if dist.is_initialized():  # after a failure other ranks may not join in
             dist.destroy_process_group()
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish(exit_code=code)
-    # gloo's threads outlive the group, and one that lets go of a tensor while the interpreter ends aborts it
-    sys.stdout.flush()
-    sys.stderr.flush()
+    except SystemExit as error:  # argparse has said why, on every rank
+        code = error.code
+    except (UserError, Diverged) as error:
+        text, code = f"error: {error}", 2 if isinstance(error, UserError) else 1
+    except BaseException as error:
+        text, code = traceback.format_exc(), 1
+        if disk_full(error):
+            text = f"error: no space left on the disk ({error}): free some, then --resume"
+        elif isinstance(error, RuntimeError) and "gloo" in str(error) or isinstance(error, dist.DistError):
+            text += "error: another rank is gone: was it killed, or out of memory? --resume continues the run"
+    leave(fail(text, code) if text else code)
+
+
+def disk_full(error):
+    """Whether an error, or one that it was raised from, is that of a full disk. Of some libraries' errors only
+    the text says so."""
+    if error is None:
+        return False
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        return True
+    return disk_full(error.__cause__ or error.__context__)
+
+
+def fail(text, code):
+    """Prints why this rank fails and tells the others, unless another was first. → the exit code of all"""
+    rank, store = int(os.environ.get("RANK", 0)), Watch.store
+    with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
+        if store:
+            first, first_code = json.loads(store.compare_set("failure", "", json.dumps([rank, code])))
+            if first != rank:
+                return hear_failure(store, first_code)
+    text = text.strip()
+    if rank and not text.startswith("error"):
+        text = f"rank {rank} failed:\n{text}"
+    print(text, file=sys.stderr, flush=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun ends its own report with it
+        said = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as f:
+            json.dump({"message": said}, f)
+    with contextlib.suppress(RuntimeError):
+        if store:
+            store.set("failure said", "")
+            deadline = time.monotonic() + 3
+            while store.add("failure heard", 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
+                time.sleep(0.05)  # its launcher, or the end of its store, would make the others print more
+    return code
+
+
+def hear_failure(store, code):
+    """Waits until another rank has said why it fails."""
+    store.wait(["failure said"], datetime.timedelta(seconds=5))
+    store.add("failure heard", 1)
+    return code
+
+
+def leave(code):
+    """Ends the process at once: gloo's threads outlive their group, and one that lets go of a tensor while
+    the interpreter ends aborts it."""
+    unlock()
+    with contextlib.suppress(Exception):
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish(exit_code=code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)
+
+
+class Watch:
+    """What the watching thread knows."""
+    store = None  # shared with the other ranks, None in a world of one
+    sigterm = None  # when SIGTERM first arrived
+    saves = False  # whether the run answers it by saving; else it ends the process at once
+    started = False
+
+
+def watch(store):
+    """Starts the thread that ends this process where waiting would be in vain: after another rank's failure,
+    when its launcher has died, at SIGINT, and at SIGTERM if nothing can be saved or it comes a second time. A
+    thread, because Python's signal handlers do not run while the main thread is inside a collective."""
+    Watch.store = store
+    if Watch.started:
+        return
+    Watch.started, launcher = True, os.getppid()
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    reader.settimeout(1)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: writer)  # keeps it open; the thread acts
+
+    def loop():
+        while True:
+            numbers = b""
+            with contextlib.suppress(TimeoutError):
+                numbers = reader.recv(16)
+            with contextlib.suppress(RuntimeError):
+                if Watch.store and Watch.store.check(["failure"]):
+                    rank, code = json.loads(Watch.store.get("failure"))
+                    if rank != int(os.environ["RANK"]):
+                        leave(hear_failure(Watch.store, code))
+            if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
+                leave(1)
+            for number in numbers:
+                # schedulers signal launcher and ranks at once, and the launcher passes it on: that is one
+                # SIGTERM
+                again = Watch.sigterm and time.monotonic() - Watch.sigterm > 0.5
+                if number == signal.SIGINT or number == signal.SIGTERM and (again or not Watch.saves):
+                    print(f"ended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+                    leave(128 + number)
+                if number == signal.SIGTERM:
+                    Watch.sigterm = Watch.sigterm or time.monotonic()
+    threading.Thread(target=loop, daemon=True).start()
+
+
+class Stop:
+    """Whether SIGTERM (a scheduler's warning) has reached any rank: the run then saves and ends. From its
+    making on, SIGTERM no longer ends the process by itself."""
+
+    def __init__(self):
+        Watch.saves = True
+
+    @property
+    def heard(self):
+        """Whether it has reached this rank."""
+        return Watch.sigterm is not None
+
+    def asked(self, world):
+        return world.sum(self.heard)[0] > 0
+
+
+def check_finite(args, step, **metrics):
+    """Raises Diverged where a metric is not finite; called before the optimizer's step and before anything of
+    the step is written."""
+    bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
+    if bad:
+        saved = checkpoint_steps(args.out)
+        last = f"the last checkpoint, of step {saved[-1]}, is kept" if saved else "there is no checkpoint yet"
+        raise Diverged(f"step {step}: {bad}, need finite numbers: {last}, nothing was exported; start again "
+                       "with a lower learning rate, or look for odd records in the data")
 
 
 # ---- reading a checkpoint ----
@@ -265,7 +422,7 @@ def fetch(name, world):
         except Exception as error:
             raise UserError(f"got {name!r}, need a checkpoint folder or a hub id; there is no such folder, "
                              f"and the hub says: {error}") from error
-    world.first(download)
+    world.on_rank0(download)
     return snapshot_download(name, allow_patterns=[*patterns, "*.bin"], local_files_only=True)
 
 
@@ -291,7 +448,7 @@ def read_config(args, world):
     return llava_config(folder, raw, clip, projector), folder, [folder, clip] if args.clip else [clip, folder]
 
 
-def open_tensors(folders, world):
+def open_tensors(folders):
     """The tensors of checkpoint folders: our name → something that reads the rows it is sliced for, and no
     more."""
     tensors = {}
@@ -299,17 +456,13 @@ def open_tensors(folders, world):
         index = data.read_json(folder, "model.safetensors.index.json", {"weight_map": {}})
         files = sorted({os.path.join(folder, name) for name in index["weight_map"].values()})
         files = files or sorted(glob.glob(os.path.join(folder, "model*.safetensors")))
-        pickled = sorted(glob.glob(os.path.join(folder, "pytorch_model*.bin")))
-        files = files or [mapped(file, world) for file in pickled]
+        files = files or sorted(glob.glob(os.path.join(folder, "pytorch_model*.bin")))
         if not files:
             raise UserError(f"{folder}: got no model*.safetensors or pytorch_model*.bin, need weights")
         for file in files:
             if not os.path.isfile(file):
                 raise UserError(f"{file}: named by model.safetensors.index.json, but there is no such file")
-            if file.endswith(".bin"):
-                found = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-            else:
-                found = slices(file)
+            found = open_pickled(file) if file.endswith(".bin") else slices(file)
             tensors.update({our_name(key): rows for key, rows in found.items() if not EXTRAS.search(key)})
     return tensors
 
@@ -323,27 +476,39 @@ def slices(file):
     return {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (no dict)
 
 
-def mapped(file, world):
-    """A .bin that can be read row by row: itself, or for torch's old format a copy that rank 0 makes once in
-    the system's folder for temporary files."""
+def open_pickled(file):
+    """A .bin file's names → tensors that are read from the file where they are used."""
     try:
-        torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-        return file
-    except RuntimeError:  # the old format, or a torn file
-        stamp = hashlib.sha256(f"{os.path.abspath(file)} {os.path.getmtime(file)}".encode()).hexdigest()[:16]
-        copy = os.path.join(tempfile.gettempdir(), f"{stamp}.safetensors")
+        found = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+    except Exception as error:
+        raise UserError(
+            f"{file}: cannot be mapped: it is cut short, or in the format from before PyTorch 1.6. Fetch it "
+            f"again, or convert it: python -c \"import torch; torch.save(torch.load('{file}', "
+            f"weights_only=True), '{file}.new')\" && mv '{file}.new' '{file}' ({error})") from error
+    bad = [""]
+    if isinstance(found, dict):
+        bad = [key for key, value in found.items() if not torch.is_tensor(value)]
+    if bad:
+        raise UserError(f"{file}: got something else than a tensor under {bad[0]!r}, need a dict of tensors")
+    return found
 
-    def convert():
-        if os.path.isfile(copy):
-            return
-        try:
-            whole = torch.load(file, weights_only=True, map_location="cpu")
-        except Exception as error:
-            raise UserError(f"{file}: cannot be read ({error}): fetch it again") from error
-        safetensors.torch.save_file({key: value.clone() for key, value in whole.items()}, copy + ".part")
-        os.replace(copy + ".part", copy)
-    world.first(convert)
-    return copy
+
+def check_sizes(config, tensors, folders):
+    """Compares sizes in config.json with those of the tensors, before anything of such a size is created."""
+    text, vision, tower = config.text_config, config.vision_config, "vision_tower.vision_model."
+    checks = []  # name in config.json, its value, that of the weights
+    for name, value, prefix in (("text_config", text.num_hidden_layers, "language_model.model.layers."),
+                                ("vision_config", vision.num_hidden_layers, f"{tower}encoder.layers.")):
+        numbers = [int(key[len(prefix):].split(".")[0]) for key in tensors if key.startswith(prefix)]
+        checks.append((f"num_hidden_layers of the {name}", value, 1 + max(numbers, default=value - 1)))
+    positions = 1 + (vision.image_size // vision.patch_size) ** 2
+    table = f"{tower}embeddings.position_embedding.weight"
+    for name, value, key in (("vocab_size", text.vocab_size, VOCABULARY[0]), ("positions", positions, table)):
+        checks.append((name, value, tensor_shape(tensors[key])[0] if key in tensors else value))
+    for name, value, found in checks:
+        if value != found:
+            raise UserError(f"{' + '.join(folders)}: config.json gives {value} as {name}, the weights have "
+                            f"{found}: need the config.json of these weights")
 
 
 @torch.no_grad()
@@ -373,10 +538,14 @@ def fill(model, tensors, grown, seed):
 # ---- reading data ----
 
 def read_conversations(path, args, world, need_answers):
-    """A data file → its rows and the (index, Conversation) pairs of the good ones; every picture is looked
-    at."""
+    """A data file → its rows and the (index, Conversation) pairs of the good ones; every image is decoded
+    once, and not again when the run is resumed."""
     rows = data.load_rows(path)
-    conversations, bad = data.check_rows(rows, args.images, path, need_answers, args.skip_bad_rows, world)
+    what = f"images that cannot be read, of {path}"
+    conversations, bad, unreadable = data.check_rows(
+        rows, args.images, path, need_answers, args.skip_bad_rows, world, world.earlier.get(what))
+    world.depends_on(what, unreadable)
+    world.depends_on(path, data.digest(conversation for _, conversation in conversations))
     if world.rank == 0 and bad:
         print(f"{path}: {bad} of {len(rows)} rows are bad and left out", flush=True)
     return rows, conversations
@@ -398,7 +567,9 @@ def read_examples(path, which, processor, args, world):
 class Checkpoint:
     """What the command line's model is, before any weight is read."""
     config: LlavaConfig
+    folder: str  # that has its tokenizer
     folders: list  # whose tensors make it up
+    tensors: dict  # our name → what reads its rows
     processor: data.Processor
     grown: tuple  # (old, new) embedding rows, or None
     fresh: tuple  # parts of the names of parameters that are drawn where no tensor is found
@@ -407,9 +578,20 @@ class Checkpoint:
 def open_checkpoint(args, world):
     """--model, or --llm with --clip → Checkpoint"""
     config, folder, folders = read_config(args, world)
-    processor, grown = data.load_processor(folder, config, args)
+    world.depends_on(f"the files in {' + '.join(folders)}", world.on_rank0(file_stamps, folders))
+    tensors = open_tensors(folders)
+    check_sizes(config, tensors, folders)
+    rendered = world.earlier.get(f"what the chat template of {folder} renders", [])
+    processor, grown = data.load_processor(folder, config, args, rendered)
     fresh = ("multi_modal_projector.", ".lora_") if args.llm else (".lora_",)
-    return Checkpoint(config, folders, processor, grown, fresh)
+    return Checkpoint(config, folder, folders, tensors, processor, grown, fresh)
+
+
+def file_stamps(folders):
+    """Name, size and time of the files in checkpoint folders that say what a model is."""
+    kinds = ("*.safetensors", "*.bin", "*.json", "*.jinja")
+    paths = [path for folder in folders for kind in kinds for path in glob.glob(os.path.join(folder, kind))]
+    return [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in sorted(paths)]
 
 
 def open_other(name, processor, args, world, reward=False):
@@ -452,7 +634,7 @@ def build(checkpoint, args, world, trainable=(), score=False):
         parameter.data = parameter.data.to(torch.float32 if master else DTYPES[args.dtype])
     if lora and not any(".lora_" in name and p.requires_grad for name, p in model.named_parameters()):
         raise UserError(f"got --lora_rank {args.lora_rank} without llm in --train: adapters are the LLaMA's")
-    tensors, fresh = open_tensors(checkpoint.folders, world), checkpoint.fresh
+    tensors, fresh = dict(checkpoint.tensors), checkpoint.fresh
     if score:
         fresh += ("score.",)
         for file in (os.path.join(folder, SCORE) for folder in checkpoint.folders):
@@ -545,7 +727,7 @@ def clip_gradients(parameters, largest):
     """Scales gradients to the given global norm (0: as they are). → the norm before, over all ranks."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     before = float(norm.full_tensor())
-    if largest and not before <= largest:  # NaN reaches the weights, as it does in clip_grad_norm_
+    if largest and before > largest:
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return before
 
@@ -562,60 +744,125 @@ def schedule(step, steps, warmup):
 
 RUN_FILES = ("checkpoints", "log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
-FREE = {"resume", "overwrite", "out", "save_every", "keep", "eval_every", "workers", "wandb", "micro_batch",
+FREE = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb", "micro_batch",
         "replicas", "show_every", "save_rollouts"}  # options that may differ after a resume
+LOCKS = []  # (path, the open file that holds its lock, the folders created for it)
 
 
-def check_out(args):
-    """Refuses a folder that holds anything, unless --resume or --overwrite says that the run in it is
-    meant."""
-    earlier = data.read_json(args.out, "args.json")
-    if os.path.exists(args.out) and not os.path.isdir(args.out):
-        raise UserError(f"got --out {args.out}, which is a file, need a folder")
+def lock(path):
+    """Holds path, a file that is created where there is none, until this process ends. UserError where
+    another process holds it or it cannot be written."""
+    folder, created = os.path.dirname(os.path.abspath(path)), []
+    while not os.path.isdir(folder):
+        created.append(folder)
+        folder = os.path.dirname(folder)
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115 (held open)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"got --out, but another run holds {path}: wait for it, or choose another") from error
+    except OSError as error:
+        raise UserError(f"got --out, but {path} cannot be written ({error.strerror}): choose "
+                        "another") from error
+    LOCKS.append((path, file, created))
+
+
+def unlock():
+    """Removes the empty files that were locked, and the folders that lock() created if nothing else is in
+    them."""
+    for path, file, folders in LOCKS:
+        with contextlib.suppress(OSError):
+            if os.fstat(file.fileno()).st_size == 0:
+                os.remove(path)
+            for folder in folders:
+                os.rmdir(folder)
+
+
+def check_out_file(args, world):
+    """predict.py's check_out: --out is a file, and OUT.args.json says what it was made of."""
+    def check():
+        if os.path.isdir(args.out):
+            raise UserError(f"got --out {args.out}, which is a folder, need a .jsonl file")
+        there = os.path.isfile(args.out) and os.path.getsize(args.out) > 0
+        if there and not (args.overwrite or args.resume):
+            raise UserError(f"got --out {args.out}, which exists: --resume continues it, --overwrite "
+                            "replaces it")
+        lock(args.out)
+        return earlier_args(f"{args.out}.args.json", args)["inputs"] if there and args.resume else {}
+    world.earlier = world.on_rank0(check)
+
+
+def check_out(args, world):
+    """Locks --out, and refuses a folder that holds anything, unless --resume or --overwrite says that the run
+    in it is meant."""
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb needs Weights & Biases: pip install wandb")
-    if earlier is None:
-        if os.path.isdir(args.out) and os.listdir(args.out):
+    world.earlier = world.on_rank0(earlier_inputs, args)
+
+
+def earlier_inputs(args):
+    """→ what the run in --out that is to be continued depends on; {} for a new one"""
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise UserError(f"got --out {args.out}, which is a file, need a folder")
+    read = {name: getattr(args, name, None) for name in ("model", "llm", "clip", "reward_model", "ref_model")}
+    for option, folder in read.items():
+        if folder and os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(args.out):
+            raise UserError(f"got --out {args.out}, which is --{option} too: choose another")
+    path, steps = os.path.join(args.out, "args.json"), checkpoint_steps(args.out)
+    found = os.listdir(args.out) if os.path.isdir(args.out) else []
+    if not (os.path.isfile(path) or steps):
+        if any(name != ".lock" and not name.endswith(".part") for name in found):
             raise UserError(f"got --out {args.out}, neither empty nor an earlier run: choose another")
-    elif args.resume:
-        differ = [f"--{key} {earlier.get(key)} then, {value} now" for key, value in vars(args).items()
-                  if key not in FREE and earlier.get(key) != value]
-        if not checkpoint_steps(args.out) and os.path.exists(os.path.join(args.out, "config.json")):
-            raise UserError(f"got --resume, but {args.out} is a finished run without its checkpoints: "
-                             "give --overwrite to replace it")
-        if differ and checkpoint_steps(args.out):
-            raise UserError(f"cannot resume {args.out}: got {'; '.join(differ)}; use the old values")
-    elif not args.overwrite:
+    elif not (args.resume or args.overwrite):
         raise UserError(f"got --out {args.out}, which holds a run: give --resume or --overwrite")
+    elif args.resume and not steps and "config.json" in found:
+        raise UserError(f"got --resume, but {args.out} is a finished run without its checkpoints: "
+                        "give --overwrite to replace it")
+    lock(os.path.join(args.out, ".lock"))
+    return earlier_args(path, args)["inputs"] if args.resume and steps else {}
 
 
-def check_out_file(args):
-    if os.path.isdir(args.out):
-        raise UserError(f"got --out {args.out}, which is a folder, need a .jsonl file")
-    if os.path.exists(args.out) and not args.overwrite:
-        raise UserError(f"got --out {args.out}, which exists: --overwrite replaces it")
-    parent = os.path.dirname(os.path.abspath(args.out))
-    os.makedirs(parent, exist_ok=True)
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"got --out {args.out}, whose folder cannot be written to: choose another")
+def earlier_args(path, args):
+    """What args.json says of the run to be continued; UserError where its options are not those of `args`."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            earlier = json.load(f)
+        earlier.setdefault("inputs", {})
+    except FileNotFoundError:
+        print(f"{path} is gone: --resume goes on with the options given now", flush=True)
+        return {"inputs": {}}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or remove it, and --resume goes on with "
+                        "the options given now") from error
+    differ = [f"--{key} {earlier.get(key)} then, {value} now" for key, value in vars(args).items()
+              if key not in FREE and earlier.get(key) != value]
+    if differ:
+        raise UserError(f"cannot resume {args.out}: got {'; '.join(differ)}; use the old values")
+    return earlier
 
 
-def begin_run(args, world):
-    """Makes --out, clears an earlier run that is to be replaced, and writes args.json."""
+def write_args(path, args, world):
+    versions = {package.__name__: package.__version__ for package in (torch, transformers, safetensors)}
+    about = {"ranks": world.size, "versions": versions, "commit": world.commit, "inputs": world.inputs}
+    write_json(path, {**vars(args), **about})
+
+
+def begin_run(args, world, *checkpoints):
+    """Clears an earlier run in --out that is to be replaced, and writes args.json. checkpoints: those that
+    tokenised the data."""
+    for checkpoint in checkpoints:
+        rendered = [[list(roles), gaps] for roles, gaps in checkpoint.processor.template.rendered.items()]
+        world.depends_on(f"what the chat template of {checkpoint.folder} renders", rendered)
+
     def begin():
-        commit = None
-        if shutil.which("git"):
-            git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-            commit = git.stdout.strip() or None
-        versions = {package.__name__: package.__version__ for package in (torch, transformers, safetensors)}
-        about = {"ranks": world.size, "versions": versions, "commit": commit}
         old = [path for pattern in RUN_FILES for path in glob.glob(os.path.join(args.out, pattern))]
-        for path in old if not args.resume else []:
+        for path in old if not (args.resume and checkpoint_steps(args.out)) else []:
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-        write_json(os.path.join(args.out, "args.json"), {**vars(args), **about})
+        write_args(os.path.join(args.out, "args.json"), args, world)
         os.makedirs(os.path.join(args.out, "checkpoints"), exist_ok=True)
         print(*(f"--{key} {value}" for key, value in vars(args).items() if value not in (None, False)))
-    world.first(begin)
+    world.on_rank0(begin)
 
 
 def write_text(path, text):
@@ -631,24 +878,56 @@ def write_json(path, value):
 
 
 class Log:
-    """log.jsonl: one object a step, and on rank 0 one aligned line on the terminal. After a resume every step
-    stands once."""
+    """log.jsonl: one object per step, and on rank 0 one aligned line on the terminal. After a resume every
+    step is there once."""
 
     def __init__(self, args, world, steps, done, shown=("loss", "lr", "grad_norm", "eval_loss")):
-        self.quiet, self.steps, self.first, self.start = world.rank != 0, steps, done, time.time()
-        self.shown, self.wandb, self.last = shown, None, time.time()
-        if self.quiet:
-            return
-        path = os.path.join(args.out, "log.jsonl")
-        kept = []
-        if os.path.isfile(path):
-            with open(path) as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= done]
-        write_text(path, "".join(kept))
-        self.file = open(path, "a", buffering=1)
-        if args.wandb:
+        self.args, self.steps, self.first, self.start = args, steps, done, time.time()
+        self.quiet, self.shown, self.wandb, self.last = world.rank != 0, shown, None, time.time()
+        self.path = os.path.join(args.out, "log.jsonl")
+        self.last_line = world.on_rank0(self.reopen, done)
+        if args.wandb and not self.quiet:
             import wandb
             self.wandb = wandb.init(project=args.wandb, config=vars(args), name=os.path.basename(args.out))
+
+    def reopen(self, done):
+        """Drops what is not of the steps done, and lines that a crash left incomplete. → the last step's
+        object"""
+        lines, damaged = {}, 0
+        if os.path.isfile(self.path):
+            with open(self.path, errors="replace") as f:
+                for text in f:
+                    try:
+                        line = json.loads(text)
+                        lines[line["step"]] = line
+                    except (ValueError, TypeError, KeyError):
+                        damaged += 1
+        if damaged:
+            print(f"{self.path}: dropped {damaged} damaged lines", flush=True)
+        lines = {step: line for step, line in sorted(lines.items()) if step <= done}
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines.values()))
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open while the run lasts)
+        return lines.get(done, {})
+
+    def owes_evaluation(self):
+        """Whether SIGTERM cut short the evaluation of the last step done."""
+        step, every = self.first, self.args.eval_every
+        due = step and (step == self.steps or every and step % every == 0)
+        return bool(due and self.last_line and not any(name.startswith("eval_") for name in self.last_line))
+
+    def add_evaluation(self, metrics):
+        """Writes an evaluation that was made up into the line of its step."""
+        check_finite(self.args, self.first, **metrics)
+        if not self.quiet:
+            self.file.close()
+            with open(self.path) as f:
+                lines = f.readlines()[:-1]
+            lines.append(json.dumps({**self.last_line, **{k: float(v) for k, v in metrics.items()}}) + "\n")
+            write_text(self.path, "".join(lines))
+            self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
+            if self.wandb:
+                self.wandb.log(metrics, step=self.first)
+        self.seconds()
 
     def seconds(self):
         """Since the last call, so that what lies between steps (evaluation, saving) is not counted as
@@ -658,11 +937,12 @@ class Log:
 
     def step(self, step, tokens, seconds, **figures):
         """step counts from 1; tokens of the step over all ranks, and the seconds it took. Tensors and floats
-        are written unrounded."""
+        are written unrounded. Diverged where one is not finite."""
         now = time.time()
+        figures = {"step": step, **{k: float(v) for k, v in figures.items()}}
+        check_finite(self.args, **figures)
         if self.quiet:
             return
-        figures = {"step": step, **{k: float(v) for k, v in figures.items()}}
         figures["tokens_per_second"] = tokens / seconds
         self.file.write(json.dumps(figures) + "\n")
         if self.wandb:
@@ -679,25 +959,12 @@ class Log:
 
 # ---- checkpoints ----
 
-class Stop:
-    """Whether SIGTERM (a scheduler's warning) has reached any rank; the step in hand is finished and saved
-    first."""
-
-    def __init__(self):
-        self.caught = False
-        signal.signal(signal.SIGTERM, self.catch)
-
-    def catch(self, *_):
-        self.caught = True
-
-    def asked(self, world):
-        return world.sum(self.caught)[0] > 0
-
-
 def checkpoint_steps(out):
-    """The steps of the whole checkpoints below out/checkpoints, in order."""
-    folders = glob.glob(os.path.join(out, "checkpoints", "step_*"))
-    return sorted(int(folder.rsplit("_", 1)[1]) for folder in folders if not folder.endswith(".part"))
+    """The steps of the complete checkpoints in out/checkpoints, in order; what has another name is not
+    ours."""
+    folder = os.path.join(out, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name))
 
 
 def trained_state(model, optimizers):
@@ -717,27 +984,61 @@ def trained_state(model, optimizers):
 
 
 def save_checkpoint(args, world, step, model, *optimizers):
-    """Writes checkpoints/step_N beside the others and renames it when it is whole; keeps the last --keep."""
+    """Writes checkpoints/step_N beside the others and renames it when it is complete; the last two stay."""
     folder = os.path.join(args.out, "checkpoints", f"step_{step}")
-    world.first(shutil.rmtree, folder + ".part", True)
+    world.on_rank0(shutil.rmtree, folder + ".part", True)
     dcp.save(trained_state(model, optimizers), checkpoint_id=folder + ".part")
 
     def rename():
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(folder + ".part", folder)
-        for old in checkpoint_steps(args.out)[:-args.keep]:
+        for old in checkpoint_steps(args.out)[:-2]:
             shutil.rmtree(os.path.join(args.out, "checkpoints", f"step_{old}"))
-    world.first(rename)
+    world.on_rank0(rename)
 
 
 def load_checkpoint(args, world, model, *optimizers):
     """Loads the last checkpoint, if --resume asks for it and there is one. → the number of steps done"""
-    steps = world.gather(checkpoint_steps(args.out) if args.resume else [])[0]  # what rank 0 sees
+    steps = world.on_rank0(checkpoint_steps, args.out) if args.resume else []
     if not steps:
         return 0
     folder = os.path.join(args.out, "checkpoints", f"step_{steps[-1]}")
-    dcp.load(trained_state(model, optimizers), checkpoint_id=folder)
+    before = f"goes on from step {steps[-2]}" if steps[1:] else "starts afresh"
+    try:
+        check_metadata(folder)
+        dcp.load(trained_state(model, optimizers), checkpoint_id=folder)
+    except Exception as error:
+        raise UserError(f"{folder} is damaged ({type(error).__name__}: {str(error)[:200]}): remove it, and "
+                        f"--resume {before}") from error
     return steps[-1]
+
+
+METADATA_CLASSES = {  # all that DCP's metadata, a pickle, needs for tensors
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+        "StorageMeta", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(str(dtype)[6:] for dtype in vars(torch).values() if isinstance(dtype, torch.dtype))},
+    "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"}}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if name not in METADATA_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint has")
+        return super().find_class(module, name)
+
+
+def check_metadata(folder):
+    """Raises where a checkpoint's metadata would run code or where files are shorter than it says. dcp.load
+    itself unpickles whatever is there."""
+    with open(os.path.join(folder, ".metadata"), "rb") as f:
+        metadata = MetadataUnpickler(f).load()
+    for info in metadata.storage_data.values():
+        file = os.path.join(folder, info.relative_path)
+        if os.path.dirname(file) != folder or os.path.getsize(file) < info.offset + info.length:
+            raise ValueError(f"{file} is cut short")
 
 
 def export(model, processor, args, world, file_bytes=5 * 10**9):
@@ -746,8 +1047,8 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
     reshard(model)
     dtype, config = DTYPES[args.dtype], model.config
     part = os.path.join(args.out, "export.part")
-    world.first(shutil.rmtree, part, True)
-    world.first(os.makedirs, part)
+    world.on_rank0(shutil.rmtree, part, True)
+    world.on_rank0(os.makedirs, part)
     adapted = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, LoRA)}
     parameters = [(name, parameter) for name, parameter in model.named_parameters()
                   if ".lora_" not in name and not name.startswith("score.")]
@@ -772,15 +1073,17 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
                 whole = whole.float() + lora.alpha / lora.rank * B @ A
             if world.rank == 0:
                 held[name] = whole.to(dtype).cpu().contiguous()
+                if not held[name].isfinite().all():
+                    raise Diverged(f"{name} is not finite: nothing was exported")
                 if is_linear(config) and name == "multi_modal_projector.linear_1.weight":
                     held["multi_modal_projector.linear_2.weight"] = torch.eye(len(whole), dtype=dtype)
                 if is_linear(config) and name == "multi_modal_projector.linear_1.bias":
                     held["multi_modal_projector.linear_2.bias"] = torch.zeros(len(whole), dtype=dtype)
         index["weight_map"].update(dict.fromkeys(held, file))
-        world.first(safetensors.torch.save_file, held, os.path.join(part, file), {"format": "pt"})
+        world.on_rank0(save_tensors, held, os.path.join(part, file))
     if hasattr(model, "score"):
         head = {name: p.detach().full_tensor().cpu() for name, p in model.score.named_parameters()}
-        world.first(safetensors.torch.save_file, head, os.path.join(part, SCORE))
+        world.on_rank0(save_tensors, head, os.path.join(part, SCORE))
     if args.save_adapter:
         save_adapter(model, args, world, os.path.join(part, "adapter"))
 
@@ -796,7 +1099,13 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
         for name in os.listdir(part):
             os.replace(os.path.join(part, name), os.path.join(args.out, name))
         os.rmdir(part)
-    world.first(place)
+    world.on_rank0(place)
+
+
+def save_tensors(tensors, path):
+    """As safetensors does, but with the mode that the umask gives (it makes files private)."""
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    os.chmod(path, os.stat(os.path.dirname(path)).st_mode & 0o666)
 
 
 def save_adapter(model, args, world, folder):
@@ -813,5 +1122,5 @@ def save_adapter(model, args, world, folder):
 
     def write():
         write_json(os.path.join(folder, "adapter_config.json"), about)
-        safetensors.torch.save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
-    world.first(write)
+        save_tensors(tensors, os.path.join(folder, "adapter_model.safetensors"))
+    world.on_rank0(write)

@@ -549,12 +549,17 @@ def initial_std(name, shape):
     return (shape[1] + 1) ** -0.5 if name.startswith("score.") else 0.02
 
 
+def tensor_shape(tensor):
+    """The shape of a tensor or of a slice of a safetensors file."""
+    return tuple(tensor.shape if torch.is_tensor(tensor) else tensor.get_shape())
+
+
 def check_names(model, tensors, grown, fresh, folders):
     """Every parameter found among the tensors (name → tensor or safetensors slice), every tensor used, every
     shape equal; else a UserError that lists the difference. grown: (old, new) rows of a vocabulary that gets
     more than the folders hold; fresh: parts of the names that are drawn where no tensor is."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(t.shape if torch.is_tensor(t) else t.get_shape()) for name, t in tensors.items()}
+    found = {name: tensor_shape(tensor) for name, tensor in tensors.items()}
     optional = {"language_model.lm_head.weight"} if model.config.text_config.tie_word_embeddings else set()
     if is_linear(model.config):  # the identity that transformers needs as a second layer
         optional |= {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"}
@@ -624,8 +629,9 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         outside = ranked.cumsum(-1) - ranked >= top_p  # what stands before a token already reaches top_p
         p = p.masked_fill(outside.gather(-1, order.argsort(-1)), 0)
     cdf = p.cumsum(-1)
-    # the first token whose CDF exceeds the draw: one of probability 0 never does
-    return torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
+    # the first token whose CDF exceeds the draw: one of probability 0 never does; of NaN none does
+    token = torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
+    return token.clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()

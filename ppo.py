@@ -110,6 +110,7 @@ class Judge:
     model: object = None
     processor: object = None  # the reward model's own, with its template
     prompts: dict = None  # index of a row → its prompt as the reward model reads it
+    same_images: bool = False  # whether it reads images in the policy's size and mode
     shared: bool = False  # whether it sees with the policy's tower
 
     @torch.no_grad()
@@ -127,7 +128,7 @@ class Judge:
             return torch.tensor(sum(found, []), dtype=torch.float32, device=rollout.features.device)
         read = [dataclasses.replace(self.prompts[example.index], answers=example.answers, kept=example.kept)
                 for example in rollout.examples]
-        batch = data.collate(read, self.processor, rollout.batch.pixels.cpu() if self.shared else None)
+        batch = data.collate(read, self.processor, rollout.batch.pixels.cpu() if self.same_images else None)
         batch = batch.to(rollout.features.device)
         features = rollout.features if self.shared else self.model.vision_tower(batch.pixels)
         return self.model.scores(batch, features, batch.last)
@@ -170,6 +171,12 @@ class Rollout:
 def decoding(policy, args):
     """Around a rollout: whole weights on every rank, which then decodes at its own pace, or sharded ones."""
     return fsdp.gathered(policy) if args.rollout == "gathered" else contextlib.nullcontext()
+
+
+def interrupted(stop, world, args):
+    """Whether SIGTERM ends a rollout before its next batch. Ranks that decode at their own pace need not
+    agree: what is sampled is dropped on all of them."""
+    return stop.asked(world) if args.rollout == "sharded" else stop.heard
 
 
 @torch.no_grad()
@@ -236,7 +243,6 @@ def final_scores(rollouts, score_moments, args):
         if args.score_clip:
             score = score.clamp(-args.score_clip, args.score_clip)
         rollout.score = torch.where(rollout.ended, score, args.missing_eos_score)
-        assert rollout.score.isfinite().all(), rollout.score
 
 
 def advantages_of(rollouts, beta, args, world):
@@ -255,27 +261,30 @@ def advantages_of(rollouts, beta, args, world):
 
 
 def minibatch_gradients(rollouts, policy, critic, args, world):
-    """Backward passes of one optimiser step's rollouts. → its figures, means over its tokens, and their
-    number"""
+    """Backward passes of one optimiser step's rollouts. policy None: while the critic learns alone. → its
+    figures, means over its tokens, and their number"""
     count, = world.sum(sum(int(r.kept.sum()) for r in rollouts))
     sums = {}
     for r in rollouts:
-        logprob, entropy = policy(r.batch, r.features, args.temperature, entropy=True)  # [N] each
-        logprob, _ = data.by_row(logprob, r.batch.answer)  # [A, L]
-        loss = policy_loss(logprob, r.logprob, r.advantages, r.kept, args.clip_range)
-        ((loss - args.entropy_coef * entropy.sum()) / count).backward()
+        parts = {}
+        if policy:
+            logprob, entropy = policy(r.batch, r.features, args.temperature, entropy=True)  # [N] each
+            logprob, _ = data.by_row(logprob, r.batch.answer)  # [A, L]
+            loss = policy_loss(logprob, r.logprob, r.advantages, r.kept, args.clip_range)
+            ((loss - args.entropy_coef * entropy.sum()) / count).backward()
+            change = (logprob.detach() - r.logprob)[r.kept]
+            ratio = change.exp()
+            parts |= {"loss/policy": loss, "policy/approxkl": 0.5 * change.square(),
+                      "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/ratio": ratio,
+                      "policy/entropy": entropy}
         values = critic.scores(r.batch, r.critic_features, r.batch.source)  # [N]
         values, _ = data.by_row(values, r.batch.answer)
         error = value_loss(values, r.values, r.returns, r.kept, args.value_clip)
         (error / count).backward()
-        with torch.no_grad():
-            change = (logprob - r.logprob)[r.kept]
-            ratio, moved = change.exp(), (values - r.values)[r.kept].abs()
-            parts = {"loss/policy": loss, "loss/value": error, "policy/approxkl": 0.5 * change.square(),
-                     "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/ratio": ratio,
-                     "policy/entropy": entropy, "val/clipfrac": moved > args.value_clip}
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0) + value.sum() / count
+        moved = (values.detach() - r.values)[r.kept].abs()
+        parts |= {"loss/value": error, "val/clipfrac": moved > args.value_clip}
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0) + value.detach().sum() / count
     return dict(zip(sums, world.sum(*sums.values()))), count
 
 
@@ -324,15 +333,20 @@ def answers_of(rollouts, processor, beta):
     return lines
 
 
-def held_out_figures(steps, models, judge, processor, score_moments, beta, args, world):
-    """Answers sampled to each held-out prompt, scored: the objectives, as eval_…"""
+def held_out_figures(steps, models, judge, processor, score_moments, beta, args, world, stop):
+    """Answers sampled to each held-out prompt, scored: the objectives, as eval_…; {} where SIGTERM cuts it
+    short."""
     policy, reference, critic = models
     rollouts = []
     with decoding(policy, args):
         for step, micro_batches in enumerate(data.loader(steps, 0, len(steps), args.workers)):
             for rows, batch in zip(steps.groups(step), micro_batches):
+                if interrupted(stop, world, args):
+                    continue
                 prompts = [steps.examples[i] for i in rows]
                 rollouts.append(roll_out(policy, batch, prompts, processor, args, world, 0))
+    if stop.asked(world):
+        return {}
     for rollout in rollouts:
         rollout.score = judge.scores(rollout, processor)
         forward_passes(rollout, policy, reference, critic, args)
@@ -432,7 +446,7 @@ def main():
     if args.train is None:  # a fresh projector is always trained
         args.train = "llm" if args.lora_rank and not args.llm else "projector,llm"
     world = fsdp.launch(args)
-    fsdp.check_out(args)
+    fsdp.check_out(args, world)
     train = args.train.split(",")
     parts = {"projector": "multi_modal_projector.", "llm": "language_model."}
     if not set(train) <= set(parts):
@@ -474,7 +488,8 @@ def main():
         reference.vision_tower = policy.vision_tower
     if not by_rule:
         judge.model = eval_judge.model = fsdp.build(reward_checkpoint, args, world, score=True)
-        judge.shared = eval_judge.shared = (processor.pictures == judge.processor.pictures
+        judge.same_images = eval_judge.same_images = processor.pictures == judge.processor.pictures
+        judge.shared = eval_judge.shared = (judge.same_images
                                             and fsdp.share_tower(policy, judge.model, world))
     trainable = [name.replace("language_model.", "language_model.model.") for name in trainable]  # no head
     start = checkpoint if args.critic == "policy" else reward_checkpoint
@@ -491,12 +506,20 @@ def main():
     training.register_buffer("beta", torch.tensor(args.kl_coef, dtype=torch.float64))
     training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
     models = [model for model in (policy, reference, critic, judge.model) if model]
-    fsdp.begin_run(args, world)
+    fsdp.begin_run(args, world, checkpoint, *([] if by_rule else [reward_checkpoint]))
     done = fsdp.load_checkpoint(args, world, training, policy_adam, critic_adam)
     log = fsdp.Log(args, world, total, done, shown=("objective/scores", "objective/kl", "policy/clipfrac",
                                                     "val/explained_variance", "answer/length"))
     stop = fsdp.Stop()
     log.say(f"{len(examples)} prompts, {total} iterations")
+
+    def evaluate():
+        return held_out_figures(eval_steps, (policy, reference, critic), eval_judge, processor,
+                                training.score_moments, float(training.beta), args, world, stop)
+    if held_out and log.owes_evaluation():  # of the last iteration done: SIGTERM cut it short
+        log.add_evaluation(evaluate())
+        if stop.asked(world):
+            return fsdp.STOPPED
 
     # loop
     batches = iter(data.loader(steps, done * minibatches, total * minibatches, args.workers))
@@ -513,9 +536,18 @@ def main():
         with decoding(policy, args):
             rollouts = []  # of each minibatch, of each of its micro-batches
             for m in range(minibatches):
-                prompts = [[examples[i] for i in rows] for rows in steps.groups(first + m)]
-                rollouts.append([roll_out(policy, batch, given, processor, args, world, first + m + 1)
-                                 for batch, given in zip(next(batches), prompts)])
+                rollouts.append([])
+                for batch, rows in zip(next(batches), steps.groups(first + m)):
+                    if interrupted(stop, world, args):
+                        continue
+                    prompts = [examples[i] for i in rows]
+                    rollouts[m].append(
+                        roll_out(policy, batch, prompts, processor, args, world, first + m + 1))
+        if stop.asked(world):  # nothing has changed since the last iteration's end
+            if iteration - 1 and iteration - 1 not in world.on_rank0(fsdp.checkpoint_steps, args.out):
+                fsdp.save_checkpoint(args, world, iteration - 1, training, policy_adam, critic_adam)
+            log.say(f"stopped by SIGTERM in iteration {iteration}; --resume starts it again")
+            return fsdp.STOPPED
         every = [rollout for minibatch in rollouts for rollout in minibatch]
         seconds["generate"] = log.seconds()
 
@@ -525,6 +557,7 @@ def main():
         if args.normalize_scores and iteration == 1:
             normalise(training, every, args, world)
         final_scores(every, training.score_moments, args)
+        fsdp.check_finite(args, iteration, scores=world.sum(sum(r.score.sum() for r in every))[0])
         seconds["score"] = log.seconds()
 
         # log-probabilities under policy and reference, values: rows → [A, L] each
@@ -541,21 +574,27 @@ def main():
         train_policy, figures, tokens, norms, ptx_losses = iteration > args.critic_warmup, [], [], {}, []
         order = [m for epoch in range(args.ppo_epochs)
                  for m in data.shuffled(minibatches, args.seed, iteration, epoch)]
-        start = (iteration - 1) * len(order)
+        start = (iteration - 1 - args.critic_warmup) * len(order)
         ptx_batches = [None] * len(order)
         if ptx and train_policy:
             ptx_batches = data.loader(ptx_steps, start, start + len(order), args.workers)
+        optimizers = {"policy": policy_adam} if train_policy else {}
+        optimizers["critic"] = critic_adam
         for m, ptx_batch in zip(order, ptx_batches):
-            found, count = minibatch_gradients(rollouts[m], policy, critic, args, world)
+            found, count = minibatch_gradients(
+                rollouts[m], policy if train_policy else None, critic, args, world)
             figures.append(found)
             tokens.append(count)
-            too_far = args.kl_stop and found["policy/approxkl"] > args.kl_stop
+            too_far = args.kl_stop and train_policy and found["policy/approxkl"] > args.kl_stop
             if ptx_batch and not too_far:
                 ptx_losses.append(ptx_gradients(ptx_batch, policy, args, world))
-            for name, optimizer in (("policy", policy_adam), ("critic", critic_adam)):
-                if not too_far and (train_policy or name == "critic"):
-                    trained = [p for group in optimizer.param_groups for p in group["params"]]
-                    norms.setdefault(name, []).append(fsdp.clip_gradients(trained, args.grad_clip))
+            for name, optimizer in optimizers.items() if not too_far else ():
+                trained = [p for group in optimizer.param_groups for p in group["params"]]
+                norms.setdefault(name, []).append(fsdp.clip_gradients(trained, args.grad_clip))
+            fsdp.check_finite(args, iteration, **found,
+                              **{f"grad_norm/{name}": norm[-1] for name, norm in norms.items()})
+            for optimizer in optimizers.values():
+                if not too_far:
                     optimizer.step()
                 optimizer.zero_grad()
             if too_far:
@@ -581,18 +620,18 @@ def main():
             answers = sum(world.gather(answers_of(every, processor, beta)), [])
             answers.sort(key=lambda answer: answer["id"])
             text = "".join(json.dumps(answer) + "\n" for answer in answers)
-            world.first(fsdp.write_text, os.path.join(args.out, "rollouts", f"{iteration}.jsonl"), text)
-        stopped, ended = stop.asked(world), iteration == total
-        if held_out and not stopped and (ended or args.eval_every and iteration % args.eval_every == 0):
-            line |= held_out_figures(eval_steps, (policy, reference, critic), eval_judge, processor,
-                                     training.score_moments, beta, args, world)
+            world.on_rank0(fsdp.write_text, os.path.join(args.out, "rollouts", f"{iteration}.jsonl"), text)
+        ended = iteration == total
+        if held_out and (ended or args.eval_every and iteration % args.eval_every == 0):
+            line |= evaluate()
         log.step(iteration, columns, sum(seconds.values()), **line)
+        stopped = stop.asked(world)
         if stopped or ended or args.save_every and iteration % args.save_every == 0:
             fsdp.save_checkpoint(args, world, iteration, training, policy_adam, critic_adam)
         log.seconds()
         if stopped:
             log.say(f"stopped by SIGTERM after iteration {iteration}; --resume goes on from there")
-            return
+            return fsdp.STOPPED
     fsdp.export(policy, processor, args, world)
     log.say(f"wrote {args.out}")
 

@@ -22,6 +22,8 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
+import os
 import time
 
 import numpy as np
@@ -57,15 +59,69 @@ def sample(model, batch, features, processor, examples, args, anyone):
     return answers, sampled
 
 
-def add_rewards(answers, judged, reward, processor, batch, features, shared):
+def add_rewards(answers, judged, reward, processor, batch, features, same_images, shared):
     """Adds to each answer the reward model's score; judged: Examples with these answers, as the reward model
-    is to read them. shared: the reward model has the tower and the pictures of the batch."""
-    row = data.collate(judged, processor, batch.pixels.cpu() if shared else None).to(features.device)
+    is to read them. same_images: it reads images in the policy's size and mode; shared: with the policy's
+    tower."""
+    row = data.collate(judged, processor, batch.pixels.cpu() if same_images else None).to(features.device)
     if not shared:
         features = reward.vision_tower(row.pixels)
     scores = iter(reward.scores(row, features, row.last).tolist())
     for answer in (answer for row_answers in answers for answer in row_answers):
         answer["reward"] = next(scores)
+
+
+def check_finite(examples, answers):
+    """NaN is not JSON, and not an answer either."""
+    for example, given in zip(examples, answers):
+        for answer in given:
+            for name in ("logprob", "reward"):
+                if not math.isfinite(answer.get(name, 0.0)):
+                    raise fsdp.Diverged(
+                        f"row {example.index} (id {example.id}): got the {name} {answer[name]}, need a "
+                        "finite number: weights are not finite, or --dtype overflows")
+
+
+class Writer:
+    """OUT on rank 0: lines in the order of the data, each written when all before it are. With --resume what
+    is there stays, and `done` counts its records."""
+
+    def __init__(self, args, rows, conversations, processor):
+        self.args, self.rows, self.conversations, self.processor = args, rows, conversations, processor
+        self.done = self.right = self.labelled = 0
+        kept = 0  # bytes
+        if args.resume and os.path.isfile(args.out):
+            with open(args.out, "rb") as f:
+                for text in f:
+                    if not text.endswith(b"\n") or self.done == len(conversations):
+                        break
+                    self.count(json.loads(text))
+                    kept += len(text)
+        self.file = open(args.out, "a", encoding="utf-8")  # noqa: SIM115 (open while the run lasts)
+        self.file.truncate(kept)
+
+    def count(self, line):
+        self.done += 1
+        if "label" in line:
+            self.labelled, self.right = self.labelled + 1, self.right + (line["answer"] == line["label"])
+
+    def write(self, found, end):
+        """found: index of a record → its answers; end: the index of the first that is not answered yet."""
+        while self.done < len(self.conversations) and self.conversations[self.done][0] < end:
+            index, conversation = self.conversations[self.done]
+            answers, row = found.get(index), self.rows[index]
+            prompt = self.processor.template.render(conversation)
+            line = {"id": row.get("id", index), "image": row.get("image"), "prompt": prompt}
+            if not self.args.score:
+                best = max(answers, key=lambda answer: answer.get("reward", 0)) if answers else {"text": None}
+                line["answer"] = best["text"]
+                if conversation.answers:
+                    line["label"] = conversation.answers[0]
+            if self.args.score or self.args.num_samples > 1 or self.args.reward_model:
+                line["answers"] = answers
+            self.file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            self.count(line)
+        self.file.flush()
 
 
 def parse_args():
@@ -97,7 +153,7 @@ def main():
     # check
     args = parse_args()
     world = fsdp.launch(args)
-    fsdp.check_out_file(args)
+    fsdp.check_out_file(args, world)
 
     # data
     checkpoint = fsdp.open_checkpoint(args, world)
@@ -111,20 +167,31 @@ def main():
         fits = [example for example in examples if example.index in judged]
         counts["too_long"] += len(examples) - len(fits)
         examples = fits
-    steps = data.Steps(examples, processor, args.micro_batch * world.size, args.micro_batch, world.rank,
-                       world.size, shuffle=False, by_length=False)
 
     # models
     model = fsdp.build(checkpoint, args, world)
     if args.reward_model:
         reward = fsdp.build(judge, args, world, score=True)
-        shared = processor.pictures == judge.processor.pictures and fsdp.share_tower(model, reward, world)
+        same_images = processor.pictures == judge.processor.pictures
+        shared = same_images and fsdp.share_tower(model, reward, world)
     whole = contextlib.nullcontext() if args.sharded else fsdp.gathered(model)
+    world.on_rank0(fsdp.write_args, f"{args.out}.args.json", args, world)
+    writer = Writer(args, rows, conversations, processor) if world.rank == 0 else None
+    done, stop = world.on_rank0(lambda: writer.done), fsdp.Stop()
+    left = {index for index, _ in conversations[done:]}
+    examples = [example for example in examples if example.index in left]
+    steps = data.Steps(examples, processor, args.micro_batch * world.size, args.micro_batch, world.rank,
+                       world.size, shuffle=False, by_length=False)
 
-    # loop: every rank answers its rows of a step; all of them come together
-    found, start, shown = {}, time.time(), time.time()
+    # loop: every rank answers its rows of a step; all of them are written together
+    start, shown = time.time(), time.time()
     with torch.no_grad(), whole:
         for step, (batch,) in enumerate(data.loader(steps, 0, len(steps), args.workers)):
+            if stop.asked(world):
+                if world.rank == 0:
+                    print(f"stopped by SIGTERM after {writer.done} rows; --resume goes on from there",
+                          flush=True)
+                return fsdp.STOPPED
             mine = [examples[i] for i in steps.groups(step)[0]]
             batch = batch.to(world.device)
             features = model.vision_tower(batch.pixels)
@@ -139,34 +206,24 @@ def main():
                     given = [dataclasses.replace(example, answers=[np.array(ids) for ids in row],
                                                  kept=[np.ones(len(ids), bool) for ids in row])
                              for example, row in zip(given, sampled)]
-                add_rewards(answers, given, reward, judge.processor, batch, features, shared)
-            for part in world.gather([(example.index, answer) for example, answer in zip(mine, answers)]):
-                found.update(part)
-            if world.rank == 0 and time.time() - shown > 5:
-                shown, rate = time.time(), len(found) / (time.time() - start)
-                left = (len(examples) - len(found)) / rate
-                print(f"{len(found)}/{len(examples)} rows  {rate:.1f} rows/s  {left:.0f} s left", flush=True)
-
-    # write
-    lines, right, labelled = [], 0, 0
-    for index, conversation in conversations:
-        row, answers = rows[index], found.get(index)
-        prompt = processor.template.render(conversation)
-        line = {"id": row.get("id", index), "image": row.get("image"), "prompt": prompt}
-        if not args.score:
-            best = max(answers, key=lambda answer: answer.get("reward", 0)) if answers else {"text": None}
-            line["answer"] = best["text"]
-            if conversation.answers:
-                line["label"] = conversation.answers[0]
-                labelled, right = labelled + 1, right + (line["answer"] == line["label"])
-        if args.score or args.num_samples > 1 or args.reward_model:
-            line["answers"] = answers
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    world.first(fsdp.write_text, args.out, "".join(lines))
+                add_rewards(answers, given, reward, judge.processor, batch, features, same_images, shared)
+            check_finite(mine, answers)
+            found = world.gather([(example.index, answer) for example, answer in zip(mine, answers)])
+            if world.rank == 0:
+                n = min((step + 1) * steps.batch_size, len(examples))  # answered
+                end = examples[n].index if n < len(examples) else len(rows)
+                writer.write(dict(answer for part in found for answer in part), end)
+                if time.time() - shown > 5:
+                    shown, rate = time.time(), n / (time.time() - start)
+                    seconds = (len(examples) - n) / rate
+                    print(f"{n}/{len(examples)} rows  {rate:.1f} rows/s  {seconds:.0f} s left", flush=True)
     if world.rank == 0:
-        accuracy = f", exact match {right / labelled:.4f} of {labelled}" if labelled else ""
+        writer.write({}, len(rows))  # the rows behind the last that fits
+        accuracy = ""
+        if writer.labelled:
+            accuracy = f", exact match {writer.right / writer.labelled:.4f} of {writer.labelled}"
         length = f"{counts['too_long']} too long, {counts['cut']} cut"
-        print(f"wrote {args.out}: {len(lines)} rows, {length}{accuracy}", flush=True)
+        print(f"wrote {args.out}: {writer.done} rows, {length}{accuracy}", flush=True)
 
 
 if __name__ == "__main__":

@@ -52,11 +52,13 @@ def pairwise(scores, kept):
 
 
 @torch.no_grad()
-def score_rows(model, steps, last, world, args):
+def score_rows(model, steps, last, world, args, stop):
     """Scores of the answers of steps 0 … last − 1, on every rank: (example, answer's length, score), an
-    example's answers together, best first."""
+    example's answers together, best first. [] where SIGTERM cuts it short."""
     found = []
     for step, micro_batches in enumerate(data.loader(steps, 0, last, args.workers)):
+        if stop.asked(world):
+            return []
         for group, batch in zip(steps.groups(step), micro_batches):
             batch = batch.to(world.device)
             scores = model.scores(batch, model.vision_tower(batch.pixels), batch.last).tolist()
@@ -66,10 +68,13 @@ def score_rows(model, steps, last, world, args):
     return [answer for part in world.gather(found) for answer in part]
 
 
-def evaluate(model, steps, world, args, log):
+def evaluate(model, steps, world, args, log, stop):
     """Held-out accuracy and margin (a row counts once), and the scores' mean and standard deviation by length
-    quartile: a score that grows with length is a reward model's commonest failure."""
-    answers = score_rows(model, steps, len(steps), world, args)
+    quartile: a score that grows with length is a reward model's commonest failure. {} where SIGTERM cuts it
+    short."""
+    answers = score_rows(model, steps, len(steps), world, args, stop)
+    if not answers:
+        return {}
     rows, lengths, scores = (np.array(column) for column in zip(*answers))
     first = np.flatnonzero(np.diff(rows, prepend=-1))
     batch_row = torch.from_numpy(np.repeat(np.arange(len(first)), np.diff(first, append=len(rows))))
@@ -106,7 +111,7 @@ def main():
     if args.train is None:  # a fresh projector is always trained
         args.train = "llm" if args.lora_rank and not args.llm else "projector,llm"
     world = fsdp.launch(args)
-    fsdp.check_out(args)
+    fsdp.check_out(args, world)
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.model.", "vision": "vision_tower."}
     train = args.train.split(",")
     if not set(train) <= set(parts):
@@ -140,12 +145,16 @@ def main():
                                    for (lr, decay), params in groups.items()],
                                   betas=(0.9, args.adam_beta2), fused=True)
     parameters = [parameter for params in groups.values() for parameter in params]
-    fsdp.begin_run(args, world)
+    fsdp.begin_run(args, world, checkpoint)
     done = fsdp.load_checkpoint(args, world, model, optimizer)
     shown = ("loss", "lr", "grad_norm", "accuracy", "margin", "eval_accuracy", "eval_margin")
     log = fsdp.Log(args, world, total, done, shown)
     stop = fsdp.Stop()
     log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters")
+    if held_out and log.owes_evaluation():  # of the last step done: SIGTERM cut it short
+        log.add_evaluation(evaluate(model, eval_steps, world, args, log, stop))
+        if stop.asked(world):
+            return fsdp.STOPPED
 
     # loop
     for step, micro_batches in enumerate(data.loader(steps, done, total, args.workers), done + 1):
@@ -167,29 +176,33 @@ def main():
                 accuracy, gap = pairwise(scores, kept)
                 mean = (scores.sum(-1) / kept.sum(-1)).sum()
                 sums += torch.stack([micro_loss * count, accuracy.sum(), gap.sum(), mean]) / count
+        loss, accuracy, gap, mean = world.sum(*sums)
         grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
+        fsdp.check_finite(args, step, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        loss, accuracy, gap, mean = world.sum(*sums)
         figures = {"loss": loss, "lr": factor * args.lr, "grad_norm": grad_norm,
                    "accuracy": accuracy, "margin": gap, "score": mean}
         seconds = log.seconds()
 
-        stopped, ended = stop.asked(world), step == total
-        if held_out and not stopped and (ended or args.eval_every and step % args.eval_every == 0):
-            figures |= evaluate(model, eval_steps, world, args, log)
+        ended = step == total
+        if held_out and (ended or args.eval_every and step % args.eval_every == 0):
+            figures |= evaluate(model, eval_steps, world, args, log, stop)
         log.step(step, columns, seconds, **figures)
+        stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:
             fsdp.save_checkpoint(args, world, step, model, optimizer)
         log.seconds()
         if stopped:
             log.say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
-            return
+            return fsdp.STOPPED
 
     # the bias: training rewards average 0
     last = min(len(steps), -(-args.center_rows // args.batch_size))
     if last:
-        scores = [score for _, _, score in score_rows(model, steps, last, world, args)]
+        scores = [score for _, _, score in score_rows(model, steps, last, world, args, stop)]
+        if not scores:
+            return fsdp.STOPPED
         with torch.no_grad():
             model.score.bias -= sum(scores) / len(scores)
         log.say(f"training rewards averaged {sum(scores) / len(scores):.4f}; the bias brings them to 0")

@@ -15,6 +15,7 @@ number of ranks.
 Legend: N supervised tokens.
 """
 import argparse
+import dataclasses
 import os
 
 import torch
@@ -32,34 +33,36 @@ def sft_loss(logprob, count):
 
 
 @torch.no_grad()
-def evaluate(model, steps, world, args):
-    """Mean loss a supervised token over all held-out rows."""
+def evaluate(model, steps, world, args, stop):
+    """Mean loss per supervised token over all held-out rows; {} where SIGTERM cuts it short."""
     total = count = 0
     for micro_batches in data.loader(steps, 0, len(steps), args.workers):
+        if stop.asked(world):
+            return {}
         for batch in micro_batches:
             batch = batch.to(world.device)
             total += model(batch, model.vision_tower(batch.pixels)).sum()
             count += len(batch.target)
     fsdp.reshard(model)
     total, count = world.sum(total, count)
-    return -total / count
+    return {"eval_loss": -total / count}
 
 
 @torch.no_grad()
 def show_answers(model, examples, processor, world, log, max_new=64):
-    """Prints greedy answers to a few held-out prompts; every rank decodes the same ones, so all stay in
-    step."""
+    """Prints greedy answers to a few held-out prompts, decoded as one batch, the same on every rank."""
+    prompts = []
     for example in examples[:3]:
         images = example.images[:int((example.prompt == processor.image_token).sum())]
-        prompt = data.Example(example.index, example.id, example.prompt, [], [], images)
-        batch = data.collate([prompt], processor).to(world.device)
+        prompts.append(dataclasses.replace(example, answers=[], kept=[], images=images))
+    batch = data.collate(prompts, processor).to(world.device)
+    with fsdp.gathered(model):
         features = model.vision_tower(batch.pixels)
-        (((ids,),), _) = generate(model, batch, features, max_new, processor.stop, processor.banned,
-                                    anyone=world.any)
+        answers, _ = generate(model, batch, features, max_new, processor.stop, processor.banned)
+    for example, (ids,) in zip(examples, answers):
         kept = example.kept[0].tolist()
         given = example.answers[0][:kept.index(False) if False in kept else None]  # of the first turn
         log.say(f"    {example.id}: {processor.text(ids)!r}  (given: {processor.text(given)!r})")
-    fsdp.reshard(model)
 
 
 def parse_args():
@@ -80,7 +83,7 @@ def main():
     if args.train is None:  # a fresh projector is always trained
         args.train = "llm" if args.lora_rank and not args.llm else "projector,llm"
     world = fsdp.launch(args)
-    fsdp.check_out(args)
+    fsdp.check_out(args, world)
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
     train = args.train.split(",")
     if not set(train) <= set(parts):
@@ -113,10 +116,14 @@ def main():
                                    for (lr, decay), params in groups.items()],
                                   betas=(0.9, args.adam_beta2), fused=True)
     parameters = [parameter for params in groups.values() for parameter in params]
-    fsdp.begin_run(args, world)
+    fsdp.begin_run(args, world, checkpoint)
     done = fsdp.load_checkpoint(args, world, model, optimizer)
     log, stop = fsdp.Log(args, world, total, done), fsdp.Stop()
     log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters")
+    if held_out and log.owes_evaluation():  # of the last step done: SIGTERM cut it short
+        log.add_evaluation(evaluate(model, eval_steps, world, args, stop))
+        if stop.asked(world):
+            return fsdp.STOPPED
 
     # loop
     for step, micro_batches in enumerate(data.loader(steps, done, total, args.workers), done + 1):
@@ -133,23 +140,27 @@ def main():
             micro_loss = sft_loss(logprob, count)
             micro_loss.backward()
             loss += micro_loss.detach()
+        loss, = world.sum(loss)
         grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
+        fsdp.check_finite(args, step, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        figures = {"loss": world.sum(loss)[0], "lr": factor * args.lr, "grad_norm": grad_norm}
+        figures = {"loss": loss, "lr": factor * args.lr, "grad_norm": grad_norm}
         seconds = log.seconds()
 
-        stopped, ended = stop.asked(world), step == total
-        if held_out and not stopped and (ended or args.eval_every and step % args.eval_every == 0):
-            figures["eval_loss"] = evaluate(model, eval_steps, world, args)
-            show_answers(model, held_out, processor, world, log)
+        ended = step == total
+        if held_out and (ended or args.eval_every and step % args.eval_every == 0):
+            figures |= evaluate(model, eval_steps, world, args, stop)
+            if "eval_loss" in figures:
+                show_answers(model, held_out, processor, world, log)
         log.step(step, columns, seconds, **figures)
+        stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:
             fsdp.save_checkpoint(args, world, step, model, optimizer)
         log.seconds()
         if stopped:
             log.say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
-            return
+            return fsdp.STOPPED
     fsdp.export(model, processor, args, world)
     log.say(f"wrote {args.out}")
 
