@@ -256,8 +256,8 @@ class Diverged(ArithmeticError):
 
 def run(main):
     """Runs a script's main and ends the process: with 2 for what the user got wrong (one line on the
-    terminal), with 1 for every other failure, else with what main returns. The first rank that fails says why,
-    and the others end with it."""
+    terminal), with 1 for every other failure, else with what main returns. The first rank that fails says
+    why, and the others end with it."""
     text, code = "", 0
     try:
         code = main() or 0
@@ -270,20 +270,21 @@ def run(main):
     except BaseException as error:
         text, code = traceback.format_exc(), 1
         if disk_full(error):
-            text = f"error: no space left on the disk ({error}): free some, then --resume"
+            text = "error: no space left on the disk: free some, then --resume continues the run"
         elif isinstance(error, RuntimeError) and "gloo" in str(error) or isinstance(error, dist.DistError):
             text += "error: another rank is gone: was it killed, or out of memory? --resume continues the run"
     leave(fail(text, code) if text else code)
 
 
 def disk_full(error):
-    """Whether an error, or one that it was raised from, is that of a full disk. Of some libraries' errors only
-    the text says so."""
+    """Whether an error, or one that it was raised from, is that of a full disk."""
     if error is None:
         return False
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
-        return True
-    return disk_full(error.__cause__ or error.__context__)
+    # safetensors gives the system's text only, PyTorch's writer that it could not write all
+    words = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "unexpected pos"
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    full = full or any(word in str(error) for word in words)
+    return full or disk_full(error.__cause__ or error.__context__)
 
 
 def fail(text, code):
