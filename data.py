@@ -13,13 +13,14 @@ it.
 
 Legend: B rows, T columns, P prompt length, N targets, A answers, M distinct images, R image runs, I tokens an
 image, S picture side. A mask says what is kept. """
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import json
 import math
 import os
 import re
-import signal
 import time
 
 import numpy as np
@@ -603,30 +604,33 @@ def layout(example, processor):
 
 def collate(examples, processor, pixels=None):
     """Examples → Batch, padded on the right to the longest. No examples: a row of padding with nothing to
-    predict. pixels: of the same examples' pictures, where they are at hand."""
+    predict. pixels: of the same examples' images, where they are at hand. In numpy: it runs in the loader's
+    threads, each of which would have a team of torch's own threads."""
     padding = np.array([[processor.pad], [0], [-1], [0], [0]])
     rows = [layout(example, processor) for example in examples] or [padding]
     T = max(row.shape[1] for row in rows)
     rows = [np.concatenate([row, padding.repeat(T - row.shape[1], axis=1)], axis=1) for row in rows]
-    ids, position, branch, source, kept = torch.from_numpy(np.stack(rows, axis=1))  # [B, T] each
-    at = kept.flatten().nonzero().squeeze(1)  # [N] flat positions of the targets
+    ids, position, branch, source, kept = np.stack(rows, axis=1)  # [B, T] each
+    at = np.flatnonzero(kept)  # [N] flat positions of the targets
     row = at // T
-    answers = torch.tensor([len(example.answers) for example in examples] or [0])  # [B]
-    answer = (answers.cumsum(0) - answers)[row] + branch.flatten()[at] - 1
-    last = torch.zeros(int(answers.sum()), dtype=torch.long).scatter_reduce(0, answer, at, "amax")
+    answers = np.array([len(example.answers) for example in examples] or [0])  # [B]
+    answer = (answers.cumsum() - answers)[row] + branch.flatten()[at] - 1
+    last = np.zeros(answers.sum(), dtype=np.int64)
+    last[answer] = at  # positions rise, so an answer's last one stays
 
     paths = [path for example in examples for path in example.images]
     distinct = {path: m for m, path in enumerate(dict.fromkeys(paths))}
     assert (ids == processor.image_token).sum() == processor.image_tokens * len(paths), (ids, paths)
     if pixels is None:
-        blank = torch.zeros(3, processor.size, processor.size)
-        pixels = torch.stack([processor.pixels(path) for path in distinct] or [blank])
-    image = torch.tensor([distinct[path] for path in paths], dtype=torch.long)
-    branching = [int((branch[b] == 0).sum()) for b in (answers > 1).nonzero()]
-    return Batch(
-        ids, position, branch, pixels, image, target=ids.flatten()[at],
-        source=row * T + source.flatten()[at], answer=answer, last=last,
-        row=torch.arange(len(answers)).repeat_interleave(answers), causal=min([T, *branching]))
+        blank = np.zeros((3, processor.size, processor.size), dtype=np.float32)
+        pixels = torch.from_numpy(np.stack([processor.pixels(path) for path in distinct] or [blank]))
+    image = np.array([distinct[path] for path in paths], dtype=np.int64)
+    branching = (branch[answers > 1] == 0).sum(1).tolist()
+    fields = {"ids": ids, "position": position, "branch": branch, "image": image, "target": ids.flatten()[at],
+              "source": row * T + source.flatten()[at], "answer": answer, "last": last,
+              "row": np.arange(len(answers)).repeat(answers)}
+    return Batch(pixels=pixels, causal=min([T, *branching]),
+                 **{name: torch.from_numpy(values) for name, values in fields.items()})
 
 
 def shuffled(n, *key):
@@ -635,7 +639,7 @@ def shuffled(n, *key):
     return np.random.default_rng([*key, *[0] * (4 - len(key)), len(key)]).permutation(n)
 
 
-class Steps(torch.utils.data.Dataset):
+class Steps:
     """Item k: the micro-batches of optimiser step k for this rank, every rank as many (short ones hold
     padding only).
 
@@ -675,14 +679,36 @@ class Steps(torch.utils.data.Dataset):
         return [collate([self.examples[i] for i in group], self.processor) for group in self.groups(step)]
 
 
+@dataclasses.dataclass
+class Loader:
+    """Steps first … last − 1 in order, each pass anew. Threads decode about two steps per worker ahead; with
+    0 workers the caller decodes. What a step raises is raised where that step is due."""
+    steps: Steps
+    first: int
+    last: int
+    workers: int
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __iter__(self):
+        order = range(self.first, self.last)
+        if not self.workers:
+            yield from map(self.steps.__getitem__, order)
+            return
+        pool = concurrent.futures.ThreadPoolExecutor(self.workers, "loader")
+        ahead = collections.deque()
+        try:
+            for step in order:
+                ahead.append(pool.submit(self.steps.__getitem__, step))
+                if len(ahead) > 2 * self.workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:  # also where the consumer stops early: a step being decoded is not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def loader(steps, first, last, workers):
-    """A DataLoader over steps first … last − 1, decoded ahead by worker processes."""
-    order = range(first, last)
-    fork = "fork" if workers else None  # the rows are shared, not copied
-    return torch.utils.data.DataLoader(steps, batch_size=None, sampler=order, num_workers=workers,
-                                       multiprocessing_context=fork, worker_init_fn=outlive_sigterm)
-
-
-def outlive_sigterm(_):
-    """Workers leave SIGTERM to the training process, which still needs them for the step in hand."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Steps first … last − 1, decoded ahead by that many threads."""
+    return Loader(steps, first, last, workers)

@@ -9,9 +9,13 @@ Legend: TOKENS an image takes, P prompt length, A answers, M distinct images, S 
 
 import io
 import json
+import multiprocessing
+import os
 import random
 import re
 import shutil
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -1121,20 +1125,90 @@ def test_steps_by_length(pictures):
     assert any(grouped.groups(step) != plain.groups(step) for step in range(4))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_loader(pictures, workers):
-    """Worker processes give the batches of the steps asked for, in order; without rows, padding only."""
+    """The batches of the steps asked for, in order, in every pass; without records, padding only."""
     steps = make_steps(make_examples(11, pictures), 4, 1, rank=1, world=2)
-    got = list(data.loader(steps, 1, 4, workers))  # the last is of the second epoch
-    assert [len(micro_batches) for micro_batches in got] == [2, 2, 2]
-    for step, micro_batches in enumerate(got, 1):
-        for batch, group in zip(micro_batches, steps.groups(step)):
-            want = data.collate([steps.examples[i] for i in group], steps.processor)
-            for field in data.dataclasses.fields(want):
-                a, b = getattr(batch, field.name), getattr(want, field.name)
-                assert torch.equal(a, b) if torch.is_tensor(b) else a == b
-    empty = got[1][1]  # three rows are left for two ranks with two micro-batches of one each
+    loader = data.loader(steps, 1, 4, workers)  # the last is of the second epoch
+    assert len(loader) == 3
+    for _ in range(2):
+        got = list(loader)
+        assert [len(micro_batches) for micro_batches in got] == [2, 2, 2]
+        for step, micro_batches in enumerate(got, 1):
+            for batch, group in zip(micro_batches, steps.groups(step)):
+                want = data.collate([steps.examples[i] for i in group], steps.processor)
+                for field in data.dataclasses.fields(want):
+                    a, b = getattr(batch, field.name), getattr(want, field.name)
+                    assert torch.equal(a, b) if torch.is_tensor(b) else a == b
+    empty = got[1][1]  # three records are left for two ranks with two micro-batches of one each
     assert empty.branch.tolist() == [[-1]] and empty.pixels.shape == (1, 3, S, S) and not len(empty.target)
+
+
+class RecordedSteps:
+    """Stands for data.Steps: item k is k, after a while. Keeps which steps were begun, and by which
+    threads."""
+
+    def __init__(self, seconds=lambda step: 0.0, broken=()):
+        self.seconds, self.broken, self.begun, self.threads = seconds, broken, [], set()
+
+    def __getitem__(self, step):
+        self.begun.append(step)
+        self.threads.add(threading.current_thread())
+        time.sleep(self.seconds(step))
+        if step in self.broken:
+            raise RuntimeError(f"step {step} is broken")
+        return step
+
+
+def test_loader_keeps_the_order_and_a_bound(monkeypatch):
+    """Steps that take unequally long come in order; at most two per worker and the one due are begun before
+    they are asked for; threads decode, and no process is forked."""
+    monkeypatch.setattr(os, "fork", None)
+    steps = RecordedSteps(lambda step: 0.02 * (step % 3))
+    for step, got in enumerate(data.loader(steps, 0, 20, 2)):
+        assert got == step
+        time.sleep(0.03)
+        assert max(steps.begun) <= step + 4
+    assert sorted(steps.begun) == list(range(20))
+    assert len(steps.threads) == 2 and threading.main_thread() not in steps.threads
+    assert not multiprocessing.active_children()
+    steps = RecordedSteps()
+    assert list(data.loader(steps, 3, 6, 0)) == [3, 4, 5] and steps.threads == {threading.main_thread()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_raises_where_the_step_is_due(workers):
+    """A step's exception comes after the steps before it, although it was decoded ahead of them."""
+    loader, got = data.loader(RecordedSteps(lambda step: 0.1 * (step == 1), broken=[2]), 0, 9, workers), []
+    with pytest.raises(RuntimeError, match="step 2 is broken"):
+        got.extend(loader)  # extend keeps what came before an exception
+    assert got == [0, 1]
+
+
+def test_loader_stops_early():
+    """A consumer that leaves is not kept waiting by a step that hangs; what is queued is not begun, and no
+    thread stays."""
+    release = threading.Event()
+    steps = RecordedSteps(lambda step: release.wait(20) * 0.0 if step else 0.0)
+    passing = iter(data.loader(steps, 0, 100, 2))
+    assert next(passing) == 0
+    start = time.time()
+    del passing
+    assert time.time() - start < 5
+    release.set()
+    for thread in steps.threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in steps.threads)
+    assert set(steps.begun) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_progress_over_a_loader(monkeypatch, capsys, workers):
+    """A pass that takes over ten seconds says how far it is, with a loader as with a list."""
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(data.time, "time", lambda: next(clock))
+    assert list(data.progress(data.loader(RecordedSteps(), 2, 8, workers), "steps")) == list(range(2, 8))
+    assert capsys.readouterr().out.splitlines()[0] == "steps: 3/6, 16 s left"
 
 
 # ---- 8. rows ----
