@@ -160,12 +160,14 @@ def evaluate(model, steps, reference, world, args, stop):
     sums, tokens = torch.zeros(1 + len(FIGURES), device=world.device), 0
     for step, micro_batches in enumerate(data.loader(steps, 0, len(steps), args.workers)):
         if stop.asked(world):
-            return {}
+            break
         for rows, batch in zip(steps.groups(step), micro_batches):
             _, best, figures = forward(model, batch, rows, reference, world, args)
             sums += torch.cat([-best[None], figures])
             tokens += best_tokens(rows, steps.examples)
     fsdp.reshard(model)
+    if stop.asked(world):
+        return {}
     sft_loss, *sums, tokens = world.sum(*sums, tokens)
     figures = {name: value / len(steps.examples) for name, value in zip(FIGURES, sums)}
     return {f"eval_{name}": value for name, value in with_loss(figures, sft_loss / tokens, args).items()}

@@ -345,12 +345,13 @@ def held_out_figures(steps, models, judge, processor, score_moments, beta, args,
                     continue
                 prompts = [steps.examples[i] for i in rows]
                 rollouts.append(roll_out(policy, batch, prompts, processor, args, world, 0))
-    if stop.asked(world):
-        return {}
-    for rollout in rollouts:
+    stopped = stop.asked(world)
+    for rollout in rollouts if not stopped else ():
         rollout.score = judge.scores(rollout, processor)
         forward_passes(rollout, policy, reference, critic, args)
     fsdp.reshard(*[model for model in (*models, judge.model) if model])
+    if stopped:
+        return {}
     final_scores(rollouts, score_moments, args)
     figures = objectives(rollouts, beta, world)
     return {f"eval_{name}": value for name, value in figures.items()}
@@ -544,6 +545,7 @@ def main():
                     rollouts[m].append(
                         roll_out(policy, batch, prompts, processor, args, world, first + m + 1))
         if stop.asked(world):  # nothing has changed since the last iteration's end
+            fsdp.reshard(policy)
             if iteration - 1 and iteration - 1 not in world.on_rank0(fsdp.checkpoint_steps, args.out):
                 fsdp.save_checkpoint(args, world, iteration - 1, training, policy_adam, critic_adam)
             log.say(f"stopped by SIGTERM in iteration {iteration}; --resume starts it again")

@@ -58,13 +58,15 @@ def score_rows(model, steps, last, world, args, stop):
     found = []
     for step, micro_batches in enumerate(data.loader(steps, 0, last, args.workers)):
         if stop.asked(world):
-            return []
+            break
         for group, batch in zip(steps.groups(step), micro_batches):
             batch = batch.to(world.device)
             scores = model.scores(batch, model.vision_tower(batch.pixels), batch.last).tolist()
             answers = [(i, len(answer)) for i in group for answer in steps.examples[i].answers]
             found += [(i, length, score) for (i, length), score in zip(answers, scores)]
     fsdp.reshard(model)
+    if stop.asked(world):
+        return []
     return [answer for part in world.gather(found) for answer in part]
 
 

@@ -38,12 +38,14 @@ def evaluate(model, steps, world, args, stop):
     total = count = 0
     for micro_batches in data.loader(steps, 0, len(steps), args.workers):
         if stop.asked(world):
-            return {}
+            break
         for batch in micro_batches:
             batch = batch.to(world.device)
             total += model(batch, model.vision_tower(batch.pixels)).sum()
             count += len(batch.target)
     fsdp.reshard(model)
+    if stop.asked(world):
+        return {}
     total, count = world.sum(total, count)
     return {"eval_loss": -total / count}
 
