@@ -186,7 +186,9 @@ class World:
 
     def on_rank0(self, function, *args):
         """Runs function on rank 0 while the others wait. → its result, on every rank"""
-        return self.gather(function(*args) if self.rank == 0 else None)[0]
+        result = [function(*args) if self.rank == 0 else None]
+        dist.broadcast_object_list(result, src=0)
+        return result[0]
 
     def parallel_map(self, function, items, what):
         """[function(item) for item in items], the work spread over ranks and threads."""
@@ -227,8 +229,13 @@ def launch(args):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **alone)
-    watch(None if alone else dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False))
+    store = None
+    if not alone:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
+        # torchrun's store outlives its restarts of the ranks
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    watch(store)
     size = dist.get_world_size()
     if size % args.replicas:
         raise UserError(f"got --replicas {args.replicas}, need a divisor of the {size} ranks")
