@@ -91,7 +91,7 @@ def fingerprint(model, training, held_out, processor, args, world):
                 bits = torch.cat([bits.sum(dim, dtype=torch.int64) for dim in range(2)])
             seen.update(f"{name} {tuple(parameter.shape)} {bits.tolist()}".encode())
     paths = sorted({path for example in training + held_out for path in example.images})
-    pictures = dict(zip(paths, world.share(digest, paths, "pictures fingerprinted")))
+    pictures = dict(zip(paths, world.parallel_map(digest, paths, "pictures fingerprinted")))
     for example in training + held_out:
         parts = [example.prompt, *(part for pair in zip(example.answers, example.kept) for part in pair)]
         seen.update(repr([part.tolist() for part in parts]).encode())

@@ -174,7 +174,7 @@ class World:
         dist.all_gather_object(items, item)
         return items
 
-    def share(self, function, items, what):
+    def parallel_map(self, function, items, what):
         """[function(item) for item in items], the work spread over ranks and threads."""
         mine = items[self.rank::self.size]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -376,7 +376,7 @@ def read_conversations(path, args, world, need_answers):
     """A data file → its rows and the (index, Conversation) pairs of the good ones; every picture is looked
     at."""
     rows = data.load_rows(path)
-    conversations, bad = data.check_rows(rows, args.images, path, need_answers, args.skip_bad_rows, world)
+    conversations, bad, _ = data.check_rows(rows, args.images, path, need_answers, args.skip_bad_rows, world)
     if world.rank == 0 and bad:
         print(f"{path}: {bad} of {len(rows)} rows are bad and left out", flush=True)
     return rows, conversations
