@@ -15,17 +15,22 @@ Legend: B rows, T columns, P prompt length, N targets, A answers, M distinct ima
 image, S picture side. A mask says what is kept. """
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
-import math
 import os
 import re
+import reprlib
+import sys
+import threading
 import time
+import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoTokenizer
 
 IMAGE = "<image>"
@@ -49,6 +54,18 @@ def progress(items, what):
             print(f"{what}: {done}/{len(items)}, {left:.0f} s left", flush=True)
 
 
+BRIEF = reprlib.Repr()  # repr of a value from a data file: cut where it is long, deep or has many digits
+BRIEF.maxlist, BRIEF.maxstring = 20, 80
+
+
+def shown(value, most=240):
+    """A value from a data file as text for a message: cut to so many characters, control characters
+    escaped."""
+    text = value if isinstance(value, str) else BRIEF.repr(value)
+    text = f"{text[:most - 41]}…{text[-40:]}" if len(text) > most else text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 # ---- rows ----
 
 def load_rows(path):
@@ -66,7 +83,7 @@ def load_rows(path):
             for one in text.split("\n"):
                 line += 1
                 rows += [json.loads(one)] if one.strip() else []
-    except ValueError as error:  # of the decoder or of json
+    except (ValueError, RecursionError) as error:  # of the decoder or of json
         where = f" in line {line}" if line else ""
         raise UserError(f"{path}: not JSON{where} ({error}): need a list, or one row a line") from error
     if not rows:
@@ -82,7 +99,7 @@ def read_json(folder, name, default=None):
     with open(path, encoding="utf-8") as f:
         try:
             return json.load(f)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON ({error}): need a whole file") from error
 
 
@@ -103,29 +120,34 @@ def read_row(row, images_dir, need_answers=1):
     turns = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns:
         raise UserError('need {"id", "image", "conversations": [{"from", "value"}, …]} with a turn or more')
+    if type(row.get("id")) not in (str, int, type(None)):
+        raise UserError(f"got the id {BRIEF.repr(row['id'])}, need a text or a whole number")
     roles, contents = [], []
     for turn in turns:
         if not isinstance(turn, dict) or "value" not in turn:
-            raise UserError(f'got the turn {str(turn)[:80]!r}, need {{"from", "value"}}')
+            raise UserError(f"got the turn '{shown(turn)}'" ', need {"from", "value"}')
         roles.append(turn.get("from"))
         contents.append(turn["value"])
     body = roles[1:] if roles[0] == "system" else roles
     if body != ["human", "gpt"] * (len(body) // 2) + ["human"] * (len(body) % 2) or not body:
-        raise UserError(f"got turns from {roles}, need human and gpt in turn, human first; system may lead")
+        raise UserError(f"got turns from {shown(roles)}, need human and gpt in turn, human first; "
+                        "system may lead")
     answers = []
     if roles[-1] == "gpt":
         roles, last = roles[:-1], contents.pop()
         answers = last if isinstance(last, list) else [last]
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-            raise UserError(f"got the answer {str(last)[:60]!r}, need text, or a list of texts, none empty")
+            raise UserError(f"got the answer '{shown(last)}', need text, or a list of texts, none empty")
     elif need_answers:
         raise UserError("got no answer: the last turn is human; training needs a final gpt turn")
     if len(answers) < need_answers:
         raise UserError(f"got {len(answers)} answer, need {need_answers} or more, best first, as the last "
                          "gpt turn's value")
     margin = 0.0 if row.get("margin") is None else row["margin"]
-    if type(margin) not in (int, float) or not 0 <= margin < math.inf or margin and len(answers) != 2:
-        raise UserError(f"got the margin {margin!r}, {len(answers)} answers; need a number from 0, and two")
+    in_range = type(margin) in (int, float) and 0 <= margin <= sys.float_info.max
+    if not in_range or margin and len(answers) != 2:
+        raise UserError(f"got the margin {BRIEF.repr(margin)}, {len(answers)} answers; need a number from "
+                        "0, and two")
     if not all(isinstance(c, str) for c in contents):
         raise UserError("got a turn whose value is not text; only the last gpt turn may be a list")
     if not all(c.strip() for role, c in zip(roles, contents) if role == "gpt"):
@@ -137,8 +159,9 @@ def read_row(row, images_dir, need_answers=1):
     first = roles.index("human")
     contents[first] = f"{IMAGE}\n" * (len(images) - asked) + contents[first]
     contents, answers = [c.strip() for c in contents], [a.strip() for a in answers]
-    "".join(contents + answers).encode()  # a UnicodeEncodeError for half a surrogate pair is a ValueError
-    return Conversation(str(row.get("id")), roles, contents, answers, images, float(margin))
+    id = str(row.get("id"))
+    "".join([id, *contents, *answers]).encode()  # UnicodeEncodeError for half a surrogate pair
+    return Conversation(id, roles, contents, answers, images, float(margin))
 
 
 def image_list(value, images_dir):
@@ -147,17 +170,22 @@ def image_list(value, images_dir):
     names = value if isinstance(value, list) else [value] if value else []
     if isinstance(value, str) and "," in value and not os.path.isfile(os.path.join(images_dir, value)):
         names = [name.strip() for name in value.split(",")]
-    paths, root = [], os.path.abspath(images_dir)
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise UserError(f"got the image {name!r}, need a path")
-        path = os.path.abspath(os.path.join(root, name))
-        if os.path.commonpath([path, root]) != root:
-            raise UserError(f"got the image {name!r}, outside --images {images_dir}: use paths below it")
-        if not os.path.isfile(path):
-            raise UserError(f"no such picture: {path} (see --images)")
-        paths.append(path)
-    return paths
+    return [find_image(name, images_dir) for name in names]
+
+
+def find_image(name, images_dir):
+    """The path of an image below images_dir. UserError: no such file, or one outside, through a symbolic link
+    too; images_dir itself may be a link."""
+    if not isinstance(name, str) or not name:
+        raise UserError(f"got the image {BRIEF.repr(name)}, need a path")
+    root = os.path.abspath(images_dir)
+    path = os.path.abspath(os.path.join(root, name))
+    inside = path.startswith(os.path.join(root, ""))
+    if inside and not os.path.isfile(path):
+        raise UserError(f"no such picture: {shown(path)} (see --images)")
+    if not inside or not os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), "")):
+        raise UserError(f"got the image '{shown(name)}', outside --images {images_dir}: use paths below it")
+    return path
 
 
 # ---- templates ----
@@ -165,6 +193,20 @@ def image_list(value, images_dir):
 # templates/NAME.jinja, written as chat_template.jinja into an export; text() takes a string or transformers'
 # parts
 TEMPLATES = ("vicuna", "llama2", "llama3", "plain")
+TEMPLATE_SECONDS = 5  # to render a few words, which takes milliseconds
+
+
+def with_time_limit(seconds, function):
+    """function(), or TimeoutError; its thread is then left behind, and ends with the process."""
+    future = concurrent.futures.Future()
+
+    def call():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+    threading.Thread(target=call, daemon=True).start()
+    return future.result(seconds)
 
 
 class Template:
@@ -208,7 +250,11 @@ class Template:
         for form in (lambda mark: mark), (lambda mark: [{"type": "text", "text": mark}]):  # they take either
             messages = [{"role": names[role], "content": form(mark)} for role, mark in zip(roles, marks)]
             try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.jinja)
+                text = with_time_limit(TEMPLATE_SECONDS, functools.partial(
+                    self.tokenizer.apply_chat_template, messages, tokenize=False, chat_template=self.jinja))
+            except TimeoutError as error:
+                raise UserError(f"the chat template of {self.tokenizer.name_or_path} takes more than "
+                                f"{TEMPLATE_SECONDS} s: give --template {'|'.join(TEMPLATES)}") from error
             except Exception as error:  # jinja raises whatever the template raises
                 why.append(str(error))
                 continue
@@ -295,43 +341,110 @@ class Template:
 
 # ---- pictures ----
 
+FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"  # Pillow knows more: for EPS it runs Ghostscript
+LONGEST_EDGE = 65535  # JPEG's own limit; memory grows with the longer edge of a narrow image
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # an error: see open_image
+
+
+@contextlib.contextmanager
+def open_image(path):
+    """An image file while it is decoded. UserError: whatever Pillow raises, other formats than FORMATS, more
+    pixels than Pillow's limit."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > LONGEST_EDGE:
+                raise UserError(f"got {image.width} × {image.height} pixels, need at most {LONGEST_EDGE} on "
+                                f"an edge and {Image.MAX_IMAGE_PIXELS} in all: shrink it")
+            yield image
+    except Exception as error:  # decoders raise many kinds
+        if isinstance(error, UnidentifiedImageError):
+            error = f"corrupt, or not one of the formats that are opened ({', '.join(FORMATS)})"
+        raise UserError(f"cannot read the picture {shown(str(path))}: {error}") from None
+
+
 def read_picture(path):
-    """A picture file as RGB, turned upright (EXIF), 16-bit grey brought to 8 bits. Transparency is dropped,
+    """An image file as RGB, turned upright (EXIF), 16-bit grey brought to 8 bits. Transparency is dropped,
     as LLaVA does; transformers 5 lays it on white."""
-    with Image.open(path) as picture:
-        ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode.startswith("I"):
-            grey = np.asarray(picture, dtype=np.float64) / 257  # 65535 / 255
-            picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-        return picture.convert("RGB")
+    with open_image(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            grey = np.asarray(image).clip(0, 65535) // 257  # 65535 / 255
+            image = Image.fromarray(grey.astype(np.uint8))
+        return image.convert("RGB")
 
 
 def picture_error(path):
-    """What is wrong with a picture file, or None. Decodes it, JPEG at an eighth of its size: enough to find a
-    torn file."""
+    """What is wrong with an image file, or None. Decodes it, JPEG at an eighth of its size: enough to find a
+    truncated file."""
     try:
-        with Image.open(path) as picture:
-            picture.draft("RGB", (1, 1))
-            ImageOps.exif_transpose(picture, in_place=True)
-            picture.load()
-    except Exception as error:  # decoders raise many kinds
-        return f"cannot read the picture {path}: {error}"
+        with open_image(path) as image:
+            image.draft("RGB", (1, 1))
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+    except UserError as error:
+        return str(error)
     return None
 
 
 def to_pixels(picture, size, mode="crop", mean=CLIP_MEAN, std=CLIP_STD):
-    """RGB picture → [3, S, S] fp32, as CLIPImageProcessor does it: shorter side to S (bicubic), centre crop,
+    """RGB image → [3, S, S] fp32, as CLIPImageProcessor does it: shorter side to S (bicubic), centre crop,
     normalised; mode `pad` first pads to a square with the mean colour, as LLaVA-1.5 does."""
-    if mode == "pad":
-        side = max(picture.size)
-        square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in mean))
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        picture = square
-    short = min(picture.size)
-    picture = picture.resize([int(size * edge / short) for edge in picture.size], Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    array = np.asarray(picture.crop((left, top, left + size, top + size)))  # [S, S, 3] bytes
+    background = tuple(int(255 * m) for m in mean)
+    short, long = sorted(picture.size)
+    if long > 4 * short and (mode == "pad" or short < size):
+        array = strip_pixels(picture, size, background if mode == "pad" else None)
+    else:
+        if mode == "pad":
+            square = Image.new("RGB", (long, long), background)
+            square.paste(picture, ((long - picture.width) // 2, (long - picture.height) // 2))
+            picture, short = square, long
+        edges = [int(size * edge / short) for edge in picture.size]
+        picture = picture.resize(edges, Image.Resampling.BICUBIC)
+        left, top = (picture.width - size) // 2, (picture.height - size) // 2
+        array = np.asarray(picture.crop((left, top, left + size, top + size)))  # [S, S, 3] bytes
     return torch.from_numpy(np.stack([values[array[..., c]] for c, values in enumerate(levels(mean, std))]))
+
+
+def strip_pixels(image, size, background):
+    """What to_pixels makes of a long narrow image, cropped or (background given) padded, as [S, S, 3] bytes:
+    the enlarged image and the padded square, of which little is seen, are not computed."""
+    short, long = sorted(image.size)
+    edges, starts = image.size, (0, 0)
+    if background is None:  # the middle, with more around it than the filter reaches
+        starts = [max(0, (edge - short) // 2 - 8) for edge in edges]
+        image = image.crop((*starts, *(min(edge, start + short + 16) for edge, start in zip(edges, starts))))
+    array = np.asarray(image).swapaxes(0, 1)
+    for edge, start in zip(edges, starts):  # the horizontal axis first: Pillow rounds to bytes in between
+        if background is None:
+            resized = int(size * edge / short)
+            array = resample(array, start, edge, resized, (resized - size) // 2, size, 0)
+        else:
+            array = resample(array, (long - edge) // 2, long, size, 0, size, background)
+        array = array.swapaxes(0, 1)
+    return array.swapaxes(0, 1)
+
+
+def resample(pixels, start, total, resized, first, count, background):
+    """Pillow's bicubic resize of an axis from `total` pixels to `resized`, bit for bit (its Resample.c), but
+    of `count` outputs only: [n, L, 3] → [count, L, 3] bytes. The n pixels lie at `start` of the axis; around
+    them is the background."""
+    scale, outputs = total / resized, np.empty((count, *pixels.shape[1:]), dtype=np.uint8)
+    stretch = max(scale, 1)
+    for output in range(count):
+        center = (first + output + 0.5) * scale
+        low, high = max(0, int(center - 2 * stretch + 0.5)), min(total, int(center + 2 * stretch + 0.5))
+        at = np.arange(low, high)
+        x = abs(at - center + 0.5) * (1 / stretch)
+        near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+        weight = np.where(x < 1, near, np.where(x < 2, far, 0))
+        weight /= weight.cumsum()[-1]
+        weight = np.trunc(weight * 2**22 + np.copysign(0.5, weight))  # Pillow computes in fixed point
+        inside = (at >= start) & (at < start + len(pixels))
+        fixed = weight[~inside].sum() * np.asarray(background) + 2**21
+        if inside.any():
+            fixed = fixed + np.tensordot(weight[inside], pixels[at[inside] - start].astype(float), 1)
+        outputs[output] = np.floor(fixed / 2**22).clip(0, 255)
+    return outputs
 
 
 @functools.cache
@@ -494,42 +607,68 @@ def save_processor(processor, config, folder):
             json.dump(content, f, indent=2)
 
 
-def digest(conversations):
-    import hashlib
-    return hashlib.sha256(repr([dataclasses.astuple(c) for c in conversations]).encode()).hexdigest()
-
-
 def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, world=None, unreadable=None):
-    """Rows → (index, Conversation) of the good ones, and how many were bad. A bad row is a UserError that
-    names it, or is reported and skipped. world.share(function, items) spreads the look at every picture over
-    threads and ranks."""
-    good, errors = [], {}
+    """Records → (index, Conversation) of the good ones, how many were bad, and the unreadable images {path:
+    error}, which a later call may be given: none is decoded then. A bad record is a UserError that names it,
+    or is reported and skipped; on every rank the same, also where one rank alone lacks a file."""
+    good, errors = {}, {}
+
+    def note(index, error):
+        id = rows[index].get("id") if isinstance(rows[index], dict) else None
+        errors[index] = f"{source}: row {index} (id {shown(id)}): {shown(str(error), 2000)}"
     for index, row in enumerate(progress(rows, f"{source}: rows checked")):
         try:
-            good.append((index, read_row(row, images_dir, need_answers)))
-        except (UserError, UnicodeError) as error:
-            errors[index] = str(error)
+            good[index] = read_row(row, images_dir, need_answers)
+        except (UserError, UnicodeError, RecursionError) as error:
+            note(index, error)
             if not skip_bad_rows:
                 break
-    paths = sorted({path for _, conversation in good for path in conversation.images})
-    what = f"{source}: pictures looked at"
-    found = world.parallel_map(picture_error, paths, what) if world else map(picture_error, paths)
-    torn = {path: error for path, error in zip(paths, found) if error}
-    for index, conversation in good:
+    for found in reversed(world.gather(errors) if world else []):
+        errors.update(found)  # the lowest rank's words last: every rank says the same
+    if not skip_bad_rows:  # an unreadable image before the first of them may still be named
+        good = {index: c for index, c in good.items() if index < min(errors, default=len(rows))}
+    good = {index: c for index, c in good.items() if index not in errors}
+    paths = sorted({path for conversation in good.values() for path in conversation.images})
+    if unreadable is None:
+        unreadable = decode_images(paths, images_dir, source, world)
+    for index, conversation in good.items():
         for path in conversation.images:
-            if path in torn:
-                errors[index] = torn[path]
+            if path in unreadable:
+                note(index, unreadable[path])
     for index in sorted(errors):
-        name = rows[index].get("id") if isinstance(rows[index], dict) else None
-        message = f"{source}: row {index} (id {name}): {errors[index]}"
         if not skip_bad_rows:
-            raise UserError(message + "; --skip_bad_rows leaves such rows out")
+            raise UserError(errors[index] + "; --skip_bad_rows leaves such rows out")
         if os.environ.get("RANK", "0") == "0":
-            print(f"skipped {message}", flush=True)
-    good = [(index, conversation) for index, conversation in good if index not in errors]
+            print(f"skipped {errors[index]}", flush=True)
+    good = [(index, conversation) for index, conversation in good.items() if index not in errors]
     if not good:
         raise UserError(f"{source}: all {len(rows)} rows are bad, need at least one good row")
-    return good, len(errors), torn
+    return good, len(errors), unreadable
+
+
+def decode_images(paths, images_dir, source, world):
+    """The unreadable ones among image files {path: error}. world.parallel_map(function, items, what) spreads
+    the work over threads and ranks, which must agree on the items: where they do not, nothing is decoded,
+    and the caller finds other conversations on other ranks."""
+    if not world:
+        errors = map(picture_error, paths)
+    else:
+        root = os.path.abspath(images_dir)
+        names = repr([path.removeprefix(root) for path in paths])
+        if len(set(world.gather(hashlib.sha256(names.encode()).digest()))) > 1:
+            return {}
+        errors = world.parallel_map(picture_error, paths, f"{source}: images decoded")
+    return {path: error for path, error in zip(paths, errors) if error}
+
+
+def digest(conversations, images_dir=""):
+    """(index, Conversation) pairs → a hash of all that a run reads of them, equal on ranks that read the
+    same."""
+    root, seen = os.path.join(os.path.abspath(images_dir), ""), hashlib.sha256()
+    for _, c in conversations:
+        images = [path.removeprefix(root) for path in c.images]
+        seen.update(json.dumps([c.id, c.roles, c.contents, c.answers, images, c.margin]).encode())
+    return seen.hexdigest()
 
 
 ANSWERS_NEEDED = {"prompt": 0, "turns": 1, "answers": 1, "ranked": 2}  # by a row of each kind of examples
@@ -621,9 +760,17 @@ def collate(examples, processor, pixels=None):
     paths = [path for example in examples for path in example.images]
     distinct = {path: m for m, path in enumerate(dict.fromkeys(paths))}
     assert (ids == processor.image_token).sum() == processor.image_tokens * len(paths), (ids, paths)
+
+    def read(path):
+        try:
+            return processor.pixels(path)
+        except UserError as error:
+            example = next(example for example in examples if path in example.images)
+            raise UserError(f"record {example.index} (id {shown(example.id)}): {error}; it was readable when "
+                            "the run started") from error
     if pixels is None:
         blank = np.zeros((3, processor.size, processor.size), dtype=np.float32)
-        pixels = torch.from_numpy(np.stack([processor.pixels(path) for path in distinct] or [blank]))
+        pixels = torch.from_numpy(np.stack([read(path) for path in distinct] or [blank]))
     image = np.array([distinct[path] for path in paths], dtype=np.int64)
     branching = (branch[answers > 1] == 0).sum(1).tolist()
     fields = {"ids": ids, "position": position, "branch": branch, "image": image, "target": ids.flatten()[at],

@@ -552,8 +552,8 @@ def read_conversations(path, args, world, need_answers):
     what = f"images that cannot be read, of {path}"
     conversations, bad, unreadable = data.check_rows(
         rows, args.images, path, need_answers, args.skip_bad_rows, world, world.earlier.get(what))
+    world.depends_on(path, data.digest(conversations, args.images))
     world.depends_on(what, unreadable)
-    world.depends_on(path, data.digest(conversation for _, conversation in conversations))
     if world.rank == 0 and bad:
         print(f"{path}: {bad} of {len(rows)} rows are bad and left out", flush=True)
     return rows, conversations
@@ -586,7 +586,8 @@ class Checkpoint:
 def open_checkpoint(args, world):
     """--model, or --llm with --clip → Checkpoint"""
     config, folder, folders = read_config(args, world)
-    world.depends_on(f"the files in {' + '.join(folders)}", world.on_rank0(file_stamps, folders))
+    sources = [*folders, args.tokenizer] if args.tokenizer else folders
+    world.depends_on(f"the files in {' + '.join(sources)}", world.on_rank0(file_stamps, sources))
     tensors = open_tensors(folders)
     check_sizes(config, tensors, folders)
     rendered = world.earlier.get(f"what the chat template of {folder} renders", [])

@@ -13,7 +13,9 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -602,6 +604,17 @@ def test_auto_refuses(folders, tmp_path, case):
         encode(load(folder, "auto"), TURNS, system)
 
 
+def test_auto_gives_up_an_endless_template(folders, tmp_path, monkeypatch):
+    """A template that does not end in seconds is an error that names it, not a run that never starts."""
+    monkeypatch.setattr(data, "TEMPLATE_SECONDS", 0.2)
+    endless = "{% for a in range(99999) %}{% for b in range(N) %}{% endfor %}{% endfor %}"  # half a minute
+    folder = with_template(folders["tiny2"], tmp_path, endless.replace("N", "99"))
+    start = time.time()
+    with pytest.raises(data.UserError, match=f"chat template of {folder} takes more than 0.2 s: give --temp"):
+        load(folder, "auto")
+    assert time.time() - start < 10
+
+
 def test_auto_without_template(folders):
     """No chat template anywhere is an error that names --template."""
     with pytest.raises(ValueError, match="no chat template: give --template " + r"\|".join(data.TEMPLATES)):
@@ -739,6 +752,52 @@ def test_pixels_equal_transformers(mode, size):
         )
 
 
+def pixels_by_pillow(image, size, mode):
+    """to_pixels from its definition, whatever memory that takes."""
+    if mode == "pad":
+        square = Image.new("RGB", (max(image.size),) * 2, (122, 116, 104))
+        square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
+        image = square
+    edges = [int(size * edge / min(image.size)) for edge in image.size]
+    image = image.resize(edges, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    array = np.asarray(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(np.stack([data.levels(data.CLIP_MEAN, data.CLIP_STD)[c][array[..., c]]
+                                      for c in range(3)]))
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("size", [7, 24, 56])
+def test_pixels_of_narrow_images(mode, size):
+    """Every bit is Pillow's for every aspect ratio, odd and even, enlarged and reduced, wide and tall; and
+    transformers' pixels."""
+    for short in (1, 2, 3, 5, 23, 24, 25, 57, 80):
+        for ratio in (1, 3.99, 4, 4.01, 5, 7.3, 16, 33.37):
+            long = max(short, round(short * ratio))
+            for edges in ((short, long), (long, short)):
+                image = noise(*edges, seed=short + long)
+                if short % 2:
+                    image = image.point(lambda value: 255 * (value > 127))  # overshoots at both ends
+                ours = data.to_pixels(image, size, mode)
+                assert torch.equal(ours, pixels_by_pillow(image, size, mode)), (edges, size)
+                if size == 24 and short < 24:
+                    torch.testing.assert_close(ours, peer_pixels(image, size, mode), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("edges", [(1, 20000), (20000, 1), (65535, 2)])
+def test_a_narrow_image_costs_little_memory(tmp_path, mode, edges):
+    """A file of a hundred bytes does not take gigabytes; its pixels stay finite and show the image."""
+    Image.new("RGB", edges, (255, 255, 255)).save(tmp_path / "a.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels = data.to_pixels(data.read_picture(tmp_path / "a.png"), 336, mode)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KB
+    white = data.levels(data.CLIP_MEAN, data.CLIP_STD)[0, 255].item()
+    assert pixels.shape == (3, 336, 336) and (pixels[0] == white).all() == (mode == "crop")
+    if mode == "pad":
+        assert pixels[0, 0, 0] == pixels[0, -1, -1] < pixels[0, 167:169, 167:169].max()
+
+
 def test_pixels_by_numbers():
     """CLIP ViT-L/14-336's numbers for a known picture (transformers 4.45.2 and 5.23.0 agree on them)."""
     pixels = data.to_pixels(noise(640, 480), 336)
@@ -849,6 +908,40 @@ def test_torn_pictures(tmp_path, kind, options, share):
         data.picture_error(tmp_path / "a.img"),
         re.I,
     )
+
+
+def test_only_common_formats_are_opened(tmp_path, monkeypatch):
+    """JPEG, PNG, WebP, GIF, BMP and TIFF by content, whatever the name; nothing else reaches Pillow's other
+    decoders, of which that for EPS runs a program. A phone's JPEG with a second image (MPO) opens."""
+    image = noise(12, 10)
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+        image.save(tmp_path / "a.jpg", kind)
+        assert data.picture_error(str(tmp_path / "a.jpg")) is None
+    image.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[noise(12, 10, seed=1)])
+    with Image.open(tmp_path / "phone.jpg") as opened:
+        assert opened.format == "MPO"
+    assert data.picture_error(str(tmp_path / "phone.jpg")) is None
+    assert data.read_picture(str(tmp_path / "phone.jpg")).size == (12, 10)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    for kind in ("EPS", "PPM", "ICO", "TGA", "PCX"):
+        image.save(tmp_path / "photo.jpg", kind)
+        with pytest.raises(data.UserError, match="not one of the formats that are opened .JPEG, PNG, WEBP"):
+            data.read_picture(str(tmp_path / "photo.jpg"))
+        assert "photo.jpg: corrupt, or not one of the" in data.picture_error(str(tmp_path / "photo.jpg"))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit, value, edges", [("Image.MAX_IMAGE_PIXELS", 99, (10, 10)),
+                                                 ("LONGEST_EDGE", 19, (20, 2))])
+def test_too_many_pixels(tmp_path, monkeypatch, limit, value, edges):
+    """Above Pillow's limit, of which Pillow itself only warns up to twice as many, an image is bad."""
+    noise(*edges).save(tmp_path / "a.png")
+    path, holder = str(tmp_path / "a.png"), data.Image if "." in limit else data
+    assert data.picture_error(path) is None
+    monkeypatch.setattr(holder, limit.split(".")[-1], value)
+    assert re.search(r"a\.png: got \d+ × \d+ pixels, need at most", data.picture_error(path))
+    with pytest.raises(data.UserError, match="need at most"):
+        data.read_picture(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>", b"\x89PNG\r\n\x1a\n"])
@@ -996,6 +1089,20 @@ def test_collate_shares_pictures(pictures, monkeypatch):
     assert (
         read == pictures[:2] and batch.image.tolist() == [0, 1, 1, 1] and batch.pixels.shape == (2, 3, S, S)
     )
+
+
+def test_an_image_that_is_lost_during_the_run(tmp_path, pictures):
+    """Deleted or truncated after the check: the loader raises one line that names record and file."""
+    lost = [str(tmp_path / "lost.png"), str(tmp_path / "cut.png")]
+    Path(lost[1]).write_bytes(Path(pictures[0]).read_bytes()[:60])
+    prompt = np.array([1, IMAGE_ID], dtype=np.int32)
+    for path in lost:
+        examples = [data.Example(i, f"record\x1b{i}", prompt, [], [], [image])
+                    for i, image in enumerate([pictures[0], path])]
+        words = rf"record 1 \(id record\\x1b1\): cannot read the picture {path}: .*readable when the run"
+        for workers in (0, 1):
+            with pytest.raises(data.UserError, match=words):
+                list(data.loader(make_steps(examples), 0, 1, workers))
 
 
 def test_collate_counts_pictures(pictures):
@@ -1265,6 +1372,21 @@ def test_read_row(images):
     assert (prompt.roles, prompt.contents, prompt.answers) == (["human"], ["Hi"], [])
 
 
+def test_symbolic_links(images, tmp_path):
+    """A link that leads out of --images is refused, of a file or of a folder; one that stays inside is not,
+    and --images itself may be a link."""
+    outside = Path(images).parent / "outside.png"
+    for name, target in (("out.png", outside), ("outer", outside.parent), ("in.png", f"{images}/a.png")):
+        if not os.path.lexists(f"{images}/{name}"):
+            os.symlink(target, f"{images}/{name}")
+    for name in ("out.png", "outer/outside.png", "sub/../out.png"):
+        with pytest.raises(data.UserError, match=f"got the image '{name}', outside --images"):
+            data.image_list(name, images)
+    os.symlink(images, tmp_path / "link")
+    for folder in (images, str(tmp_path / "link")):
+        assert data.image_list("in.png", folder) == [f"{folder}/in.png"]
+
+
 @pytest.mark.parametrize(
     "value, names",
     [
@@ -1356,6 +1478,9 @@ BAD_FILES = {
     "not JSON": (b"id,image\n1,a.png\n", "not JSON"),
     "torn list": (b'[{"id": 1},', "not JSON"),
     "torn line": (b'{"id": 1}\n{"id": 2}\n{"id": \n', "not JSON.*line 3"),
+    "too deep": (b"[" * 200_000, "not JSON.*recursion"),
+    "too deep in a line": (b'{"id": 1}\n' + b'{"a":' * 200_000, "not JSON in line 2.*recursion"),
+    "a number of 5,000 digits": (b"[" + b"9" * 5000 + b"]", "not JSON.*digits"),
     "not text": (b"\xff\xfe\x00\x01", "UTF-8|utf-8"),
 }
 
@@ -1371,6 +1496,7 @@ def test_bad_files(tmp_path, case):
         data.load_rows(str(path))
 
 
+DEEP = json.loads("[" * 900 + "]" * 900)
 HUMAN, GPT, NEED = ("human", "Hi"), ("gpt", "Hello"), r'need \{"id", "image", "conversations"'
 BAD_ROWS = {  # case: (row, essential words of the error)
     "not an object": ([1, 2], NEED),
@@ -1409,6 +1535,12 @@ BAD_ROWS = {  # case: (row, essential words of the error)
     "half an emoji": (make_row(("human", "Hi \ud83d"), GPT), "surrogate"),
     "half an emoji in an answer": (make_row(HUMAN, ("gpt", ["Hi", "\ud83d"])), "surrogate"),
     "no answer": (make_row(HUMAN), "got no answer: the last turn is human"),
+    "id a list": (make_row(HUMAN, GPT, id=[7]), r"got the id \[7\], need a text or a whole number"),
+    "half an emoji as an id": (make_row(HUMAN, GPT, id="7\ud83d"), "surrogate"),
+    "deep": (make_row(HUMAN, ("gpt", DEEP)), r"got the answer '\[+\.\.\.\]+'"),
+    "deep turn": ({"id": 7, "conversations": [DEEP]}, r"got the turn '\[+\.\.\.\]+'"),
+    "terminal escapes": (make_row(HUMAN, GPT, image="\x1b[2J\x07.png"), r"/\\x1b\[2J\\x07\.png "),
+    "base64 as an image": (make_row(HUMAN, GPT, image="QUJD" * 9999), "such picture: .{,240} .see"),
     "too many placeholders": (
         make_row(("human", "<image> <image>"), GPT, image="a.png"),
         "got 2 <image> .* for 1 images",
@@ -1446,12 +1578,13 @@ def test_bad_rows(images, capsys, case):
     """A bad row is an error naming file, row, id and fault; --skip_bad_rows skips, counts and reports it."""
     row, words = BAD_ROWS[case]
     rows = [GOOD, row, GOOD, row]
-    name = r"rows\.json: row 1 \(id %s\): " % (None if isinstance(row, list) else 7)
+    name = r"rows\.json: row 1 \(id %s\): " % (None if isinstance(row, list) else r"\[?7.{,6}")
     with pytest.raises(ValueError, match=f"(?s){name}.*{words}.*; --skip_bad_rows leaves such rows out"):
         data.check_rows(rows, images, "rows.json")
-    good, bad = data.check_rows(rows, images, "rows.json", skip_bad_rows=True)
+    good, bad, _ = data.check_rows(rows, images, "rows.json", skip_bad_rows=True)
     assert [(index, c.id) for index, c in good] == [(0, "good"), (2, "good")] and bad == 2
     said = capsys.readouterr().out.splitlines()
+    assert all(map(str.isprintable, said)) and max(map(len, said)) < 600
     assert len(said) == 2 and all(re.search(f"skipped .*{words}", line) for line in said)
     assert "row 1 " in said[0] and "row 3 " in said[1]
     with pytest.raises(ValueError, match=r"rows\.json: all 1 rows are bad, need at least one good row"):
@@ -1460,7 +1593,7 @@ def test_bad_rows(images, capsys, case):
 
 def test_rows_without_answer(images):
     """Prediction takes rows without an answer, and keeps the answers of those that have one."""
-    good, bad = data.check_rows([make_row(HUMAN), GOOD], images, "rows.json", need_answers=0)
+    good, bad, _ = data.check_rows([make_row(HUMAN), GOOD], images, "rows.json", need_answers=0)
     assert [c.answers for _, c in good] == [[], ["Hello"]] and bad == 0
 
 
@@ -1475,18 +1608,116 @@ def test_pictures_are_looked_at_once(images):
     """Each distinct picture is checked once, through the world where there is one."""
     looked = []
 
-    def share(function, items, *_):
+    def parallel_map(function, items, what):
         looked.extend(items)
         return [function(item) for item in items]
+    world = SimpleNamespace(parallel_map=parallel_map, gather=lambda item: [item])
 
     rows = [
         make_row(HUMAN, GPT, image=image, id=image) for image in ("a.png", "b.png,a.png", "torn.jpg", "a.png")
     ]
-    good, bad = data.check_rows(
-        rows, images, "rows.json", skip_bad_rows=True, world=SimpleNamespace(share=share)
+    good, bad, _ = data.check_rows(
+        rows, images, "rows.json", skip_bad_rows=True, world=world
     )
     assert sorted(looked) == [f"{images}/{name}" for name in ("a.png", "b.png", "torn.jpg")]
     assert [index for index, _ in good] == [0, 1, 3] and bad == 1
+
+
+def test_known_unreadable_images_are_not_decoded_again(images, monkeypatch):
+    """What a first check returns makes a second one skip the same records without a look at any image."""
+    rows = [make_row(HUMAN, GPT, image=image, id=image) for image in ("a.png", "torn.jpg", "b.png")]
+    good, bad, unreadable = data.check_rows(rows, images, "rows.json", skip_bad_rows=True)
+    assert list(unreadable) == [f"{images}/torn.jpg"] and bad == 1
+    monkeypatch.setattr(data, "picture_error", None)
+    assert data.check_rows(rows, images, "rows.json", skip_bad_rows=True, unreadable=unreadable) == (
+        good, bad, unreadable)
+    with pytest.raises(ValueError, match=r"row 1 \(id torn.jpg\): cannot read the picture"):
+        data.check_rows(rows, images, "rows.json", unreadable=unreadable)
+
+
+class ThreadRank:
+    """A rank of fsdp.World whose ranks are threads."""
+
+    def __init__(self, rank, size, items, barrier):
+        self.rank, self.size, self.items, self.barrier = rank, size, items, barrier
+
+    def gather(self, item):
+        self.items[self.rank] = item
+        self.barrier.wait(20)
+        items = list(self.items)
+        self.barrier.wait(20)
+        return items
+
+    def parallel_map(self, function, items, what):
+        results = [None] * len(items)
+        for rank, part in enumerate(self.gather([function(item) for item in items[self.rank::self.size]])):
+            results[rank::self.size] = part
+        return results
+
+
+def on_ranks(function, *per_rank):
+    """function(world, what the rank is given) on a thread per rank → what each returned or raised."""
+    size = len(per_rank)
+    items, barrier, results = [None] * size, threading.Barrier(size), [None] * size
+
+    def run(rank):
+        try:
+            results[rank] = function(ThreadRank(rank, size, items, barrier), per_rank[rank])
+        except Exception as error:
+            results[rank] = error
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_an_image_missing_on_one_rank(images, tmp_path):
+    """Every rank raises the same error, of the file that one rank lacks, or skips the same records; an
+    earlier unreadable image is named first."""
+    shutil.copytree(images, tmp_path / "copy", symlinks=True)
+    os.remove(tmp_path / "copy/b.png")
+    rows = [make_row(HUMAN, GPT, image=image, id=image)
+            for image in ("a.png", "x,y.png", "b.png", "sub/c.png", "a.png")]
+
+    def check(rows, **options):
+        return on_ranks(
+            lambda world, folder: data.check_rows(rows, folder, "rows.json", world=world, **options),
+            images, str(tmp_path / "copy"))
+    words = f"rows.json: row 2 (id b.png): no such picture: {tmp_path}/copy/b.png (see --images); --skip"
+    assert [str(error)[:len(words)] for error in check(rows)] == [words] * 2
+    both = check(rows, skip_bad_rows=True)
+    assert [([index for index, _ in good], bad) for good, bad, _ in both] == [([0, 1, 3, 4], 1)] * 2
+    rows[1]["image"] = "torn.jpg"
+    assert all("row 1 (id x,y.png): cannot read the picture" in str(error) for error in check(rows))
+
+
+def test_other_records_on_another_rank(images):
+    """A rank with fewer records or others does not break the check of the images; the digests differ."""
+    rows = [make_row(HUMAN, GPT, image=image) for image in ("a.png", "b.png", "x,y.png", None)]
+    for other in (rows[:1], rows[3:], rows[:2] + rows[3:]):
+        results = on_ranks(lambda world, rows: data.check_rows(rows, images, "rows.json", world=world),
+                           rows, other)
+        assert [len(good) for good, _, _ in results] == [4, len(other)]
+        assert len({data.digest(good, images) for good, _, _ in results}) == 2
+
+
+def test_digest(images, tmp_path):
+    """Of all that is read of a record and its place; not of where the image folder lies."""
+    shutil.copytree(images, tmp_path / "copy", symlinks=True)
+    row = make_row(HUMAN, GPT, ("human", "Go"), ("gpt", ["a", "b"]), image="a.png", margin=1)
+
+    def digest(*rows, folder=images):
+        return data.digest(data.check_rows(rows, folder, "rows.json")[0], folder)
+    last = row["conversations"][:-1]
+    others = [{**row, "id": 8}, {**row, "image": "b.png"}, {**row, "margin": 2},
+              {**row, "conversations": [*last, {"from": "gpt", "value": ["b", "a"]}]},
+              {**row, "conversations": [*last, {"from": "gpt", "value": ["a", "b "]}]},
+              {**row, "conversations": [{"from": "system", "value": "Hi"}, *row["conversations"]]}]
+    assert digest(row) == digest(row, folder=str(tmp_path / "copy")) == digest(others[4])
+    assert len({digest(other) for other in [row, *others]}) == len(others)
+    assert digest(row, others[0]) != digest(others[0], row)
 
 
 # ---- 9. processors ----
@@ -1667,7 +1898,7 @@ MARGINS = [(None, 0.0), (0, 0.0), (2, 2.0), (0.25, 0.25), (1, 1.0)]
 def test_a_margin_is_read(loaded, images, margin, want):
     """A row's margin reaches its Conversation and its Example as a float; absent, null or 0 is none."""
     rows = [make_row(HUMAN, ("gpt", ["Yo", "Hello"]), margin=margin), make_row(HUMAN, ("gpt", ["Yo", "Ho"]))]
-    good, bad = data.check_rows(rows, images, "rows.json", data.ANSWERS_NEEDED["ranked"])
+    good, bad, _ = data.check_rows(rows, images, "rows.json", data.ANSWERS_NEEDED["ranked"])
     assert [type(c.margin) for _, c in good] == [float, float] and bad == 0
     assert [c.margin for _, c in good] == [want, 0.0]
     examples, _ = data.build_examples(good, loaded("tiny2", "vicuna"), "ranked")
@@ -1695,11 +1926,11 @@ def test_bad_ranked_rows(images, case):
     good = make_row(HUMAN, ("gpt", ["Hello", "Yo"]), id="good")
     with pytest.raises(ValueError, match=rf"rows\.json: row 1 \(id 7\): {words}"):
         data.check_rows([good, row], images, "rows.json", data.ANSWERS_NEEDED["ranked"])
-    left, bad = data.check_rows([good, row], images, "rows.json", 2, skip_bad_rows=True)
+    left, bad, _ = data.check_rows([good, row], images, "rows.json", 2, skip_bad_rows=True)
     assert [c.id for _, c in left] == ["good"] and bad == 1
 
 
-@pytest.mark.parametrize("margin", [float("nan"), float("inf"), -0.5, True, ""])
+@pytest.mark.parametrize("margin", [float("nan"), float("inf"), -0.5, True, "", 10**400, -(10**400), DEEP])
 def test_a_margin_that_is_no_number(images, margin):
     """JSON as Python reads it knows NaN and Infinity: as a margin they would make every weight NaN."""
     row = json.loads(json.dumps(make_row(HUMAN, ("gpt", ["a", "b"]), margin=margin)))
