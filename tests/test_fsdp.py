@@ -1,17 +1,12 @@
-"""fsdp.py: checkpoints in and out against transformers, two ranks against one, kill and resume, memory.
+"""fsdp.py: checkpoints in and out against transformers, gradients, memory.
 
-`peer` is transformers' model with the same weights. A run is sft.py's own main, in forked processes
-(tiny.py). Everything is fp32 on the CPU, over gloo, unless a test says otherwise.
+`peer` is transformers' model with the same weights. Everything is fp32 on the CPU, over gloo, unless a
+test says otherwise.
 """
-import argparse
 import functools
 import json
 import math
-import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -21,38 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers as hf
-from safetensors.torch import load_file, save_file
-from tiny import HUB, MEMORY, MIXED, NEW, ORIGINAL, fork, named, write
+from safetensors.torch import load_file
+from tiny import HUB, MEMORY, MIXED, NEW, ORIGINAL, named, options, reload, write
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 import data
 import fsdp
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    """A folder with a checkpoint, pictures and rows."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    tiny.make_model(folder / "model")
-    tiny.make_images(folder / "images")
-    tiny.write_rows(folder / "rows.json", MIXED)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def world():
-    """This process as a world of one."""
-    world = fsdp.launch(options())
-    yield world
-    dist.destroy_process_group()
-
-
-def options(**changes):
-    parser = argparse.ArgumentParser()
-    fsdp.arguments(parser)
-    args = parser.parse_args([])
-    vars(args).update({"template": "vicuna", "images": "", **changes})
-    return args
 
 
 def batch_of(processor, images):
@@ -80,14 +49,6 @@ def their_logits(peer, batch):
 def load(args, world, trainable=()):
     checkpoint = fsdp.open_checkpoint(args, world)
     return fsdp.build(checkpoint, args, world, trainable), checkpoint.processor
-
-
-def reload(folder, dtype=torch.float32):
-    """transformers' model from an exported folder; nothing missing, nothing left over."""
-    load = hf.LlavaForConditionalGeneration.from_pretrained
-    peer, info = load(folder, output_loading_info=True, dtype=dtype)
-    assert not any(info.values()), info
-    return peer.eval()
 
 
 def round_trip(args, world, images, out, **changes):
@@ -347,12 +308,11 @@ def test_a_shard_that_is_not_there_is_named(world, tmp_path):
 
 # ---- gradients ----
 
-ALL = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
-
 
 def gradients_of(place, world, dtype):
     """A model's gradients after two micro-batches, and its trained parameters."""
-    model, processor = load(options(model=str(place / "model"), dtype=dtype), world, tuple(ALL.values())[:2])
+    model, processor = load(options(model=str(place / "model"), dtype=dtype), world,
+                            ("multi_modal_projector.", "language_model."))
     parameters = [p for p in model.parameters() if p.requires_grad]
     batch = batch_of(processor, place / "images")
     for weight in (1, 3):
@@ -391,369 +351,6 @@ def test_clip_gradients(place, world):
     parameters[0].grad.to_local()[:1] = torch.nan
     assert math.isnan(fsdp.clip_gradients(parameters, norm))
     assert all(p.grad.full_tensor().isnan().all() for p in parameters)
-
-
-# ---- two ranks and one ----
-
-CASES = {  # options of a run of 5 steps; what each is there for is in the tests below
-    "plain": ["--batch_size", 6, "--micro_batch", 2],
-    "micro 1": ["--batch_size", 8, "--micro_batch", 1, "--group_by_length", "no"],
-    "micro 8": ["--batch_size", 8, "--micro_batch", 8, "--group_by_length", "no"],
-    "empty": ["--batch_size", 5, "--micro_batch", 2],
-    "one row": ["--batch_size", 1, "--micro_batch", 1],
-    "text": ["--batch_size", 4, "--micro_batch", 2, "--data", "text.json"],
-    "all text": ["--batch_size", 4, "--micro_batch", 2, "--data", "all_text.json"],
-    "projector": ["--batch_size", 4, "--micro_batch", 2, "--train", "projector", "--data", "text.json"],
-    "llm": ["--batch_size", 5, "--micro_batch", 2, "--train", "llm"],
-    "vision": ["--batch_size", 5, "--micro_batch", 2, "--train", "vision"],
-    "all": ["--batch_size", 5, "--micro_batch", 2, "--train", "projector,llm,vision"],
-    "recompute": ["--batch_size", 5, "--micro_batch", 2, "--train", "projector,llm,vision", "--recompute"],
-    "tied": ["--batch_size", 6, "--micro_batch", 2, "--model", "tied"],
-    "evaluated": ["--batch_size", 6, "--micro_batch", 2, "--eval_data", "rows.json", "--eval_every", 2],
-    "replicas": ["--batch_size", 6, "--micro_batch", 2, "--replicas", 2],
-}
-
-
-def run_case(name, ranks, place):
-    """sft.py's main with a case's options, which records the first step's gradients."""
-    import sft
-    first, clip = {}, fsdp.clip_gradients
-
-    def recording_clip(parameters, largest):
-        if not first:
-            names = {id(p): name for name, p in models[-1].named_parameters()}
-            first.update({names[id(p)]: p.grad.full_tensor().clone() for p in parameters})
-        return clip(parameters, largest)
-
-    models, build = [], fsdp.build
-
-    def recording_build(*args, **kwargs):
-        models.append(build(*args, **kwargs))
-        return models[-1]
-
-    fsdp.clip_gradients, fsdp.build = recording_clip, recording_build
-    replicas = {"1": ["--replicas", 1]}.get(str(ranks), []) if name == "replicas" else []
-    out = place / f"{name}-{ranks}"
-    sys.argv = ["sft.py", "--model", "model", "--data", "rows.json", "--images", "images", "--out", str(out),
-                "--max_steps", "5", "--lr", "1e-2", "--workers", "0", "--save_every", "0",
-                *map(str, [*CASES[name], *replicas])]
-    sft.main()
-    if dist.get_rank() == 0:
-        torch.save(first, out / "gradients.pt")
-    fsdp.clip_gradients, fsdp.build = clip, build
-
-
-def run_cases(ranks, place):
-    """All cases in one process group, which starts once."""
-    start = dist.init_process_group
-    dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or start(*args, **kwargs)
-    os.chdir(place)
-    for name in CASES:
-        run_case(name, ranks, place)
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="session")
-def runs(place):
-    """Every case on one rank and on two. → (case, ranks) → its gradients, log and weights"""
-    tiny.make_model(place / "tied", tie_word_embeddings=True)
-    tiny.write_rows(place / "text.json", [MIXED[1], MIXED[7], MIXED[3], MIXED[5]])  # the short ones are text
-    tiny.write_rows(place / "all_text.json", [MIXED[1], MIXED[7], MIXED[4], MIXED[1]])
-    done = {ranks: tiny.spread(functools.partial(run_cases, ranks, place), ranks) for ranks in (1, 2)}
-
-    @functools.cache
-    def read(name, ranks):
-        out = place / f"{name}-{ranks}"
-        assert (out / "gradients.pt").exists(), done[ranks].err
-        return torch.load(out / "gradients.pt"), tiny.log(out), load_file(out / "model.safetensors")
-    return read
-
-
-def assert_same_gradients(ours, theirs, tolerance=1e-5):
-    """Relative norms, tensor by tensor. Where a gradient is zero but for rounding (a key's bias has none),
-    relative to the largest."""
-    assert ours.keys() == theirs.keys() and ours
-    floor = 1e-3 * max(tensor.norm() for tensor in theirs.values())
-    for name, tensor in theirs.items():
-        assert (ours[name] - tensor).norm() <= tolerance * max(tensor.norm(), floor), name
-
-
-def assert_same_trace(ours, theirs, tolerance=1e-5):
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4, 5]
-    for a, b in zip(ours, theirs):
-        for key in ("loss", "grad_norm", "lr"):
-            assert abs(a[key] - b[key]) <= tolerance * abs(b[key]), (key, a, b)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_do_what_one_does(case, runs):
-    """Gradients of the first step, and losses and gradient norms of five, are equal to rounding: with unequal
-    lengths, micro-batches without a picture or a row, every part frozen in turn, and two replicas."""
-    (ours, trace, _), (theirs, expected, _) = runs(case, 2), runs(case, 1)
-    assert_same_gradients(ours, theirs)
-    assert_same_trace(trace, expected)
-
-
-def test_accumulation_is_the_larger_batch(runs):
-    """Eight micro-batches of one row are one of eight, on one rank and on two."""
-    gradients, trace, _ = runs("micro 8", 1)
-    for ranks in (1, 2):
-        assert_same_gradients(runs("micro 1", ranks)[0], gradients)
-        assert_same_trace(runs("micro 1", ranks)[1], trace)
-
-
-def test_recomputed_activations_change_nothing(runs):
-    """--recompute: the same gradients and losses."""
-    assert_same_gradients(runs("recompute", 1)[0], runs("all", 1)[0], 1e-6)
-    assert_same_trace(runs("recompute", 1)[1], runs("all", 1)[1], 1e-6)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_evaluation_between_steps_changes_nothing(ranks, runs):
-    """With no-grad passes between steps, losses, gradients and weights are bit for bit those without."""
-    gradients, trace, weights = runs("evaluated", ranks)
-    expected = runs("plain", ranks)
-    assert all(torch.equal(gradients[name], tensor) for name, tensor in expected[0].items())
-    assert [line["step"] for line in trace if "eval_loss" in line] == [2, 4, 5]
-    assert [{k: v for k, v in line.items() if k != "eval_loss"} for line in trace] == expected[1]
-    assert all(torch.equal(weights[name], tensor) for name, tensor in expected[2].items())
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(
-    "case", ["plain", "projector", "llm", "vision", "all", "evaluated", "tied", "replicas"])
-def test_what_is_trained_moves_and_nothing_else(case, ranks, place, runs):
-    """After five steps every trained tensor is another, every frozen one the checkpoint's. Frozen too: what
-    the forward pass never reaches (the tower's layers above the one read)."""
-    gradients, _, weights = runs(case, ranks)
-    before = load_file(place / ("tied" if case == "tied" else "model") / "model.safetensors")
-    moved = {name for name, tensor in weights.items() if not torch.equal(tensor, before[name])}
-    train = {"plain": "projector,llm", "evaluated": "projector,llm", "tied": "projector,llm",
-             "replicas": "projector,llm", "all": "projector,llm,vision"}.get(case, case)
-    unreached = ("vision_tower.vision_model.post_layernorm", "vision_tower.vision_model.encoder.layers.1.")
-    expected = {name for name in before if name.startswith(tuple(ALL[part] for part in train.split(",")))
-                and not name.startswith(unreached)}
-    assert moved == expected == gradients.keys()
-
-
-def test_an_all_text_step_leaves_the_projector_alone(runs):
-    """Zero-weighted pictures keep the ranks in step, and give the projector a gradient of exactly zero."""
-    for ranks in (1, 2):
-        gradients, _, _ = runs("all text", ranks)
-        assert not any(t.any() for name, t in gradients.items() if name.startswith("multi_modal_projector"))
-        assert any(t.any() for name, t in gradients.items() if name.startswith("language_model"))
-
-
-def test_one_ranks_evaluation_is_two_ranks(runs):
-    """Mean loss of the held-out rows, whatever the number of ranks."""
-    for one, two in zip(runs("evaluated", 1)[1], runs("evaluated", 2)[1]):
-        if "eval_loss" in one:
-            assert abs(one["eval_loss"] - two["eval_loss"]) <= 1e-5 * one["eval_loss"]
-
-
-# ---- killed and resumed ----
-
-# 10 rows in steps of 4: an epoch is 3 steps, the last of them short; 3 epochs
-EPOCHS = ["--batch_size", 4, "--micro_batch", 2, "--epochs", 3, "--lr", "1e-2", "--save_every", 1]
-
-
-def sft_run(place, out, *argv, ranks=1, prepare=None, workers=0):
-    files = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images"]
-    argv = [*files, "--out", out, "--workers", workers, *EPOCHS, *argv]
-    return fork("sft", *argv, ranks=ranks, prepare=prepare)
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def after_step(number, act):
-    """Calls act() once a step's line is logged, before its checkpoint is saved."""
-    log_step = fsdp.Log.step
-
-    def step(self, step, *args, **figures):
-        log_step(self, step, *args, **figures)
-        if step == number:
-            act()
-    fsdp.Log.step = step
-
-
-def in_save(number, where):
-    """Dies in a step's save: before a byte is written, with the data written but not what completes them,
-    with all written but not renamed, or renamed but the older checkpoint not removed."""
-    module, name = {"before": (fsdp.dcp, "save"), "half": (fsdp.dcp.FileSystemWriter, "finish"),
-                    "written": (os, "rename"), "renamed": (fsdp.shutil, "rmtree")}[where]
-    original, save = getattr(module, name), fsdp.save_checkpoint
-
-    def dying(*args, **kwargs):
-        # the checkpoint's own rename and the removal of the older one, not dcp's and not the .part's
-        mine = {"written": lambda: str(args[0]).endswith(f"step_{number}.part"),
-                "renamed": lambda: str(args[0]).endswith(f"step_{number - 1}")}.get(where, lambda: True)()
-        if mine:
-            die()
-        return original(*args, **kwargs)
-
-    def save_checkpoint(args, world, step, *rest):
-        if step == number:
-            setattr(module, name, dying)
-        save(args, world, step, *rest)
-    fsdp.save_checkpoint = save_checkpoint
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(place):
-    @functools.cache
-    def run(ranks):
-        out = place / f"uninterrupted-{ranks}"
-        done = sft_run(place, out, ranks=ranks)
-        assert done.code == 0, done.err
-        assert [line["step"] for line in tiny.log(out)] == list(range(1, 10))
-        return out
-    return run
-
-
-def assert_same_run(out, expected):
-    """Log and weights, bit for bit."""
-    assert tiny.log(out) == tiny.log(expected)
-    assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    assert not list(out.glob("**/*.part"))
-
-
-KILLS = {  # how the run dies; the step whose checkpoint is the last whole one
-    "mid-epoch": (functools.partial(after_step, 3, die), 2),
-    "at an epoch's end": (functools.partial(after_step, 4, die), 3),
-    "in the second epoch": (functools.partial(after_step, 6, die), 5),
-    "before the first save": (functools.partial(after_step, 1, die), None),
-    "before a byte is saved": (functools.partial(in_save, 5, "before"), 4),
-    "in the middle of a save": (functools.partial(in_save, 5, "half"), 4),
-    "before the rename": (functools.partial(in_save, 5, "written"), 4),
-    "after the rename": (functools.partial(in_save, 5, "renamed"), 5)}
-
-
-@pytest.mark.parametrize("kill", KILLS)
-def test_killed_and_resumed_is_uninterrupted(kill, place, uninterrupted, tmp_path):
-    """kill -9, then --resume: the loss trace and the weights are those of a run that went through."""
-    prepare, last = KILLS[kill]
-    out = tmp_path / "out"
-    assert sft_run(place, out, prepare=prepare).code == -signal.SIGKILL
-    assert not (out / "model.safetensors").exists()
-    assert (fsdp.checkpoint_steps(out) or [None])[-1] == last
-    assert sft_run(place, out, "--resume").code == 0
-    assert_same_run(out, uninterrupted(1))
-
-
-@pytest.mark.parametrize("kill", ["in the second epoch", "in the middle of a save"])
-def test_two_ranks_killed_and_resumed(kill, place, uninterrupted, tmp_path):
-    """The same on two ranks; and one rank goes on from their checkpoint, equal to rounding."""
-    prepare, last = KILLS[kill]
-    out = tmp_path / "out"
-    assert sft_run(place, out, prepare=prepare, ranks=2).code != 0
-    assert fsdp.checkpoint_steps(out)[-1] == last
-    tiny.shutil.copytree(out, tmp_path / "one")
-    assert sft_run(place, out, "--resume", ranks=2).code == 0
-    assert_same_run(out, uninterrupted(2))
-    assert sft_run(place, tmp_path / "one", "--resume").code == 0
-    for ours, theirs in zip(tiny.log(tmp_path / "one"), tiny.log(out), strict=True):
-        for key, value in theirs.items():
-            assert abs(ours[key] - value) <= 1e-4 * abs(value), (ours, theirs)
-
-
-def send_term():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def term_everyone():
-    """As a scheduler does, from outside: every process of the job, worker processes too."""
-    pids = [process.pid for process in multiprocessing.active_children()]
-    assert len(pids) == 2
-    subprocess.run(["kill", "-TERM", *map(str, [*pids, os.getpid()])], check=True)
-    time.sleep(0.5)  # until the news of the workers' end would be here
-
-
-@pytest.mark.parametrize(
-    "ranks, term, workers", [(1, send_term, 0), (2, send_term, 0), (1, term_everyone, 2)])
-def test_sigterm_saves_first(ranks, term, workers, place, uninterrupted, tmp_path):
-    """SIGTERM: the step in hand is finished and saved, the run ends well, and --resume goes on from it."""
-    out = tmp_path / "out"
-    done = sft_run(place, out, "--save_every", 0, ranks=ranks, workers=workers,
-                   prepare=functools.partial(before_step, 4, term))
-    assert done.code == 0, done.err
-    assert "stopped by SIGTERM after step 4" in done.out and fsdp.checkpoint_steps(out) == [4]
-    assert not (out / "model.safetensors").exists()
-    assert sft_run(place, out, "--resume", "--save_every", 0, ranks=ranks).code == 0
-    assert_same_run(out, uninterrupted(ranks))
-
-
-def before_step(number, act):
-    """Calls act() in the middle of a step, on rank 0 alone."""
-    clip, steps = fsdp.clip_gradients, []
-
-    def clip_gradients(*args):
-        steps.append(1)
-        if len(steps) == number and dist.get_rank() == 0:
-            act()
-        return clip(*args)
-    fsdp.clip_gradients = clip_gradients
-
-
-def test_keep_and_save_every(place, tmp_path):
-    """--save_every 2 --keep 3: of steps 2, 4, 6, 8 and the last, 9, three are kept."""
-    assert sft_run(place, tmp_path / "out", "--save_every", 2, "--keep", 3).code == 0
-    assert fsdp.checkpoint_steps(tmp_path / "out") == [6, 8, 9]
-
-
-def test_a_finished_run_resumes_to_itself(place, uninterrupted, tmp_path):
-    """--resume of what is done writes the same export again and not a step more."""
-    tiny.shutil.copytree(uninterrupted(1), tmp_path / "out")
-    os.remove(tmp_path / "out" / "model.safetensors")
-    assert sft_run(place, tmp_path / "out", "--resume").code == 0
-    assert_same_run(tmp_path / "out", uninterrupted(1))
-
-
-def test_resume_with_other_options_is_refused(place, uninterrupted, tmp_path):
-    """What would make it another run is named; what only concerns memory or saving may differ."""
-    tiny.shutil.copytree(uninterrupted(1), tmp_path / "out")
-    done = sft_run(place, tmp_path / "out", "--resume", "--lr", "2e-2", "--keep", 2, "--micro_batch", 1)
-    assert done.code == 2 and "--lr 0.01 then, 0.02 now" in done.error
-    assert "--keep" not in done.error and "--micro_batch" not in done.error
-    assert tiny.log(tmp_path / "out") == tiny.log(uninterrupted(1))
-
-
-def test_overwrite_starts_afresh(place, uninterrupted, tmp_path):
-    """--overwrite leaves nothing of the earlier run: no checkpoint, log line or weights file."""
-    out = tmp_path / "out"
-    tiny.shutil.copytree(uninterrupted(1), out)
-    save_file({"old": torch.ones(1)}, out / "model-00001-of-00002.safetensors")
-    assert sft_run(place, out, "--overwrite", prepare=functools.partial(after_step, 2, die)).code != 0
-    assert not list(out.glob("model*")) and not (out / "config.json").exists()
-    assert [line["step"] for line in tiny.log(out)] == [1, 2] and fsdp.checkpoint_steps(out) == [1]
-
-
-def test_what_a_run_leaves_behind(place, uninterrupted):
-    """args.json: resolved arguments, versions, ranks; log.jsonl: unrounded figures of every step; nothing
-    half-written."""
-    args = json.loads((uninterrupted(2) / "args.json").read_text())
-    assert args["batch_size"] == 4 and args["lr"] == 1e-2 and args["ranks"] == 2 and args["seed"] == 0
-    assert args["versions"].items() >= {"torch": torch.__version__, "transformers": hf.__version__}.items()
-    lines = [json.loads(line) for line in (uninterrupted(2) / "log.jsonl").read_text().splitlines()]
-    for line in lines:
-        assert line.keys() == {"step", "loss", "lr", "grad_norm", "tokens_per_second"}
-    assert any(len(repr(line["loss"])) > 12 for line in lines)
-    names = {path.name for path in uninterrupted(2).iterdir()}
-    assert names == {"args.json", "log.jsonl", "checkpoints", "config.json", "model.safetensors",
-                     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                     "generation_config.json", "preprocessor_config.json", "processor_config.json"}
-
-
-def start_afresh():
-    multiprocessing.set_start_method("forkserver", force=True)
-
-
-def test_worker_processes_where_python_does_not_fork(place, uninterrupted, tmp_path):
-    """macOS and Python 3.14 start new processes afresh by default: the loader's workers work there too."""
-    done = sft_run(place, tmp_path / "out", prepare=start_afresh, workers=1)
-    assert done.code == 0, done.err
-    assert_same_run(tmp_path / "out", uninterrupted(1))
 
 
 # ---- memory ----

@@ -2,32 +2,18 @@
 
 Everything is fp32 on the CPU unless a test says otherwise. Base: the weights that adapters are put on.
 """
-import argparse
-import functools
 import json
 import os
 import re
-import signal
-from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_fsdp import (
-    after_step,
-    assert_close,
-    assert_same_trace,
-    batch_of,
-    die,
-    our_logits,
-    reload,
-    their_logits,
-)
-from tiny import MIXED, PAIRS, fork, inside
+from test_fsdp import assert_close, batch_of, our_logits, their_logits
+from tiny import inside, reload
 
 import fsdp
 import model as ours
@@ -36,32 +22,9 @@ SCRIPTS = {"sft": "rows.json", "rm": "pairs.json", "dpo": "pairs.json"}
 ADAPTED = r"language_model\.model\.layers\.[01]\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a checkpoint, pictures, rows and pairs."""
-    folder = tmp_path_factory.mktemp("lora")
-    tiny.make_model(folder / "model")
-    tiny.make_images(folder / "images")
-    tiny.write_rows(folder / "rows.json", MIXED)
-    tiny.write_rows(folder / "pairs.json", PAIRS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def world():
-    """This process as a world of one."""
-    world = fsdp.launch(SimpleNamespace(replicas=1, images=""))
-    yield world
-    dist.destroy_process_group()
-
-
 def options(place, **changes):
-    parser = argparse.ArgumentParser()
-    fsdp.arguments(parser)
-    args = parser.parse_args([])
-    given = {"model": str(place / "model"), "images": "", "lora_rank": 4, "lora_alpha": 8.0}
-    vars(args).update({**given, **changes})
-    return args
+    given = {"model": str(place / "model"), "template": "auto", "lora_rank": 4, "lora_alpha": 8.0}
+    return tiny.options(**{**given, **changes})
 
 
 def load(place, world, trainable=("language_model.",), **changes):
@@ -318,72 +281,14 @@ def test_in_bf16(script, place, world, tmp_path):
     assert trace[-1]["loss"] < trace[0]["loss"]
 
 
-# ---- two ranks and one, killed and resumed ----
-
-def run_scripts(place, ranks):
-    fsdp.launch(SimpleNamespace(replicas=1, images=""))
-    argv = [*LORA, "--max_steps", 5, "--save_every", 0, "--train", "projector,llm", "--save_adapter"]
-    tiny.one_by_one([(script, [*files(place, script), "--out", place / f"{script}-{ranks}", *argv])
-                     for script in SCRIPTS])
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def runs(place):
-    """Each script on one rank and on two. → (script, ranks) → its folder"""
-    done = {ranks: tiny.spread(functools.partial(run_scripts, place, ranks), ranks) for ranks in (1, 2)}
-
-    def folder(script, ranks):
-        assert (place / f"{script}-{ranks}" / "model.safetensors").exists(), done[ranks].err
-        return place / f"{script}-{ranks}"
-    return folder
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_ranks_do_what_one_does(script, runs):
-    """Losses and gradient norms of five steps, the merged weights and the adapters: equal to rounding, with a
-    rank that neither divides and a micro-batch without a row."""
-    one, two = runs(script, 1), runs(script, 2)
-    assert_same_trace(tiny.log(two), tiny.log(one))
-    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
-        found, expected = load_file(two / file), load_file(one / file)
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert (found[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
-
-
-@pytest.mark.parametrize("script, ranks", [("sft", 2), ("rm", 1), ("dpo", 1)])
-def test_killed_and_resumed_is_uninterrupted(script, ranks, place, tmp_path):
-    """kill -9, then --resume: log, merged weights and adapters bit for bit."""
-    argv = [*files(place, script), *LORA, "--save_every", 1, "--save_adapter"]
-    done = fork(script, *argv, "--out", tmp_path / "whole", ranks=ranks)
-    assert done.code == 0, done.err
-    done = fork(script, *argv, "--out", tmp_path / "out", ranks=ranks,
-                prepare=functools.partial(after_step, 2, die))
-    assert done.code == -signal.SIGKILL and fsdp.checkpoint_steps(tmp_path / "out") == [1]
-    done = fork(script, *argv, "--out", tmp_path / "out", "--resume", ranks=ranks)
-    assert done.code == 0, done.err
-    assert tiny.log(tmp_path / "out") == tiny.log(tmp_path / "whole")
-    for file in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
-        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-
-
-def test_save_adapter_needs_one(place, tmp_path):
-    """--save_adapter without --lora_rank, and a rank below 0: one error, and --out is not there."""
-    for wrong, message in ((["--save_adapter"], "got --save_adapter, need --lora_rank, and --model"),
-                           (["--lora_rank", -1], "got --lora_rank -1, need at least 0")):
-        done = fork("sft", *files(place, "sft"), "--out", tmp_path / "out", *wrong)
-        assert done.code == 2 and message in done.error and "Traceback" not in done.err
-        assert not (tmp_path / "out").exists()
-
-
 # ---- PEFT ----
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_peft_reads_the_adapter(script, place, world, runs):
+def test_peft_reads_the_adapter(script, place, world, tmp_path):
     """PeftModel on top of transformers' base model gives the logits of the merged export."""
     peft = pytest.importorskip("peft")
-    out = runs(script, 1)
+    out = tmp_path / "out"
+    inside(script, *files(place, script), "--out", out, *LORA, "--train", "projector,llm", "--save_adapter")
     peer = tiny.hf.LlavaForConditionalGeneration.from_pretrained(place / "model")
     state = peer.state_dict()
     merged = load_file(out / "model.safetensors")

@@ -11,8 +11,6 @@ Legend: A answers, L longest of them, B rows, K samples of each, V vocabulary.
 import dataclasses
 import functools
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +19,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from test_fsdp import assert_same_gradients, die, in_save, options, reload
-from tiny import MIXED, fork, inside
+from safetensors.torch import load_file
+from tiny import ONE_TURN, assert_same_gradients, inside, options, reload
 
 import data
 import fsdp
@@ -33,69 +29,13 @@ import model as network
 import ppo
 
 ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles.json"
-ROWS = [{**row, "conversations": row["conversations"][:2]} for row in MIXED]  # one turn each
 PARTS = ("multi_modal_projector.", "language_model.")  # what is trained of the policy, and of the critic
 CRITIC = ("multi_modal_projector.", "language_model.model.", "score.")
-FUNCTIONS = """
-def red(row, texts):
-    assert row["conversations"][0]["from"] == "human"
-    return [text.split().count("red") for text in texts]
-
-def nought(row, texts):
-    return [0.0] * len(texts)
-
-def short(row, texts):
-    return [1.0] * (len(texts) - 1)
-
-def not_a_number(row, texts):
-    return [float("nan")] * len(texts)
-
-number = 3
-"""
 
 
-@pytest.fixture(scope="module")
-def world():
-    """This process as a world of one."""
-    world = fsdp.launch(options())
-    yield world
-    dist.destroy_process_group()
-
-
-def make_reward_model(folder, policy, seed=1, tower=True):
-    """Another LLaVA with a scalar head; tower: behind the policy's."""
-    tiny.make_model(folder, seed=seed)
-    tensors = load_file(folder / "model.safetensors")
-    if tower:
-        theirs = load_file(policy / "model.safetensors")
-        tensors |= {name: tensor for name, tensor in theirs.items() if name.startswith("vision_tower.")}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed)) / 5
-    save_file({"weight": weight, "bias": torch.tensor([0.3])}, folder / "score.safetensors")
-
-
-@pytest.fixture(scope="module")
-def place(world, tmp_path_factory):
-    """A folder with a policy, reward models, functions, pictures and rows."""
-    folder = tmp_path_factory.mktemp("ppo")
-    tiny.make_model(folder / "start")
-    tiny.make_images(folder / "images")
-    tiny.write_rows(folder / "rows.json", ROWS)
-    tiny.write_rows(folder / "turns.json", MIXED)
-    (folder / "rewards.py").write_text(FUNCTIONS)
-    inside("sft", "--model", folder / "start", "--data", folder / "rows.json", "--images", folder / "images",
-           "--out", folder / "model", "--batch_size", 10, "--micro_batch", 10, "--max_steps", 25, "--lr",
-           "1e-2", "--workers", 0)
-    make_reward_model(folder / "reward", folder / "model")
-    make_reward_model(folder / "tower", folder / "model", tower=False)
-    tiny.shutil.copytree(folder / "reward", folder / "llama2")
-    tiny.shutil.copy(tiny.ROOT / "templates" / "llama2.jinja", folder / "llama2" / "chat_template.jinja")
-    tiny.shutil.copytree(folder / "reward", folder / "other")
-    tokenizer = json.loads((folder / "other" / "tokenizer.json").read_text())
-    vocab = tokenizer["model"]["vocab"]
-    vocab["<0x00>"], vocab["<0x01>"] = vocab["<0x01>"], vocab["<0x00>"]
-    (folder / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return folder
+@pytest.fixture(scope="session")
+def place(trained):
+    return trained
 
 
 def files(place, reward="reward"):
@@ -105,11 +45,6 @@ def files(place, reward="reward"):
 
 SMALL = ["--batch_size", 5, "--rollout_batch", 10, "--micro_batch", 5, "--samples_per_prompt", 2, "--max_new",
          8, "--ppo_epochs", 2, "--max_steps", 1, "--lr", "1e-3", "--show_every", 0]
-
-
-def figures(out):
-    """log.jsonl's objects, without what the clock says."""
-    return [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in tiny.log(out)]
 
 
 def arguments(*argv):
@@ -720,7 +655,7 @@ def test_a_reward_model_reads_prompts_its_own_way(reward, bench, rollout, place,
         for k, ids in enumerate(example.answers, 1):
             assert batch.ids[i][batch.branch[i] == k].tolist() == ids.tolist()
         prompt = tokenizer.decode(batch.ids[i][batch.branch[i] == 0])
-        asked = ROWS[example.index]["conversations"][0]["value"].split("<image>\n")[-1].strip()
+        asked = ONE_TURN[example.index]["conversations"][0]["value"].split("<image>\n")[-1].strip()
         assert f"{asked} [/INST]" in prompt if reward == "llama2" else f"{asked} ASSISTANT:" in prompt
         theirs = rollout.batch.ids[i][rollout.batch.branch[i] == 0]
         assert (theirs.tolist() == batch.ids[i][batch.branch[i] == 0].tolist()) == (reward == "tower")
@@ -797,7 +732,7 @@ def test_the_first_minibatch_meets_itself(run):
     """In every iteration the first step's ratio is 1, its approximate KL and its share of clipped tokens are
     0; before the first update the KL with the reference is 0, after it not. All figures are finite."""
     out, _ = run(*TWICE)
-    lines = figures(out)
+    lines = tiny.log(out)
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert line["first/policy/ratio"] == pytest.approx(1, abs=1e-5)
@@ -892,7 +827,7 @@ def test_minibatches_in_orders_of_their_own(place, world, tmp_path, monkeypatch,
     keys = [(3, iteration, epoch) for iteration in (1, 2) for epoch in (0, 1, 2)]
     assert orders == [data.shuffled(4, *key).tolist() for key in keys]
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders) and len(set(map(tuple, orders))) > 4
-    for i, line in enumerate(figures(tmp_path / "out")):
+    for i, line in enumerate(tiny.log(tmp_path / "out")):
         taken = [(found, sum(int(r.kept.sum()) for r in rollouts), count)
                  for (rollouts, *_), (found, count) in steps[12 * i:][:12]]
         tokens = [n for _, n, _ in taken]
@@ -923,7 +858,7 @@ def test_learning_rates(place, world, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--max_new", 2, "--ppo_epochs", 1, "--max_steps",
            6, "--critic_warmup", 2, "--warmup", 2, "--critic_lr", "5e-3", "--out", tmp_path / "out")
-    lines = figures(tmp_path / "out")
+    lines = tiny.log(tmp_path / "out")
     policy = [1e-3 * factor for factor in (1 / 3, 1 / 3, 1 / 3, 2 / 3, 1, 1 / 2)]
     critic = [5e-3 * factor for factor in (1 / 3, 2 / 3, 1, 0.5 + 0.125**0.5, 1 / 2, 0.5 - 0.125**0.5)]
     assert [line["lr"] for line in lines] == pytest.approx(policy)
@@ -938,7 +873,7 @@ def test_critic_from_the_policy(place, world, tmp_path, monkeypatch):
                         10, "--out", tmp_path / "out")
     assert not any(r.values.any() for r in seen) and any(r.returns.any() for r in seen)
     squares = sum(float(r.returns.square().sum()) for r in seen) / sum(int(r.kept.sum()) for r in seen)
-    assert figures(tmp_path / "out")[0]["first/loss/value"] == pytest.approx(squares / 2, rel=1e-5)
+    assert tiny.log(tmp_path / "out")[0]["first/loss/value"] == pytest.approx(squares / 2, rel=1e-5)
     assert critic.score.weight.full_tensor().any()
 
 
@@ -953,7 +888,7 @@ def test_a_function_scores_the_texts(place, world, tmp_path, monkeypatch):
     scores = [processor.text(answer).split().count("red") if int(answer[-1]) in processor.stop else -3.0
               for answer in ids]
     assert torch.cat([r.score for r in seen]).tolist() == scores and max(scores) > 0 > min(scores)
-    line = figures(tmp_path / "out")[0]
+    line = tiny.log(tmp_path / "out")[0]
     assert line["objective/scores"] == pytest.approx(np.mean(scores), rel=1e-6)
     assert line["answer/no_eos"] == scores.count(-3.0) / len(scores)
     assert line["answer/length"] == pytest.approx(np.mean([len(answer) for answer in ids]))
@@ -972,7 +907,7 @@ def test_a_user_drives_a_word_up(place, world, tmp_path):
                         out, "--eval_data", place / "rows.json", "--show_every", 5, "--save_rollouts")
     assert done.code == 0, done.err
     assert "Traceback" not in done.err and "Warning" not in done.err
-    lines = figures(out)
+    lines = tiny.log(out)
     assert lines[0]["objective/scores"] < 0.1 and lines[0]["objective/kl"] == 0
     assert np.mean([line["objective/scores"] for line in lines[-3:]]) > 0.4
     assert lines[-1]["objective/kl"] > 1 and lines[-1]["eval_objective/scores"] > 0.3
@@ -983,13 +918,14 @@ def test_a_user_drives_a_word_up(place, world, tmp_path):
     for line in lines:  # what was sampled is what was logged
         kept = (out / "rollouts" / f"{line['step']}.jsonl").read_text().splitlines()
         kept = [json.loads(answer) for answer in kept]
-        assert sorted(answer["id"] for answer in kept) == sorted(row["id"] for row in ROWS for _ in range(6))
+        ids = sorted(row["id"] for row in ONE_TURN for _ in range(6))
+        assert sorted(answer["id"] for answer in kept) == ids
         assert all(answer["score"] in (0, answer["answer"].split().count("red")) for answer in kept)
         for name, key in (("kl", "kl"), ("scores", "score"), ("rlhf_reward", "total")):
             mean = np.mean([answer[key] for answer in kept])
             assert mean == pytest.approx(line[f"objective/{name}"], rel=1e-4, abs=1e-5)
     inside("ppo", *files(place, "rewards.py:red"), *BANDIT, "--kl_coef", 2, "--out", tmp_path / "held")
-    held = figures(tmp_path / "held")
+    held = tiny.log(tmp_path / "held")
     assert max(line["objective/kl"] for line in held[-3:]) < 0.5 * lines[-1]["objective/kl"]
 
 
@@ -998,14 +934,14 @@ def test_an_evaluation_changes_nothing(run, place):
     keyed samples, the same every time while the policy stays."""
     expected, _ = run(*TWICE)
     out, _ = run(*TWICE, "--eval_data", place / "rows.json", "--eval_every", 1)
-    lines = [{k: v for k, v in line.items() if not k.startswith("eval_")} for line in figures(out)]
-    assert lines == figures(expected)
+    lines = [{k: v for k, v in line.items() if not k.startswith("eval_")} for line in tiny.log(out)]
+    assert lines == tiny.log(expected)
     assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    assert len({line["eval_objective/scores"] for line in figures(out)}) == 2
+    assert len({line["eval_objective/scores"] for line in tiny.log(out)}) == 2
     still, _ = run(*still_run(place))
-    first, second = ({k: v for k, v in line.items() if k.startswith("eval_")} for line in figures(still))
+    first, second = ({k: v for k, v in line.items() if k.startswith("eval_")} for line in tiny.log(still))
     assert first == second and abs(first["eval_objective/kl"]) < 1e-5
-    assert {name.removeprefix("eval_") for name in first} < figures(still)[0].keys()
+    assert {name.removeprefix("eval_") for name in first} < tiny.log(still)[0].keys()
 
 
 def still_run(place):
@@ -1028,7 +964,7 @@ def test_critic_warmup(place, world, tmp_path, monkeypatch):
     assert all(torch.equal(policy[name], tensor) for name, tensor in policy_then.items())
     moved = {name for name in critic if not torch.equal(critic[name], critic_then[name])}
     assert moved == {name for name in critic if name.startswith(CRITIC)}
-    first, second = figures(tmp_path / "out")
+    first, second = tiny.log(tmp_path / "out")
     assert "grad_norm/policy" not in first and first["grad_norm/critic"] > 0 < second["grad_norm/policy"]
     assert first["policy/approxkl"] < 1e-10 < second["policy/approxkl"]
     export = load_file(tmp_path / "out" / "model.safetensors")
@@ -1044,7 +980,7 @@ def test_kl_stop(run):
     assert (stopped / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
     ours, theirs = state(critic), state(critic_of_one)
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    assert figures(stopped)[0]["policy/approxkl"] > 1e-9 / 2  # of two steps, the first at 0
+    assert tiny.log(stopped)[0]["policy/approxkl"] > 1e-9 / 2  # of two steps, the first at 0
 
 
 def adapted(model):
@@ -1055,7 +991,7 @@ def test_lora(run, place, world):
     """--lora_rank: no second model is built as the reference; the KL starts at 0; the base stays bit for
     bit; the export has the adapters merged, and transformers reads it."""
     out, (policy, reward, critic) = run("--lora_rank", 4, "--max_steps", 2, "--lr", "1e-2")
-    first, second = figures(out)
+    first, second = tiny.log(out)
     assert abs(first["objective/kl"]) < 1e-5 < abs(second["objective/kl"])
     base, weights = load_file(place / "model" / "model.safetensors"), state(policy)
     assert all(torch.equal(weights[name], tensor) for name, tensor in base.items())
@@ -1116,210 +1052,16 @@ def test_ptx_is_mixed_in(run, place, world, tmp_path):
     inside("sft", *files(place)[:2], "--data", place / "turns.json", *files(place)[6:], "--out",
            tmp_path / "sft", "--batch_size", 5, "--micro_batch", 5, "--max_steps", 8, "--lr", 0)
     losses = np.reshape([line["loss"] for line in tiny.log(tmp_path / "sft")], (2, 4))
-    assert [line["loss/ptx"] for line in figures(out)] == pytest.approx(losses.mean(1).tolist(), rel=1e-5)
+    assert [line["loss/ptx"] for line in tiny.log(out)] == pytest.approx(losses.mean(1).tolist(), rel=1e-5)
     nothing = ("--critic", "policy", "--kl_coef", 0, "--missing_eos_score", 0, "--batch_size", 10)
     base = load_file(place / "model" / "model.safetensors")
     for mixed in ((), ("--ptx_data", place / "turns.json")):
         out, _ = run(*nothing, *mixed, reward="rewards.py:nought")
-        export, (line,) = load_file(out / "model.safetensors"), figures(out)
+        export, (line,) = load_file(out / "model.safetensors"), tiny.log(out)
         moved = {name for name in base if not torch.equal(base[name], export[name])}
         assert moved == ({name for name in base if name.startswith(PARTS)} if mixed else set())
         assert line["loss/policy"] == 0 and ("loss/ptx" in line) == bool(mixed)
 
-
-# ---- two ranks and one ----
-
-# five rows in steps of one row a rank: three rounds, the last of them without a row on rank 1
-RANKS = ["--micro_batch", 1, "--max_new", 12, "--ppo_epochs", 1, "--score_clip", 2, "--whiten_rewards"]
-ONE = {"gathered": [], "normalised": ["--normalize_scores", "--max_steps", 2]}
-TWO = {**ONE, "sharded": ["--rollout", "sharded"]}
-
-
-def recorded_runs(place, folder, cases):
-    """Runs in one process group; each rank writes down the answers that it has judged, and their scores."""
-    judged, scores = [], ppo.Judge.scores
-
-    def recording_scores(judge, rollout, processor):
-        found = scores(judge, rollout, processor)
-        answers = [(e.index, ids.tolist()) for e in rollout.examples for ids in e.answers]
-        judged.extend([*answer, score] for answer, score in zip(answers, found.tolist(), strict=True))
-        return found
-    ppo.Judge.scores = recording_scores
-    try:
-        for name, argv in cases.items():
-            judged.clear()
-            inside("ppo", *files(place), *SMALL, *RANKS, *argv, "--eval_data", place / "rows.json", "--out",
-                   folder / name)
-            (folder / name / f"judged{dist.get_rank()}.json").write_text(json.dumps(judged))
-    finally:
-        ppo.Judge.scores = scores
-
-
-def judged(out):
-    found = [answer for path in sorted(out.glob("judged*.json")) for answer in json.loads(path.read_text())]
-    return sorted(found, key=lambda answer: answer[:2])
-
-
-def assert_same_figures(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
-
-
-@pytest.fixture(scope="module")
-def one_rank(place, world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    recorded_runs(place, folder, ONE)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def two_ranks(place, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    return tiny.spread(functools.partial(recorded_runs, place, folder, TWO), 2, timeout=120), folder
-
-
-@pytest.mark.parametrize("case", TWO)
-def test_two_ranks_do_what_one_does(case, place, one_rank, two_ranks):
-    """Ranks whose answers end at different times, one of them short of rows, gathered or in step, of scores
-    on the first iteration's scale: they sample the very tokens that one rank does, for held-out prompts too,
-    log the same iterations and move every weight alike."""
-    done, folder = two_ranks
-    assert done.code == 0, done.err
-    ours, theirs = folder / case, one_rank / (case if case in ONE else "gathered")
-    ours_said, theirs_said = judged(ours), judged(theirs)
-    assert [answer[:2] for answer in ours_said] == [answer[:2] for answer in theirs_said]
-    assert len(ours_said) == 20 * len(figures(theirs)) + 20
-    assert len({len(ids) for _, ids, _ in ours_said}) > 3
-    close([score for *_, score in ours_said], [score for *_, score in theirs_said], 1e-4)
-    for our_line, their_line in zip(figures(ours), figures(theirs), strict=True):
-        assert_same_figures(our_line, their_line)
-    base = load_file(place / "model" / "model.safetensors")
-    exports = [load_file(out / "model.safetensors") for out in (ours, theirs)]
-    for name, start in base.items():
-        our_move, their_move = (export[name] - start for export in exports)
-        assert (our_move - their_move).abs().mean() <= 0.05 * their_move.abs().mean(), name
-        assert their_move.any() == name.startswith(PARTS), name
-
-
-# ---- killed and resumed ----
-
-# iterations of 2 micro-batches and 4 optimiser steps; what a checkpoint has to hold beside the weights
-KILLED = ["--max_steps", 3, "--save_every", 1, "--target_kl", 0.5, "--kl_horizon", 100, "--normalize_scores",
-          "--max_new", 10, "--critic_warmup", 1]
-
-
-def killed(place):
-    return [*files(place), *SMALL, *KILLED, "--ptx_data", place / "turns.json"]
-
-
-def in_call(name, number):
-    """Dies in the number-th call of a function of ppo.py."""
-    holder, name = (ppo.Judge, "scores") if name == "scores" else (ppo, name)
-    original, calls = getattr(holder, name), []
-
-    def dying(*args):
-        calls.append(name)
-        if len(calls) == number:
-            die()
-        return original(*args)
-    setattr(holder, name, dying)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(place, world, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "out"
-    *_, critic = inside("ppo", *killed(place), "--out", out)
-    first, second, third = (line["beta"] for line in figures(out))
-    assert first == second != third  # the policy first moved in the second: β stays through the warm-up
-    return out, state(critic)
-
-
-KILLS = {  # how the run dies; the iteration whose checkpoint is the last whole one
-    "generate": (functools.partial(in_call, "roll_out", 4), 1),
-    "score": (functools.partial(in_call, "scores", 4), 1),
-    "forward": (functools.partial(in_call, "forward_passes", 6), 2),
-    "advantages": (functools.partial(in_call, "advantages_of", 2), 1),
-    "update": (functools.partial(in_call, "minibatch_gradients", 11), 2),
-    "save": (functools.partial(in_save, 2, "half"), 1)}
-
-
-@pytest.mark.parametrize("kill", KILLS)
-def test_killed_and_resumed_is_uninterrupted(kill, place, uninterrupted, tmp_path):
-    """kill -9 at any stage of an iteration, then --resume: the log, with its adapted β, normalised scores and
-    losses of rows of fine-tuning, the policy and the critic are bit for bit those of a run that went
-    through."""
-    (prepare, last), (whole, expected) = KILLS[kill], uninterrupted
-    out, argv = tmp_path / "out", [*killed(place), "--out", tmp_path / "out"]
-    assert fork("ppo", *argv, prepare=prepare).code == -signal.SIGKILL
-    assert not (out / "model.safetensors").exists()
-    assert fsdp.checkpoint_steps(out)[-1] == last
-    *_, critic = inside("ppo", *argv, "--resume")
-    assert figures(out) == figures(whole)
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in state(critic).items())
-    assert not list(out.glob("**/*.part"))
-
-
-# ---- what a user sees ----
-
-WRONG = {  # {} is the folder that all of it is in; the options come after good ones
-    "rollout batch": (["--rollout_batch", 7], "got --rollout_batch 7, need a multiple of --batch_size 5"),
-    "no reward model": (["--reward_model", ""], "--reward_model is needed: what rm.py leaves, or FILE.py:F"),
-    "no score": (["--reward_model", "{}/model"], "model: no score.safetensors, need a reward model: what rm"),
-    "no folder": (["--reward_model", "{}/nowhere"], "need a checkpoint folder or a hub id"),
-    "tokenizer": (["--reward_model", "{}/other"], "other: its tokenizer is not that of {}/model, need the s"),
-    "no file": (["--reward_model", "{}/nowhere.py:red"], "no such file {}/nowhere.py"),
-    "no function": (["--reward_model", "{}/rewards.py:NOTHING"], "no function NOTHING in {}/rewards.py"),
-    "not a function": (["--reward_model", "{}/rewards.py:number"], "no function number in {}/rewards.py"),
-    "no finite score": (["--reward_model", "{}/rewards.py:not_a_number", "--critic", "policy"],
-                        "need a finite number each: [nan"),
-    "too few scores": (["--reward_model", "{}/rewards.py:short", "--critic", "policy"],
-                       "--reward_model's function gave 1 scores for 2 answers, need a finite number each"),
-    "no critic": (["--reward_model", "{}/rewards.py:red"], "give --critic policy"),
-    "temperature": (["--temperature", 0], "got --temperature 0.0, need more than 0"),
-    "part": (["--train", "vision"], "got --train vision, need projector, llm or both"),
-    "ptx rows": (["--ptx_data", "{}/asked.json"], "got no answer"),
-    "eval data": (["--eval_data", "{}/nowhere.json"], "no such file"),
-    "length": (["--max_len", 20], "none of 10 rows fits --max_len 20"),
-    "tokens": (["--max_new", 0], "got --max_new 0, need at least 1"),
-    "empty rollout": (["--rollout_batch", 0], "got --rollout_batch 0, need at least 1"),
-    "no samples": (["--samples_per_prompt", 0], "got --samples_per_prompt 0, need at least 1"),
-    "no epochs": (["--ppo_epochs", 0], "got --ppo_epochs 0, need at least 1"),
-    "clip range": (["--clip_range", 0], "got --clip_range 0.0, need "),
-    "value clip": (["--value_clip", 0], "got --value_clip 0.0, need "),
-    "KL horizon": (["--target_kl", 1, "--kl_horizon", 19], "got --kl_horizon 19.0, need at least an iter"),
-}
-
-
-AFTER_THE_START = {"too few scores", "no finite score"}  # found in the first iteration
-
-
-def said(monkeypatch, capfd, *argv):
-    """What is left on the terminal by a run that fails, in this process."""
-    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, argv)])
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        fsdp.run(ppo.main)
-    return tiny.Run(exit.value.code, *capfd.readouterr())
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_said(wrong, place, world, tmp_path, monkeypatch, capfd):
-    """The last line on the terminal says it, the exit code is 2, and --out is not there."""
-    tiny.write_rows(place / "asked.json", [{**ROWS[0], "conversations": ROWS[0]["conversations"][:1]}])
-    given, message = WRONG[wrong]
-    done = said(monkeypatch, capfd, *files(place), *SMALL, "--out", tmp_path / "out",
-                *[str(option).format(place) for option in given])
-    assert message.format(place) in done.error and done.code == 2, done.err
-    assert "Traceback" not in done.err
-    assert wrong in AFTER_THE_START or not (tmp_path / "out").exists()
-
-
-# ---- what has no answer, or one that is easily wrong ----
 
 @pytest.mark.parametrize("ended, scores, message", [
     (0, [1.0, 2.0, 3.0], "but 0 of the first iteration's answers have their end token: raise --max_new"),

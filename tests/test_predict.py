@@ -1,4 +1,4 @@
-"""predict.py: answers, samples and scores against transformers; the same file on one rank and on two."""
+"""predict.py: answers, samples and scores against transformers."""
 import functools
 import json
 import math
@@ -9,24 +9,12 @@ import torch
 import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import MIXED, fork
-
-ROWS = [  # one turn each
-    {**row, "conversations": row["conversations"][:2]} for row in MIXED]
+from tiny import ONE_TURN, fork
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A checkpoint that has learned its rows well enough to end its answers, pictures, rows."""
-    folder = tmp_path_factory.mktemp("predict")
-    tiny.make_model(folder / "start")
-    tiny.make_images(folder / "images")
-    tiny.write_rows(folder / "rows.json", ROWS)
-    done = fork("sft", "--model", folder / "start", "--data", folder / "rows.json", "--images",
-                folder / "images", "--out", folder / "model", "--batch_size", 10, "--micro_batch", 10,
-                "--max_steps", 35, "--lr", "1e-2", "--workers", 0, "--template", "vicuna")
-    assert done.code == 0, done.err
-    return folder
+@pytest.fixture(scope="session")
+def place(trained):
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +60,8 @@ def test_greedy_answers_are_transformers(place, predict, oracle):
     banned = [processor.tokenizer.pad_token_id, processor.tokenizer.convert_tokens_to_ids("<image>")]
     done, text = predict("--micro_batch", 4)
     found = lines(text)
-    assert [line["id"] for line in found] == [row["id"] for row in ROWS]
-    for row, line in zip(ROWS, found):
+    assert [line["id"] for line in found] == [row["id"] for row in ONE_TURN]
+    for row, line in zip(ONE_TURN, found):
         given = inputs(row, processor, place)
         with torch.no_grad():
             ids = model.generate(**given, max_new_tokens=20, do_sample=False, suppress_tokens=banned)
@@ -88,19 +76,6 @@ def test_greedy_answers_are_transformers(place, predict, oracle):
     assert len({line["answer"] for line in found}) > 3  # it learned to look at what is asked
     right = sum(line["answer"] == line["label"] for line in found)
     assert 0 < right and f"10 rows, 0 too long, 0 cut, exact match {right / 10:.4f} of 10" in done.out
-
-
-MODES = {"greedy": ["--micro_batch", 3], "samples": ["--micro_batch", 3, "--num_samples", 3],
-         "score": ["--micro_batch", 3, "--score"]}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_two_ranks_write_the_same_file(mode, predict):
-    """Byte for byte, in the rows' order, with a rank that runs out of rows; weights sharded or gathered."""
-    one = predict(*MODES[mode])[1]
-    assert predict(*MODES[mode], ranks=2)[1] == one
-    assert predict(*MODES[mode], "--sharded", ranks=2)[1] == one
-    assert [line["id"] for line in lines(one)] == [row["id"] for row in ROWS]
 
 
 def test_samples_do_not_depend_on_the_batch(predict):
@@ -127,7 +102,7 @@ def test_scores_are_transformers(place, predict, oracle):
     """--score: the summed log-probability of each of a row's answers, end token included, and its length."""
     model, processor = oracle
     rows = [{**row, "conversations": [row["conversations"][0], {"from": "gpt", "value": answers}]}
-            for row, answers in zip(ROWS, (["a red circle", "no"], "yes", ["a", "a blue star", "no"]))]
+            for row, answers in zip(ONE_TURN, (["a red circle", "no"], "yes", ["a", "a blue star", "no"]))]
     tiny.write_rows(place / "ranked.json", rows)
     for row, line in zip(rows, lines(predict("--score", data="ranked.json")[1]), strict=True):
         assert "answer" not in line and "label" not in line
@@ -149,7 +124,7 @@ def test_a_sampled_logprob_is_its_score(place, predict):
     """What --num_samples says of an answer, --score says of it too, where it ended by itself."""
     sampled = lines(predict("--micro_batch", 3, "--num_samples", 3)[1])
     rows = [{**row, "conversations": [row["conversations"][0], {"from": "gpt", "value": [
-        a["text"] for a in line["answers"]]}]} for row, line in zip(ROWS, sampled)
+        a["text"] for a in line["answers"]]}]} for row, line in zip(ONE_TURN, sampled)
         if all(a["text"] for a in line["answers"])]
     tiny.write_rows(place / "sampled.json", rows)
     scored = {line["id"]: line["answers"] for line in lines(predict("--score", data="sampled.json")[1])}
@@ -160,8 +135,8 @@ def test_a_sampled_logprob_is_its_score(place, predict):
 
 def test_a_row_without_room_has_no_answer(predict, place):
     """--max_len below a row's prompt: its answer is null, in its place, and it counts as too long."""
-    tiny.write_rows(place / "long.json", [ROWS[1], {**ROWS[3], "conversations": [
-        {"from": "human", "value": "What is it? " * 60}, {"from": "gpt", "value": "a star"}]}, ROWS[0]])
+    tiny.write_rows(place / "long.json", [ONE_TURN[1], {**ONE_TURN[3], "conversations": [
+        {"from": "human", "value": "What is it? " * 60}, {"from": "gpt", "value": "a star"}]}, ONE_TURN[0]])
     done, text = predict("--max_len", 150, data="long.json")
     answers = [line["answer"] for line in lines(text)]
     assert answers[1] is None and answers[0] is not None and answers[2] is not None
@@ -172,7 +147,7 @@ def test_a_row_without_room_has_no_answer(predict, place):
 
 def test_rows_without_an_answer_have_no_label(predict, place):
     """Prompts alone are answered; there is no label and no exact match then."""
-    prompts = [{**row, "conversations": row["conversations"][:1]} for row in ROWS]
+    prompts = [{**row, "conversations": row["conversations"][:1]} for row in ONE_TURN]
     tiny.write_rows(place / "prompts.json", prompts)
     done, text = predict("--micro_batch", 4, data="prompts.json")
     assert all("label" not in line for line in lines(text)) and "exact match" not in done.out
@@ -197,44 +172,7 @@ def test_a_user_predicts_on_two_ranks(place, predict, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["answers.jsonl"]
 
 
-WRONG = {
-    "folder": (["--out", "{}"], "which is a folder, need a .jsonl file"),
-    "greedy samples": (["--num_samples", 2, "--temperature", 0], "need a temperature above 0"),
-    "no data": (["--data", "{}/nowhere.json"], "no such file"),
-    "nothing to score": (["--data", "{}/asked.json", "--score"], "got no answer"),
-    "no samples": (["--num_samples", 0], "--num_samples 0"),
-    "no tokens": (["--max_new", 0], "--max_new 0"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_said(wrong, place, tmp_path):
-    """One line that says it, exit code 2, and no file."""
-    tiny.write_rows(place / "asked.json", [{**ROWS[0], "conversations": ROWS[0]["conversations"][:1]}])
-    options, message = WRONG[wrong]
-    done = fork("predict", "--model", place / "model", "--data", place / "rows.json", "--images",
-                place / "images", "--out", tmp_path / "out.jsonl", *[str(o).format(place) for o in options])
-    assert message in done.error and done.code == 2, done.err
-    assert not list(tmp_path.iterdir())
-
-
 # ---- rewards ----
-
-@pytest.fixture(scope="module")
-def judges(place):
-    """Reward models: one with the policy's tower, one with a tower of its own, one with another template."""
-    tiny.write_rows(place / "pairs.json", tiny.RANKED)
-    for name, train in {"judge": "projector,llm", "own tower": "projector,llm,vision"}.items():
-        done = fork("rm", "--model", place / "model", "--data", place / "pairs.json", "--images",
-                    place / "images", "--out", place / name, "--batch_size", 7, "--max_steps", 3, "--lr",
-                    "1e-2", "--workers", 0, "--train", train, "--warmup", 0)
-        assert done.code == 0, done.err
-    tiny.shutil.copytree(place / "judge", place / "other words")
-    tiny.shutil.copy(tiny.ROOT / "templates" / "llama2.jinja", place / "other words" / "chat_template.jinja")
-    tiny.shutil.copytree(place / "judge", place / "more words")
-    jinja = place / "more words" / "chat_template.jinja"
-    jinja.write_text(jinja.read_text().replace("A chat between", "A polite chat between"))
-    return place
 
 
 def reward_by_transformers(folder):
@@ -249,19 +187,19 @@ def reward_by_transformers(folder):
     return reward
 
 
-@pytest.mark.parametrize("name", ["judge", "own tower", "other words"])
-def test_rewards_are_transformers(name, judges, predict):
+@pytest.mark.parametrize("name", ["reward", "tower", "llama2"])
+def test_rewards_are_transformers(name, place, predict):
     """--score --reward_model: every answer's reward by the reward model's own tower and template; text,
     log-probability and number of tokens as without."""
-    tiny.write_rows(judges / "given.json", GIVEN)
-    reward, processor = reward_by_transformers(judges / name), hf.AutoProcessor.from_pretrained(judges / name)
-    found = lines(predict("--score", "--reward_model", judges / name, data="given.json")[1])
+    tiny.write_rows(place / "given.json", GIVEN)
+    reward, processor = reward_by_transformers(place / name), hf.AutoProcessor.from_pretrained(place / name)
+    found = lines(predict("--score", "--reward_model", place / name, data="given.json")[1])
     plain, rewards = lines(predict("--score", data="given.json")[1]), []
     for row, line, without in zip(GIVEN, found, plain, strict=True):
         answers = row["conversations"][1]["value"]
         for answer, scored in zip(answers if isinstance(answers, list) else [answers], line["answers"],
                                   strict=True):
-            given = inputs(row, processor, judges, answer)
+            given = inputs(row, processor, place, answer)
             assert scored["text"] == answer and given.input_ids[0, -1] == processor.tokenizer.eos_token_id
             rewards.append(scored.pop("reward"))
             assert math.isclose(rewards[-1], reward(given), rel_tol=1e-5, abs_tol=1e-5)
@@ -270,7 +208,7 @@ def test_rewards_are_transformers(name, judges, predict):
 
 
 GIVEN = [{**row, "conversations": [row["conversations"][0], {"from": "gpt", "value": answers}]}
-         for row, answers in zip(ROWS, (["a red circle", "no"], "yes", ["a", "a blue star", "no"],
+         for row, answers in zip(ONE_TURN, (["a red circle", "no"], "yes", ["a", "a blue star", "no"],
                                         ["yes", "no", "a star", "a picture", "a human, a human, a human"],
                                         ["polite", "no"], "a picture"))]
 
@@ -278,10 +216,10 @@ GIVEN = [{**row, "conversations": [row["conversations"][0], {"from": "gpt", "val
 BEST = "--micro_batch", 3, "--num_samples", 3
 
 
-def test_the_best_of_three(judges, predict):
+def test_the_best_of_three(place, predict):
     """Answers and log-probabilities are those drawn without a reward model; the answer is the best rewarded,
     which is not always the first."""
-    found = lines(predict(*BEST, "--reward_model", judges / "judge")[1])
+    found = lines(predict(*BEST, "--reward_model", place / "reward")[1])
     places = []
     for line, without in zip(found, lines(predict(*BEST)[1]), strict=True):
         rewards = [answer.pop("reward") for answer in line["answers"]]
@@ -290,17 +228,8 @@ def test_the_best_of_three(judges, predict):
         assert line["answers"] == without["answers"]
         assert {**line, "answer": 0} == {**without, "answer": 0}
     assert len(set(places)) > 1
-    (one,) = lines(predict("--micro_batch", 3, "--reward_model", judges / "judge")[1])[0]["answers"]
+    (one,) = lines(predict("--micro_batch", 3, "--reward_model", place / "reward")[1])[0]["answers"]
     assert one.keys() == {"text", "logprob", "reward"}  # greedy, and rewarded too
-
-
-@pytest.mark.parametrize("name, options, sharded", [
-    ("judge", BEST, []), ("own tower", BEST, ["--sharded"]),
-    ("judge", ("--micro_batch", 4, "--score"), ["--sharded"])])
-def test_two_ranks_reward_alike(name, options, sharded, judges, predict):
-    """Byte for byte, with a rank that runs out of rows, weights sharded or gathered."""
-    options = *options, "--reward_model", judges / name
-    assert predict(*options, *sharded, ranks=2)[1] == predict(*options)[1]
 
 
 def watched(file):
@@ -324,27 +253,27 @@ def watched(file):
 
 
 @pytest.mark.parametrize("name, options, passes", [
-    ("judge", [], 1), ("own tower", [], 2), ("judge", ["--image_mode", "pad"], 2)])
-def test_an_equal_tower_is_run_once(name, options, passes, judges, tmp_path):
+    ("reward", [], 1), ("tower", [], 2), ("reward", ["--image_mode", "pad"], 2)])
+def test_an_equal_tower_is_run_once(name, options, passes, place, tmp_path):
     """A micro-batch's distinct pictures pass one tower where the reward model's is the policy's and sees them
     alike, else each model's. Each sampled answer has the reward of its very ids in a row of their own, with
     pictures as the reward model sees them."""
-    done = fork("predict", "--model", judges / "model", "--data", judges / "rows.json", "--images",
-                judges / "images", "--out", tmp_path / "out.jsonl", "--max_new", 12, "--workers", 0, *BEST,
-                "--reward_model", judges / name, *options,
+    done = fork("predict", "--model", place / "model", "--data", place / "rows.json", "--images",
+                place / "images", "--out", tmp_path / "out.jsonl", "--max_new", 12, "--workers", 0, *BEST,
+                "--reward_model", place / name, *options,
                 prepare=functools.partial(watched, tmp_path / "seen.json"))
     assert done.code == 0, done.err
     seen = json.loads((tmp_path / "seen.json").read_text())
-    groups, expected = [ROWS[i:i + 3] for i in range(0, len(ROWS), 3)], []
+    groups, expected = [ONE_TURN[i:i + 3] for i in range(0, len(ONE_TURN), 3)], []
     for group in groups:
         paths = [row.get("image") or [] for row in group]
         distinct = {path for p in paths for path in (p if isinstance(p, list) else [p])}
         expected += [len(distinct) or 1] * passes
     assert seen["towers"] == expected
 
-    reward, processor = reward_by_transformers(judges / name), hf.AutoProcessor.from_pretrained(judges / name)
+    reward, processor = reward_by_transformers(place / name), hf.AutoProcessor.from_pretrained(place / name)
     written = [a["reward"] for line in lines((tmp_path / "out.jsonl").read_text()) for a in line["answers"]]
-    assert written == [given["reward"] for given in seen["rewards"]] and len(written) == 3 * len(ROWS)
+    assert written == [given["reward"] for given in seen["rewards"]] and len(written) == 3 * len(ONE_TURN)
     token = processor.tokenizer.convert_tokens_to_ids("<image>")
     for given in seen["rewards"]:
         ids = [i for i in (*given["prompt"], *given["ids"]) for _ in range(tiny.PATCHES if i == token else 1)]
@@ -354,15 +283,18 @@ def test_an_equal_tower_is_run_once(name, options, passes, judges, tmp_path):
         assert math.isclose(given["reward"], expected, rel_tol=1e-5, abs_tol=1e-5)
 
 
-def test_rows_that_do_not_fit_the_reward_model(judges, predict):
+def test_rows_that_do_not_fit_the_reward_model(place, predict):
     """A row too long behind the reward model's own words has no answer, as one too long for the policy; the
     others have those that they have without."""
-    processor = hf.AutoProcessor.from_pretrained(judges / "model")
-    longest = max(inputs(row, processor, judges).input_ids.shape[1] for row in ROWS)
-    found = {name: predict(*BEST, "--max_len", longest + 1, "--reward_model", judges / name)
-             for name in ("judge", "more words")}
-    all_, some = (lines(found[name][1]) for name in ("judge", "more words"))
-    assert "10 rows, 0 too long" in found["judge"][0].out and all(line["answers"] for line in all_)
+    tiny.shutil.copytree(place / "reward", place / "more words")
+    jinja = place / "more words" / "chat_template.jinja"
+    jinja.write_text(jinja.read_text().replace("A chat between", "A polite chat between"))
+    processor = hf.AutoProcessor.from_pretrained(place / "model")
+    longest = max(inputs(row, processor, place).input_ids.shape[1] for row in ONE_TURN)
+    found = {name: predict(*BEST, "--max_len", longest + 1, "--reward_model", place / name)
+             for name in ("reward", "more words")}
+    all_, some = (lines(found[name][1]) for name in ("reward", "more words"))
+    assert "10 rows, 0 too long" in found["reward"][0].out and all(line["answers"] for line in all_)
     left = [line["answers"] is not None for line in some]
     assert 0 < sum(left) < 10 and f"10 rows, {10 - sum(left)} too long" in found["more words"][0].out
     for line, full in zip(some, all_, strict=True):
@@ -370,36 +302,3 @@ def test_rows_that_do_not_fit_the_reward_model(judges, predict):
             assert [a["text"] for a in line["answers"]] == [a["text"] for a in full["answers"]]
         else:
             assert line["answer"] is None and line["id"] == full["id"]
-
-
-def foreign(folder, out):
-    """A reward model whose tokenizer calls one of its tokens by another name."""
-    tiny.shutil.copytree(folder, out)
-    words = json.loads((out / "tokenizer.json").read_text())
-    words["model"]["vocab"]["<nothing>"] = words["model"]["vocab"].pop("<0x00>")
-    (out / "tokenizer.json").write_text(json.dumps(words))
-
-
-WRONG_REWARDS = {  # {} is the folder of it all
-    "no head": (["--reward_model", "{}/model"],
-                "{}/model: no score.safetensors, need a reward model: what rm.py leaves in --out"),
-    "tokenizer": (["--reward_model", "{}/foreign"],
-                  "{}/foreign: its tokenizer is not that of {}/model, need the same"),
-    "nowhere": (["--reward_model", "{}/nowhere"], "need a checkpoint folder or a hub id"),
-    "samples": (["--reward_model", "{}/judge", "--score", "--num_samples", 2], "got --score with options of"),
-    "warm": (["--score", "--temperature", 0.5], "got --score with options of sampling: it takes"),
-    "top_k": (["--score", "--top_k", 5], "got --score with options of sampling"),
-    "top_p": (["--score", "--top_p", 0.5], "got --score with options of sampling"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_REWARDS)
-def test_what_is_wrong_with_a_reward_is_said(wrong, judges, tmp_path):
-    """One line that says it, exit code 2, and no file."""
-    if not (judges / "foreign").exists():
-        foreign(judges / "judge", judges / "foreign")
-    options, message = WRONG_REWARDS[wrong]
-    done = fork("predict", "--model", judges / "model", "--data", judges / "rows.json", "--images",
-                judges / "images", "--out", tmp_path / "out.jsonl", *[str(o).format(judges) for o in options])
-    assert message.replace("{}", str(judges)) in done.error, done.err
-    assert done.code == 2 and "Traceback" not in done.err and not list(tmp_path.iterdir())

@@ -1,5 +1,4 @@
-"""rm.py: its loss by hand, shared rows against rows of their own, what a run leaves, kill and resume, two
-ranks against one.
+"""rm.py: its loss by hand, shared rows against rows of their own, what a run leaves.
 
 A run is rm.py's own main, in forked processes (tiny.py), in fp32 on the CPU, over gloo. Scores of an exported
 model are compared with those that transformers' hidden states and score.safetensors give.
@@ -10,9 +9,6 @@ import functools
 import itertools
 import json
 import math
-import os
-import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,43 +16,17 @@ import tiny
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_fsdp import after_step, assert_same_gradients, assert_same_trace, die, options, reload
-from tiny import fork
+from tiny import MARGINS, assert_same_gradients, fork, options, reload
 
 import data
 import fsdp
 import rm
 
-ROWS = [*tiny.RANKED,  # two, three and five answers, two pictures; and a margin, four answers, three
-        {**tiny.row(7, "p5.png", "What is it?", ["a green star", "a picture, a star"]), "margin": 0.75},
-        tiny.row(8, "p0.png", "Describe it in detail.", ["a red circle " * 3, "no", "star", "yes, an image"]),
-        tiny.row(9, None, "no?", "yes", "yes?", ["a human gives answers.", "no", "yes, yes"])]
-
 ORACLES = Path(__file__).resolve().parents[2] / "shared" / "oracles.json"
 PARTS = {"projector": "multi_modal_projector.", "llm": "language_model.model.", "vision": "vision_tower."}
-UNREACHED = ("vision_tower.vision_model.post_layernorm", "vision_tower.vision_model.encoder.layers.1.")
 
 
-@pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    """A folder with a checkpoint, pictures and ranked rows."""
-    folder = tmp_path_factory.mktemp("rm")
-    tiny.make_model(folder / "model")
-    tiny.make_model(folder / "tied", tie_word_embeddings=True)
-    tiny.make_images(folder / "images")
-    tiny.write_rows(folder / "pairs.json", ROWS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def world():
-    """This process as a world of one."""
-    world = fsdp.launch(options())
-    yield world
-    dist.destroy_process_group()
-
-
-def read(place, processor, rows=ROWS):
+def read(place, processor, rows=MARGINS):
     conversations = [(i, data.read_row(one, str(place / "images"), 2)) for i, one in enumerate(rows)]
     return data.build_examples(conversations, processor, "ranked")[0]
 
@@ -330,7 +300,7 @@ def recorded(file, prepare=None):
 
 
 def files(place):
-    return ["--model", place / "model", "--data", place / "pairs.json", "--images", place / "images",
+    return ["--model", place / "model", "--data", place / "margins.json", "--images", place / "images",
             "--workers", 0]
 
 
@@ -338,8 +308,8 @@ def files(place):
 def run(place):
     """Twelve steps of rm.py on one rank, with held-out rows. → its folder, and what was recorded"""
     done = fork("rm", *files(place), "--out", place / "run", "--batch_size", 5, "--micro_batch", 3, "--lr",
-                "1e-2", "--max_steps", 12, "--warmup", 2, "--eval_data", place / "pairs.json", "--eval_every",
-                4, "--center_rows", 5, "--center_coef", 0.01,
+                "1e-2", "--max_steps", 12, "--warmup", 2, "--eval_data", place / "margins.json",
+                "--eval_every", 4, "--center_rows", 5, "--center_coef", 0.01,
                 prepare=functools.partial(recorded, place / "run.pt"))
     assert done.code == 0, done.err
     return place / "run", torch.load(place / "run.pt"), done
@@ -487,9 +457,9 @@ def test_a_user_trains_a_reward_model(place, tmp_path):
     """python, from another folder, with worker processes and recomputation: the ranking is learned and said,
     and the reward model can be trained on, from the head that it has."""
     out = tmp_path / "out"
-    argv = ["--model", place / "model", "--data", place / "pairs.json", "--images", place / "images",
+    argv = ["--model", place / "model", "--data", place / "margins.json", "--images", place / "images",
             "--batch_size", 10, "--micro_batch", 5, "--warmup", 3, "--lr", "3e-3", "--recompute"]
-    done = tiny.command("rm", *argv, "--out", out, "--max_steps", 20, "--eval_data", place / "pairs.json")
+    done = tiny.command("rm", *argv, "--out", out, "--max_steps", 20, "--eval_data", place / "margins.json")
     assert done.code == 0, done.err
     lines = tiny.log(out)
     assert [line["step"] for line in lines] == list(range(1, 21))
@@ -519,206 +489,3 @@ def test_two_rates(place, tmp_path):
     for name, rate in rates.items():
         assert (kept["exported"][name] - kept["built"][name]).abs().median() == pytest.approx(rate, rel=0.02)
     assert load_file(tmp_path / "out" / "score.safetensors")["bias"].tolist() == [0.0]
-
-
-# ---- killed and resumed ----
-
-def ranked_run(place, out, *argv, **how):
-    argv = ["--train", "projector,llm", "--batch_size", 4, "--micro_batch", 2, "--epochs", 2, "--lr", "1e-2",
-            "--save_every", 1, "--eval_data", place / "pairs.json", "--eval_every", 2, *argv]
-    return fork("rm", *files(place), "--out", out, *argv, **how)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_resumed_is_uninterrupted(ranks, place, tmp_path):
-    """kill -9 in the second epoch, then --resume: log, weights and head are those of a run that went
-    through, bit for bit."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert ranked_run(place, whole, ranks=ranks).code == 0
-    done = ranked_run(place, out, ranks=ranks, prepare=functools.partial(after_step, 4, die))
-    assert done.code == -signal.SIGKILL if ranks == 1 else done.code != 0
-    assert not (out / "model.safetensors").exists() and fsdp.checkpoint_steps(out) == [3]
-    done = ranked_run(place, out, "--resume", ranks=ranks)
-    assert done.code == 0, done.err
-    assert tiny.log(out) == tiny.log(whole) and len(tiny.log(out)) == 6
-    for name in ("model.safetensors", "score.safetensors"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-    assert not list(out.glob("**/*.part"))
-
-
-def test_resumed_without_train(place, tmp_path):
-    """The same command again with --resume, where --train was left at its default: it is a finished run, and
-    resumes to itself."""
-    argv = [*files(place), "--out", tmp_path / "out", "--max_steps", 1, "--batch_size", 2]
-    assert fork("rm", *argv).code == 0
-    assert fork("rm", *argv, "--resume").error == ""
-
-
-# ---- two ranks and one ----
-
-CASES = {  # options of 5 steps; of 5 rows in micro-batches of 2, rank 1 has none in its second
-    "plain": ["--batch_size", 6, "--micro_batch", 2],
-    "micro 1": ["--batch_size", 6, "--micro_batch", 1, "--group_by_length", "no"],
-    "all": ["--batch_size", 5, "--micro_batch", 2, "--train", "projector,llm,vision", "--recompute",
-            "--center_coef", 0.3, "--projector_lr", "1e-3"],
-    "lora": ["--batch_size", 5, "--micro_batch", 2, "--lora_rank", 4],
-    "tied": ["--batch_size", 5, "--micro_batch", 2, "--model", "tied"],
-    "evaluated": ["--batch_size", 6, "--micro_batch", 2, "--eval_data", "pairs.json", "--eval_every", 2],
-}
-EVALUATED = ("eval_accuracy", "eval_margin", "eval_score", "length/q1_mean", "length/q4_std")
-
-
-def run_case(name, ranks, place):
-    """rm.py's main with a case's options, which records the first step's gradients and the weights before."""
-    kept, clip, build = {}, fsdp.clip_gradients, fsdp.build
-
-    def recording_clip(parameters, largest):
-        if "gradients" not in kept:
-            names = {id(p): name for name, p in kept.pop("model").named_parameters()}
-            kept["gradients"] = {names[id(p)]: p.grad.full_tensor().clone() for p in parameters}
-        return clip(parameters, largest)
-
-    def recording_build(*args, **kwargs):
-        model = kept["model"] = build(*args, **kwargs)
-        kept["head"] = model.score.weight.detach().full_tensor().clone()
-        return model
-
-    fsdp.clip_gradients, fsdp.build = recording_clip, recording_build
-    out = place / f"{name}-{ranks}"
-    sys.argv = ["rm.py", "--model", "model", "--data", "pairs.json", "--images", "images", "--out", str(out),
-                "--max_steps", "5", "--lr", "3e-3", "--workers", "0", "--save_every", "0",
-                *map(str, CASES[name])]
-    rm.main()
-    if dist.get_rank() == 0:
-        torch.save(kept, out / "kept.pt")
-    fsdp.clip_gradients, fsdp.build = clip, build
-
-
-def run_cases(ranks, place):
-    """All cases in one process group, which starts once."""
-    start = dist.init_process_group
-    dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or start(*args, **kwargs)
-    os.chdir(place)
-    for name in CASES:
-        run_case(name, ranks, place)
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="session")
-def runs(place):
-    """Every case on one rank and on two. → (case, ranks) → what was kept, log, weights, head"""
-    done = {ranks: tiny.spread(functools.partial(run_cases, ranks, place), ranks) for ranks in (1, 2)}
-
-    @functools.cache
-    def read(name, ranks):
-        out = place / f"{name}-{ranks}"
-        assert (out / "kept.pt").exists(), done[ranks].err
-        weights = load_file(out / "model.safetensors")
-        return torch.load(out / "kept.pt"), tiny.log(out), weights, load_file(out / "score.safetensors")
-    return read
-
-
-def assert_same_figures(ours, theirs):
-    """Losses, gradient norms and rates of five steps to 1e-5; differences of scores more loosely."""
-    assert_same_trace(ours, theirs)
-    for a, b in zip(ours, theirs):
-        for key in ("accuracy", "margin", "score"):
-            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), (key, a, b)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_do_what_one_does(case, runs):
-    """The new head and the first gradients; losses, gradient norms and figures of five steps; the bias: with
-    rows of two to five answers, and with a rank that has no rows."""
-    (one, expected, _, theirs), (two, trace, _, ours) = runs(case, 1), runs(case, 2)
-    assert torch.equal(one["head"], two["head"])
-    assert_same_gradients(two["gradients"], one["gradients"])
-    assert_same_figures(trace, expected)
-    assert ours["bias"] == pytest.approx(theirs["bias"], rel=1e-4, abs=1e-4) and theirs["bias"] != 0
-
-
-def test_rows_and_not_micro_batches_are_averaged(runs):
-    """Six micro-batches of one row, with two to five answers, are three of two."""
-    for ranks in (1, 2):
-        assert_same_gradients(runs("micro 1", ranks)[0]["gradients"], runs("plain", 1)[0]["gradients"])
-        assert_same_figures(runs("micro 1", ranks)[1], runs("plain", 1)[1])
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_evaluation_between_steps_changes_nothing(ranks, runs):
-    """Losses, weights, head and bias bit for bit those without; its figures do not depend on the ranks."""
-    _, trace, weights, head = runs("evaluated", ranks)
-    _, expected, theirs, their_head = runs("plain", ranks)
-    assert [line["step"] for line in trace if "eval_accuracy" in line] == [2, 4, 5]
-    assert [{key: line[key] for key in expected[0]} for line in trace] == expected
-    assert all(torch.equal(weights[name], tensor) for name, tensor in theirs.items())
-    assert all(torch.equal(head[name], tensor) for name, tensor in their_head.items())
-    for ours, one in zip(trace, runs("evaluated", 1)[1]):
-        for key in EVALUATED if "eval_accuracy" in one else ():
-            assert ours[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), key
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("case", ["plain", "all", "lora", "tied"])
-def test_the_trained_parts_of_a_case(case, ranks, place, runs):
-    """Every trained tensor has a gradient and moves; the LM head, unless tied, and all else stay."""
-    kept, _, weights, head = runs(case, ranks)
-    before = load_file(place / ("tied" if case == "tied" else "model") / "model.safetensors")
-    parts = {"all": "projector,llm,vision", "lora": ""}.get(case, "projector,llm")
-    trained = {name for name in before if name.startswith(tuple(PARTS[p] for p in parts.split(",") if p))
-               and not name.startswith(UNREACHED)} if parts else {
-        name for name in before if name.startswith("language_model.model.layers.") and "_proj." in name}
-    moved = {name for name, tensor in weights.items() if not torch.equal(tensor, before[name])}
-    assert moved == trained and "language_model.lm_head.weight" not in moved
-    graded = {name for name in kept["gradients"] if name != "score.weight"}
-    assert case == "lora" or graded == trained
-    assert case != "lora" or graded and all(".lora_" in name for name in graded)
-    assert "score.weight" in kept["gradients"] and "score.bias" not in kept["gradients"]
-    assert not torch.equal(head["weight"], kept["head"])
-
-
-# ---- what a user sees ----
-
-def human(i, answers, **more):
-    return {**tiny.row(i, "p0.png", "What?", answers), **more}
-
-
-NAMED = "bad.json: row 1 (id row 1): "
-WRONG = {  # rows after a good one, options → what is said
-    "one answer": ([human(1, "no")], [], NAMED + "got 1 answer, need 2 or more, best first"),
-    "one in a list": ([human(1, ["no"])], [], NAMED + "got 1 answer, need 2 or more"),
-    "no answer": ([tiny.row(1, "p0.png", "What?")], [], NAMED + "got no answer"),
-    "margin of three": ([human(1, ["a", "star", "no"], margin=1)], [],
-                        NAMED + "got the margin 1, 3 answers; need a number from 0, and two"),
-    "margin in words": ([human(1, ["a star", "no"], margin="significantly")], [],
-                        NAMED + "got the margin 'significantly', 2 answers; need a number"),
-    "held-out": ([human(1, "no")], ["--data", "{}/pairs.json", "--eval_data", "{}/bad.json"],
-                 NAMED + "got 1 answer, need 2 or more"),
-    "part": ([], ["--train", "projector,head"], "got --train projector,head, need any of projector,llm,"),
-    "projector": ([], ["--train", "llm", "--projector_lr", 1], "but --train llm has no projector"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_said(wrong, place, tmp_path):
-    """The last line on the terminal says it, the exit code is 2, and --out is not there."""
-    rows, more, message = WRONG[wrong]
-    folder = tmp_path / "data"
-    folder.mkdir()
-    tiny.write_rows(folder / "bad.json", [ROWS[0], *rows])
-    tiny.write_rows(folder / "pairs.json", ROWS)
-    more = [str(option).format(folder) for option in more]
-    done = fork("rm", *files(place), "--data", folder / "bad.json", "--out", tmp_path / "out", *more)
-    assert message in done.error and "Traceback" not in done.err, done.err
-    assert done.code == 2 and not (tmp_path / "out").exists()
-    assert "\n" not in done.error
-
-
-def test_bad_rows_are_skipped_when_asked(place, tmp_path):
-    bad = [human(10, "no"), human(11, ["a star", "no", "yes"], margin=1)]
-    tiny.write_rows(tmp_path / "bad.json", [*ROWS, *bad])
-    done = fork("rm", *files(place), "--data", tmp_path / "bad.json", "--skip_bad_rows", "--out",
-                tmp_path / "out", "--max_steps", 1, "--batch_size", 4)
-    assert done.code == 0, done.err
-    assert "(id row 10): got 1 answer" in done.out and "(id row 11): got the margin" in done.out
-    assert "2 of 12 rows are bad" in done.out and "10 rows, 1 steps" in done.out

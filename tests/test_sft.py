@@ -1,7 +1,5 @@
-"""sft.py: its loss by hand, runs as a user starts them, and what a user sees who gets something wrong."""
-import json
+"""sft.py: its loss by hand, and runs as a user starts them."""
 import math
-import os
 import sys
 from types import SimpleNamespace
 
@@ -12,18 +10,6 @@ from safetensors.torch import load_file
 from tiny import MIXED, fork
 
 import sft
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a checkpoint, pictures and rows, and everything that the table of errors needs."""
-    folder = tmp_path_factory.mktemp("sft")
-    peer = tiny.make_model(folder / "model")
-    tiny.make_images(folder / "images")
-    tiny.write_rows(folder / "rows.json", MIXED)
-    peer.model.language_model.config.save_pretrained(folder / "llama")
-    spoil(folder)
-    return folder
 
 
 def files(place):
@@ -162,125 +148,6 @@ def test_two_learning_rates_and_decay(place, tmp_path):
         assert (moves["plain"][name] - before[name]).abs().median() == pytest.approx(rate, rel=0.02)
         decayed = moves["plain"][name] - (rate * 0.5 * before[name] if before[name].ndim > 1 else 0)
         assert torch.allclose(moves["decay"][name], decayed, atol=1e-6)
-
-
-# ---- what a user sees ----
-
-def spoil(folder):
-    """Files and folders that something is wrong with."""
-    (folder / "not.json").write_text('[{"id": 1},')
-    (folder / "empty.json").write_text("")
-    tiny.write_rows(folder / "lost.json", [*MIXED, tiny.row(10, "nowhere.png", "What?", "no")])
-    (folder / "images" / "torn.png").write_bytes((folder / "images" / "p3.png").read_bytes()[:900])
-    tiny.write_rows(folder / "torn.json", [*MIXED, tiny.row(10, "torn.png", "What?", "no")])
-    tiny.write_rows(folder / "outside.json", [tiny.row(0, "../model/config.json", "What?", "no")])
-    tiny.write_rows(folder / "asked.json", [tiny.row(0, "p0.png", "<image> and <image>?", "no")])
-    turned = {"id": "turned", "conversations": [{"from": "gpt", "value": "no"}]}
-    tiny.write_rows(folder / "order.json", [turned])
-    tiny.write_rows(folder / "silent.json", [tiny.row(0, "p0.png", "What?", " ")])
-    tiny.write_rows(folder / "prompt.json", [tiny.row(0, "p0.png", "What?")])
-    for name in ("bare", "mute", "torn", "broken", "other"):
-        tiny.shutil.copytree(folder / "model", folder / name)
-    os.remove(folder / "bare" / "tokenizer.json")
-    os.remove(folder / "mute" / "chat_template.jinja")
-    weights = folder / "torn" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    (folder / "broken" / "config.json").write_text('{"text_config": ')
-    config = json.loads((folder / "other" / "config.json").read_text())
-    (folder / "other" / "config.json").write_text(json.dumps({**config, "image_token_index": 7}))
-    (folder / "unrelated").mkdir()
-    (folder / "unrelated" / "thesis.tex").write_text("years of work")
-    (folder / "file").write_text("")
-    (folder / "earlier").mkdir()
-    (folder / "earlier" / "args.json").write_text(json.dumps({"lr": 1}))
-
-
-WRONG = {  # {} is the folder that all of it is in; the options come after good ones
-    "part": (["--train", "projector,llama"], "got --train projector,llama, need any of projector,llm,vision"),
-    "no part": (["--train", ""], "need any of projector,llm,vision"),
-    "no model": (["--model", "{}/nowhere"], "need a checkpoint folder or a hub id; there is no such folder"),
-    "hub id": (["--model", "nobody/nothing"], "got 'nobody/nothing', need a checkpoint folder or a hub id"),
-    "llama": (["--model", "{}/llama"], "got --model of the kind 'llama', need a LLaVA; give a LLaMA as"),
-    "config": (["--model", "{}/images"], "no config.json: need a checkpoint folder"),
-    "broken config": (["--model", "{}/broken"], "broken/config.json"),
-    "tokenizer": (["--model", "{}/bare"], "no tokenizer.json; make one: python -c"),
-    "another tokenizer": (["--model", "{}/other"], "the tokenizer is of another checkpoint"),
-    "template": (["--model", "{}/mute"], "has no chat template: give --template vicuna|llama2|llama3|pl"),
-    "torn weights": (["--model", "{}/torn"], "torn/model.safetensors"),
-    "no data": (["--data", "{}/nowhere.json"], "need a .json, .jsonl or .txt file: no such file"),
-    "not json": (["--data", "{}/not.json"], "not.json: not JSON"),
-    "empty": (["--data", "{}/empty.json"], "empty.json: got no rows"),
-    "picture": (["--data", "{}/lost.json"], "lost.json: row 10 (id row 10): no such picture: {}/images"),
-    "torn picture": (["--data", "{}/torn.json"], "(id row 10): cannot read the picture {}/images/torn.png"),
-    "outside": (["--data", "{}/outside.json"], "(id row 0): got the image '../model/config.json', outside"),
-    "placeholders": (["--data", "{}/asked.json"], "(id row 0): got 2 <image> placeholders for 1 images"),
-    "order": (["--data", "{}/order.json"], "(id turned): got turns from ['gpt'], need human and gpt in turn"),
-    "no words": (["--data", "{}/silent.json"], "(id row 0): got the answer"),
-    "no answer": (["--data", "{}/prompt.json"], "(id row 0): got no answer"),
-    "eval data": (["--eval_data", "{}/lost.json"], "lost.json: row 10 (id row 10): no such picture"),
-    "length": (["--max_len", 20], "none of 10 rows fits --max_len 20: raise it"),
-    "replicas": (["--replicas", 3], "got --replicas 3, need a divisor of the 1 ranks"),
-    "batch": (["--batch_size", 0], "got --batch_size 0, need at least 1"),
-    "workers": (["--workers", -1], "--workers -1"),
-    "clipping": (["--grad_clip", -1], "--grad_clip -1"),
-    "wandb": (["--wandb", "project"], "pip install wandb"),
-    "both models": (["--llm", "{}/llama", "--clip", "{}/clip"], "got --model and --llm"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_said(wrong, place, tmp_path):
-    """The last line on the terminal says it, the exit code is 2, and --out is not there."""
-    options, message = WRONG[wrong]
-    options = [str(option).format(place) for option in options]
-    done = fork("sft", *files(place), "--out", tmp_path / "out", "--workers", 0, "--max_steps", 1, *options)
-    assert message.format(place) in done.error, done.err
-    assert done.code == 2 and "Traceback" not in done.err
-    assert not (tmp_path / "out").exists()
-
-
-WRONG_OUT = {
-    "unrelated": (["--out", "{}/unrelated"], "unrelated, neither empty nor an earlier run: choose another"),
-    "overwritten": (["--out", "{}/unrelated", "--overwrite"], "neither empty nor an earlier run"),
-    "resumed": (["--out", "{}/unrelated", "--resume"], "neither empty nor an earlier run"),
-    "a file": (["--out", "{}/file"], "file, which is a file, need a folder"),
-    "a run": (["--out", "{}/earlier"], "earlier, which holds a run: give --resume or --overwrite"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_OUT)
-def test_nothing_is_lost_by_a_command(wrong, place):
-    """A folder that something else stands in, a file, an earlier run: refused, and left as they are."""
-    options, message = WRONG_OUT[wrong]
-    before = sorted(path for path in place.rglob("*") if path.is_file())
-    done = fork("sft", *files(place), "--workers", 0, *[option.format(place) for option in options])
-    assert message in done.error and done.code == 2, done.err
-    assert sorted(path for path in place.rglob("*") if path.is_file()) == before
-
-
-def test_a_model_has_to_be_given_whole(place, tmp_path):
-    """--llm without --clip, --model without --data."""
-    done = fork("sft", "--llm", place / "llama", "--data", place / "rows.json", "--out", tmp_path / "out")
-    assert done.code == 2 and "--llm and --clip go together" in done.error
-    done = fork("sft", "--model", place / "model", "--out", tmp_path / "out")
-    assert done.code == 2 and "--data is needed with --model" in done.error
-    assert not (tmp_path / "out").exists()
-
-
-def test_two_ranks_say_it_once(place, tmp_path):
-    """What only rank 0 finds ends the others too, and nobody prints a traceback."""
-    done = fork("sft", *files(place), "--model", "nobody/nothing", "--out", tmp_path / "out", ranks=2)
-    assert done.code == 2 and "need a checkpoint folder or a hub id" in done.error
-    assert "Traceback" not in done.err and done.err.count("error: ") == 1
-
-
-def test_bad_rows_are_skipped_when_asked(place, tmp_path):
-    """--skip_bad_rows names each and goes on with the rest."""
-    done = fork("sft", *files(place), "--data", place / "torn.json", "--skip_bad_rows", "--out",
-                tmp_path / "out", "--workers", 0, "--max_steps", 1, "--batch_size", 4)
-    assert done.code == 0, done.err
-    assert "row 10 (id row 10): cannot read the picture" in done.out and "1 of 11 rows are bad" in done.out
-    assert "10 rows, 1 steps" in done.out
 
 
 def test_cut_and_skipped_rows_are_counted(place, tmp_path):

@@ -4,6 +4,9 @@ The model has random weights, large enough for every part to matter: a CLIP towe
 projector and a LLaMA (2 layers, width 32) with a tokenizer of LLaMA's kind. transformers' model with the same
 weights, `peer`, is what tests compare with.
 """
+import argparse
+import base64
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -11,6 +14,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -32,7 +36,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers as hf  # noqa: E402
 from PIL import Image  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 
 PATCHES = 4  # of a picture of 16 × 16 in patches of 8 × 8
@@ -206,6 +210,13 @@ RANKED = [  # answers best first: two, three and five of them, of unequal length
 ]
 
 
+MARGINS = [*RANKED,  # and a margin, four answers, three after an earlier turn
+           {**row(7, "p5.png", "What is it?", ["a green star", "a picture, a star"]), "margin": 0.75},
+           row(8, "p0.png", "Describe it in detail.", ["a red circle " * 3, "no", "star", "yes, an image"]),
+           row(9, None, "no?", "yes", "yes?", ["a human gives answers.", "no", "yes, yes"])]
+ONE_TURN = [{**one, "conversations": one["conversations"][:2]} for one in MIXED]
+
+
 def best(rows, n):
     """The same rows with the best n of their answers; one stands by itself, not in a list."""
     rows = json.loads(json.dumps(rows))
@@ -217,15 +228,107 @@ def best(rows, n):
 PAIRS = best(RANKED, 2)
 
 
+REWARDS = """
+def red(row, texts):
+    assert row["conversations"][0]["from"] == "human"
+    return [text.split().count("red") for text in texts]
+
+def nought(row, texts):
+    return [0.0] * len(texts)
+
+def short(row, texts):
+    return [1.0] * (len(texts) - 1)
+
+def not_a_number(row, texts):
+    return [float("nan")] * len(texts)
+
+number = 3
+"""
+
+
 def write_rows(path, rows):
     path.write_text(json.dumps(rows))
     return path
 
 
 def log(out):
-    """log.jsonl's objects, without the speed."""
+    """log.jsonl's objects, without what the clock says."""
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    clock = ("tokens_per_second", "seconds/")
+    return [{key: value for key, value in line.items() if not key.startswith(clock)} for line in lines]
+
+
+def swap_tokens(folder, a="<0x00>", b="<0x01>"):
+    """Exchanges the ids of two tokens of the tokenizer in a folder: it is another one then."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def make_reward_model(folder, policy, seed=1, tower=True):
+    """Another LLaVA with a scalar head. tower: behind the policy's vision tower."""
+    make_model(folder, seed=seed)
+    shutil.copy(policy / "processor_config.json", folder)
+    tensors = load_file(folder / "model.safetensors")
+    if tower:
+        policy = load_file(policy / "model.safetensors")
+        tensors |= {name: tensor for name, tensor in policy.items() if name.startswith("vision_tower.")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed)) / 5
+    save_file({"weight": weight, "bias": torch.tensor([0.3])}, folder / "score.safetensors")
+
+
+# ---- comparing ----
+
+def options(**changes):
+    """What a script makes of a command line with nothing on it, and changes."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module("fsdp").arguments(parser)
+    args = parser.parse_args([])
+    vars(args).update({"template": "vicuna", "images": "", **changes})
+    return args
+
+
+def reload(folder, dtype=torch.float32):
+    """transformers' model from an exported folder; nothing missing, nothing left over."""
+    load = hf.LlavaForConditionalGeneration.from_pretrained
+    peer, info = load(folder, output_loading_info=True, dtype=dtype)
+    assert not any(info.values()), info
+    return peer.eval()
+
+
+def assert_same_gradients(ours, theirs, tolerance=1e-5):
+    """Relative norms, tensor by tensor. Where a gradient is zero but for rounding (a key's bias has none),
+    relative to the largest."""
+    assert ours.keys() == theirs.keys() and ours
+    floor = 1e-3 * max(tensor.norm() for tensor in theirs.values())
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= tolerance * max(tensor.norm(), floor), name
+
+
+def assert_same_log(ours, theirs, tolerance=1e-5):
+    """Every step once and every metric: losses, gradient norms and rates to `tolerance`, the others, which
+    may be small differences of large numbers, to 1e-4."""
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs):
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            exact = key in ("loss", "grad_norm", "lr", "step")
+            limit = tolerance * abs(value) if exact else 1e-4 * max(1, abs(value))
+            assert abs(a[key] - value) <= limit, (key, a, b)
+
+
+def assert_same_run(out, expected):
+    """The log, every exported file and the last checkpoints' tensors are the same, bit for bit."""
+    def content(folder):
+        files = [path for path in folder.rglob("*") if path.is_file()
+                 and path.name not in ("args.json", "log.jsonl", ".metadata", ".lock")]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    assert log(out) == log(expected)
+    ours, theirs = content(out), content(expected)
+    assert ours.keys() == theirs.keys() and any(name.endswith(".safetensors") for name in theirs)
+    assert [name for name in theirs if ours[name] != theirs[name]] == []
 
 
 # ---- running a script ----
@@ -241,6 +344,7 @@ class Run:
     code: int
     out: str
     err: str
+    seconds: float = 0.0
 
     @property
     def error(self):
@@ -334,3 +438,150 @@ def rank_main(function, rank, ranks, port, logs):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     function()
+
+
+# ---- how a run ends early: for the argument `prepare` of fork() and Job ----
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail():
+    raise RuntimeError("a bug")
+
+
+def fill_disk(folder):
+    """Leaves no room on a file system, until the file `ballast` is removed."""
+    with contextlib.suppress(OSError), open(Path(folder) / "ballast", "wb", buffering=0) as f:
+        while f.write(bytes(4096)):
+            pass
+
+
+def at_path(event, pattern, act=die, after=False):
+    """Calls act() when Python is about to do something with a path: an audit event (open, os.rename,
+    os.mkdir, shutil.rmtree, …; os.replace is os.rename too) one of whose arguments matches. after: when it is
+    done, at the next event of any kind."""
+    state = "waiting"
+
+    def hook(name, arguments):
+        nonlocal state
+        if state == "waiting" and name == event and any(
+                isinstance(a, str | os.PathLike) and re.search(pattern, os.fspath(a)) for a in arguments):
+            state = "next"
+            if after:
+                return
+        if state == "next":
+            state = "done"
+            act()
+    sys.addaudithook(hook)
+
+
+def at_optimizer_step(number, act=die, rank=0):
+    """Calls act() on one rank before the number-th step of any optimiser: gradients are there, and no weight
+    has moved."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def counted(optimizer, *args, **kwargs):
+        calls.append(number)
+        if len(calls) == number and os.environ.get("RANK", "0") == str(rank):
+            act()
+        return step(optimizer, *args, **kwargs)
+    torch.optim.AdamW.step = counted
+
+
+class Job:
+    """A script as a user starts it, `python` or for several ranks torchrun, that signals reach while it runs.
+    prepare: as of fork(); what it patches has to be in a module of tests/.
+
+        with Job("sft", *argv, "--out", out, ranks=2) as job:
+            job.wait(lambda: len(job.log()) >= 3)       # or job.wait(lambda: "rows" in job.out())
+            job.signal(signal.SIGKILL, to=1)            # rank 1; to="launcher" (torchrun's process); to="all"
+            done = job.end()                            # a Run, with the seconds since the last signal
+
+    end() and the end of the block assert that no process of the job is left."""
+
+    def __init__(self, script, *argv, ranks=1, prepare=None, cwd=None, **env):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        self.argv, self.ranks = [*map(str, argv)], ranks
+        file = [ROOT / "tests" / "tiny.py", script] if prepare else [ROOT / f"{script}.py"]
+        self.marker = f"{os.getpid()}-{time.monotonic_ns()}"
+        env |= {"TINY_JOB": self.marker, "TINY_PREPARE": base64.b64encode(pickle.dumps(prepare)).decode()}
+        self.folder = tempfile.TemporaryDirectory()
+        streams = {name: open(Path(self.folder.name) / name, "w") for name in ("stdout", "stderr")}
+        command = [sys.executable, *(torchrun if ranks > 1 else []), *file, *self.argv]
+        self.launcher = subprocess.Popen(command, env={**os.environ, **env}, cwd=cwd or self.folder.name,
+                                         start_new_session=True, **streams)
+        self.since = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        left = self.processes()
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.launcher.wait()
+        self.folder.cleanup()
+        assert not left, f"still there: {left}"
+
+    def out(self, stream="stdout"):
+        return (Path(self.folder.name) / stream).read_text()
+
+    def log(self):
+        """The complete lines of log.jsonl so far."""
+        path = Path(self.argv[self.argv.index("--out") + 1]) / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [line for line in lines if line.endswith("\n")]
+
+    def processes(self):
+        """The job's processes that still run → {pid: its rank, None for torchrun's own and for helpers}."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                environment = dict(item.partition("=")[::2]
+                                   for item in (folder / "environ").read_text(errors="replace").split("\0"))
+                state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+                if environment.get("TINY_JOB") == self.marker and state not in "ZX":
+                    own = int(folder.name) == self.launcher.pid if self.ranks == 1 else (
+                        int(parent) == self.launcher.pid and "RANK" in environment)
+                    found[int(folder.name)] = int(environment.get("RANK", 0)) if own else None
+        return found
+
+    def wait(self, condition, timeout=120):
+        """Until condition(); fails if the job ends before, or after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.launcher.poll() is None, (self.launcher.poll(), self.out(), self.out("stderr"))
+            assert time.monotonic() < deadline, (timeout, self.out(), self.out("stderr"))
+            time.sleep(0.02)
+
+    def signal(self, number, to="launcher"):
+        """to: "launcher", "all" (every process, as a scheduler does), or a rank."""
+        pids = {"launcher": [self.launcher.pid], "all": [*self.processes()]}.get(to) or [
+            pid for pid, rank in self.processes().items() if rank == to]
+        assert pids, (to, self.processes())
+        for pid in pids:
+            os.kill(pid, number)
+        self.since = time.monotonic()
+
+    def end(self, timeout=90):
+        """Waits for the end. → Run, whose seconds are those since the last signal"""
+        try:
+            code = self.launcher.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError((f"still running after {timeout} s", self.processes(), self.out(),
+                                  self.out("stderr"))) from None
+        seconds = time.monotonic() - self.since
+        while self.processes() and time.monotonic() - self.since < seconds + 2:
+            time.sleep(0.05)  # torchrun's children may outlive it by a moment
+        assert not self.processes(), self.processes()
+        return Run(code, self.out(), self.out("stderr"), seconds)
+
+
+if __name__ == "__main__":  # a Job with `prepare`
+    main(sys.argv[1], sys.argv[2:], pickle.loads(base64.b64decode(os.environ["TINY_PREPARE"])))

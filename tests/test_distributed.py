@@ -1,0 +1,726 @@
+"""What is the same for every script: two ranks do what one does; a run that was killed and is resumed is one
+that was not; what the user got wrong is one line; and what is left when a run ends early.
+
+Runs are the scripts' own main in forked processes (tiny.py) or, where signals matter, python and torchrun
+(tiny.Job), in fp32 on the CPU, over gloo. Paths in options are below `place` (conftest.py), {} is its name.
+"""
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tiny import (
+    assert_same_gradients,
+    assert_same_log,
+    assert_same_run,
+    at_optimizer_step,
+    at_path,
+    fork,
+    inside,
+)
+
+import fsdp
+
+DATA = {"sft": "rows", "rm": "margins", "dpo": "ranked", "ppo": "trained/rows", "predict": "trained/rows"}
+FILES = {script: f"--model model --data {data}.json --images images --workers 0"
+         for script, data in DATA.items()}
+FILES["ppo"] += " --model trained/model --reward_model trained/reward"
+FILES["predict"] += " --model trained/model --max_new 20 --micro_batch 3"
+PPO = (" --batch_size 5 --rollout_batch 10 --micro_batch 5 --samples_per_prompt 2 --max_new 8 --ppo_epochs 2"
+       " --max_steps 1 --lr 1e-3 --show_every 0")
+
+
+@pytest.fixture(scope="session")
+def folder(place, trained):
+    """`place`, with `trained` in it. Relative paths start there."""
+    if not (place / "trained").exists():
+        (place / "trained").symlink_to(trained)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def inside_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+# ---- two ranks and one ----
+
+START = {  # five steps, of records of unequal lengths
+    "sft": " --max_steps 5 --lr 1e-2 --save_every 0", "rm": " --max_steps 5 --lr 3e-3 --save_every 0",
+    "dpo": " --max_steps 5 --lr 2e-3 --save_every 0", "predict": "",
+    # five records in steps of one a rank: three rounds, and rank 1 has none in the last
+    "ppo": PPO + " --micro_batch 1 --max_new 12 --ppo_epochs 1 --score_clip 2 --whiten_rewards"
+           " --save_rollouts --eval_data trained/rows.json"}
+LORA = "--batch_size 5 --micro_batch 2 --lora_rank 3 --lora_alpha 6 --save_adapter"
+ALL = "--train projector,llm,vision"
+CASES = {
+    "sft": {
+        "plain": "--batch_size 6 --micro_batch 2",
+        "micro 1": "--batch_size 8 --micro_batch 1 --group_by_length no",
+        "micro 8": "--batch_size 8 --micro_batch 8 --group_by_length no",
+        "empty": "--batch_size 5 --micro_batch 2",  # rank 1 has no record in its second micro-batch
+        "one record": "--batch_size 1 --micro_batch 1",  # rank 1 has none at all
+        "text": "--batch_size 4 --micro_batch 2 --data text.json",  # a rank's are text alone
+        "all text": "--batch_size 4 --micro_batch 2 --data all_text.json",
+        "projector": "--batch_size 4 --micro_batch 2 --data text.json --train projector",
+        "llm": "--batch_size 5 --micro_batch 2 --train llm",
+        "vision": "--batch_size 5 --micro_batch 2 --train vision",
+        "all": f"--batch_size 5 --micro_batch 2 {ALL}",
+        "recompute": f"--batch_size 5 --micro_batch 2 {ALL} --recompute",
+        "lora": f"{LORA} --train projector,llm",
+        "tied": "--batch_size 6 --micro_batch 2 --model tied",
+        "evaluated": "--batch_size 6 --micro_batch 2 --eval_data rows.json --eval_every 2",
+        "replicas": "--batch_size 6 --micro_batch 2 --replicas {ranks}",
+        "short": "--batch_size 6 --micro_batch 1 --max_steps 2"},
+    "rm": {
+        "plain": "--batch_size 6 --micro_batch 2",
+        "micro 1": "--batch_size 6 --micro_batch 1 --group_by_length no",
+        "all": f"--batch_size 5 --micro_batch 2 {ALL} --recompute --center_coef 0.3 --projector_lr 1e-3",
+        "lora": LORA,
+        "tied": "--batch_size 5 --micro_batch 2 --model tied",
+        "evaluated": "--batch_size 6 --micro_batch 2 --eval_data margins.json --eval_every 2"},
+    "dpo": {
+        "plain": "--data pairs.json --batch_size 6 --micro_batch 2 --sft_coef 0.5",
+        "ranked": "--batch_size 5 --micro_batch 2",
+        "one record": "--batch_size 1 --micro_batch 1",
+        "ipo": "--data pairs.json --batch_size 5 --micro_batch 2 --loss ipo --length_norm --ref_model other",
+        "lora": f"{LORA} --train projector,llm",
+        "evaluated": "--data pairs.json --batch_size 6 --micro_batch 2 --sft_coef 0.5 --eval_data ranked.json"
+                     " --eval_every 2"},
+    "ppo": {
+        "gathered": "", "sharded": "--rollout sharded",
+        "normalised": "--normalize_scores --max_steps 2"},
+    "predict": {
+        "greedy": "", "samples": "--num_samples 3", "score": "--score --data trained/turns.json",
+        "best of 3": "--num_samples 3 --reward_model trained/reward",
+        "best of 3, its own tower": "--num_samples 3 --reward_model trained/tower",
+        "rewarded": "--score --reward_model trained/reward --data ranked.json",
+        **{f"{name}, sharded": f"--sharded {options}" for name, options in {
+            "greedy": "", "samples": "--num_samples 3", "score": "--score --data trained/turns.json",
+            "best of 3, its own tower": "--num_samples 3 --reward_model trained/tower",
+            "rewarded": "--score --reward_model trained/reward --data ranked.json"}.items()}},
+}
+TRAINING = [(script, case) for script in CASES if script != "predict" for case in CASES[script]]
+UNREACHED = ("vision_tower.vision_model.post_layernorm", "vision_tower.vision_model.encoder.layers.1.")
+
+
+def recorded(script, argv):
+    """A run in this process, and the gradients that each optimiser's first step has. → {name: gradient}"""
+    step, gradients, stepped = torch.optim.AdamW.step, {}, set()
+
+    def recording_step(optimizer, *args, **kwargs):
+        if id(optimizer) not in stepped:
+            stepped.add(id(optimizer))
+            gradients.update({id(p): p.grad.full_tensor().clone() for group in optimizer.param_groups
+                              for p in group["params"]})
+        return step(optimizer, *args, **kwargs)
+    torch.optim.AdamW.step = recording_step
+    try:
+        models = inside(script, *argv)
+    finally:
+        torch.optim.AdamW.step = step
+    return {name if i == 0 else f"{i} {name}": gradients[id(p)] for i, model in enumerate(models)
+            for name, p in model.named_parameters() if id(p) in gradients}
+
+
+def run_cases(script, ranks, names, folder, out):
+    """Cases of a script in one process group, which starts once."""
+    os.chdir(folder)
+    fsdp.launch(SimpleNamespace(replicas=1, images=""))
+    for name in names:
+        options = f"{FILES[script]}{START[script]} {CASES[script][name]}".format(ranks=ranks).split()
+        target = out / (f"{name}.jsonl" if script == "predict" else name)
+        gradients = recorded(script, [*options, "--out", target])
+        if dist.get_rank() == 0 and script != "predict":
+            torch.save(gradients, target / "gradients.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def runs(folder, tmp_path_factory):
+    """(script, case, ranks) → what that run leaves; all cases of a script are run at once."""
+    @functools.cache
+    def run(script, ranks, names):
+        out = tmp_path_factory.mktemp(f"{script}-{ranks}")
+        names = names or [*CASES[script]]
+        return out, tiny.spread(functools.partial(run_cases, script, ranks, names, folder, out), ranks)
+
+    def get(script, case, ranks, names=()):
+        out, done = run(script, ranks, names)
+        path = out / (f"{case}.jsonl" if script == "predict" else case)
+        assert path.is_file() or (path / "gradients.pt").exists(), done.err
+        return path
+    return get
+
+
+def gradients(out):
+    return torch.load(out / "gradients.pt")
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def options_of(script, case):
+    words = f"{FILES[script]}{START[script]} {CASES[script][case]}".split()
+    return {word: after for word, after in zip(words, [*words[1:], ""]) if word.startswith("--")}
+
+
+def base(folder, script, case):
+    return load_file(folder / options_of(script, case)["--model"] / "model.safetensors")
+
+
+@pytest.mark.parametrize("script, case", TRAINING)
+def test_two_ranks_do_what_one_does(script, case, folder, runs):
+    """The first step's gradients, the log of every step, what was sampled and how far every exported weight
+    has moved are equal to rounding: with unequal lengths, micro-batches without an image or a record, every
+    part frozen in turn, adapters, tied embeddings, and two replicas."""
+    one, two = (runs(script, case, ranks) for ranks in (1, 2))
+    assert_same_gradients(gradients(two), gradients(one))
+    assert_same_log(tiny.log(two), tiny.log(one))
+    start, ours, theirs = base(folder, script, case), weights(two), weights(one)
+    assert ours.keys() == theirs.keys() == start.keys()
+    for name in start:
+        if not name.endswith("k_proj.bias"):  # Adam makes full steps of its gradient, which is rounding alone
+            far = (theirs[name] - start[name]).abs().mean()
+            assert (ours[name] - theirs[name]).abs().mean() <= 0.05 * far, name
+    for file in one.glob("**/*"):
+        if file.suffix == ".safetensors" and file.name != "model.safetensors":  # score, adapter
+            ours, theirs = load_file(two / file.relative_to(one)), load_file(file)
+            for name in theirs:
+                assert (ours[name] - theirs[name]).norm() <= 1e-3 * theirs[name].norm(), name
+        if file.parent.name == "rollouts":
+            lines = (two / "rollouts" / file.name).read_text().splitlines(), file.read_text().splitlines()
+            for ours, theirs in zip(*(map(json.loads, text) for text in lines), strict=True):
+                assert all(ours.pop(key) == theirs.pop(key) for key in ("id", "answer"))
+                assert theirs and ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES["predict"])
+def test_two_ranks_write_the_same_file(case, runs):
+    """predict.py: byte for byte, in the records' order, with a rank that runs out of records; weights sharded
+    or gathered."""
+    expected = runs("predict", case.removesuffix(", sharded"), 1).read_bytes()
+    assert runs("predict", case, 2).read_bytes() == expected
+    assert len(expected.splitlines()) >= 7 and len(set(expected.splitlines())) == len(expected.splitlines())
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_more_ranks_than_cores_do_what_one_does(ranks, runs):
+    """Four ranks, and eight of which two have no record: the losses of one."""
+    many, one = runs("sft", "short", ranks, ("short",)), runs("sft", "short", 1)
+    assert_same_log(tiny.log(many), tiny.log(one))
+    assert_same_gradients(gradients(many), gradients(one))
+
+
+def trained_by(script, case, start):
+    """The names of the exported tensors that a case's options train."""
+    options = options_of(script, case)
+    names = set()
+    if "--lora_rank" in options:
+        layers = "language_model.model.layers."
+        names = {name for name in start if name.startswith(layers) and "_proj." in name}
+    train = options.get("--train", "llm" if names else "projector,llm").split(",")
+    parts = {"projector": "multi_modal_projector.", "vision": "vision_tower.",
+             "llm": "language_model.model." if script == "rm" else "language_model."}
+    prefixes = tuple(parts[part] for part in train if not (names and part == "llm"))
+    return names | {name for name in start if name.startswith(prefixes) and not name.startswith(UNREACHED)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("script, case", TRAINING)
+def test_what_is_trained_moves_and_nothing_else(script, case, ranks, folder, runs):
+    """Every trained tensor is another, every frozen one the checkpoint's, bit for bit. Frozen too: what the
+    forward pass does not reach (the tower's layers above the one that is used; a reward model's LM head)."""
+    start, after = base(folder, script, case), weights(runs(script, case, ranks))
+    moved = {name for name in start if not torch.equal(after[name], start[name])}
+    expected = trained_by(script, case, start)
+    assert moved == (expected if case != "all text" else {
+        name for name in expected if name.startswith("language_model.")})
+    if "--lora_rank" not in CASES[script][case]:
+        graded = {name for name in gradients(runs(script, case, ranks)) if name in start}
+        assert graded == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("script, many, one", [("sft", "micro 1", "micro 8"), ("rm", "micro 1", "plain")])
+def test_accumulation_is_the_larger_batch(script, many, one, ranks, runs):
+    """Micro-batches of one record, with few targets or many, two answers or five, are those of several."""
+    many, one = runs(script, many, ranks), runs(script, one, 1)
+    assert_same_gradients(gradients(many), gradients(one))
+    assert_same_log(tiny.log(many), tiny.log(one))
+
+
+def test_recomputed_activations_change_nothing(runs):
+    """--recompute: the same gradients and losses."""
+    recomputed, plain = (runs("sft", case, 1) for case in ("recompute", "all"))
+    assert_same_gradients(gradients(recomputed), gradients(plain), 1e-6)
+    assert_same_log(tiny.log(recomputed), tiny.log(plain), 1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_all_text_step_leaves_the_projector_alone(ranks, runs):
+    """Zero-weighted images keep the ranks in step, and give the projector a gradient of exactly zero."""
+    found = gradients(runs("sft", "all text", ranks))
+    assert not any(t.any() for name, t in found.items() if name.startswith("multi_modal_projector"))
+    assert any(t.any() for name, t in found.items() if name.startswith("language_model"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("script", ["sft", "rm", "dpo"])
+def test_an_evaluation_between_steps_changes_nothing(script, ranks, runs):
+    """--eval_every 2 of five steps: metrics at 2, 4 and 5; log, gradients and exported files are bit for bit
+    those of a run without."""
+    evaluated, plain = (runs(script, case, ranks) for case in ("evaluated", "plain"))
+    trace, expected = tiny.log(evaluated), tiny.log(plain)
+    assert [line["step"] for line in trace if len(line) > len(expected[0])] == [2, 4, 5]
+    assert [{key: line[key] for key in expected[0]} for line in trace] == expected
+    for file in ("gradients.pt", "model.safetensors", *(["score.safetensors"] if script == "rm" else [])):
+        assert (evaluated / file).read_bytes() == (plain / file).read_bytes(), file
+
+
+# ---- killed and resumed ----
+
+SAVED = " --save_every 1 --lr 1e-2 --batch_size 4 --micro_batch 2"
+LONG = {  # the last optimisation is that of the third epoch; evaluations and the fixed reference on the way
+    "sft": FILES["sft"] + SAVED + " --epochs 3",  # of 10 records: 3 steps an epoch, the last of them short
+    "rm": FILES["rm"] + SAVED + " --epochs 2 --eval_data pairs.json --eval_every 2",
+    "dpo": FILES["dpo"] + SAVED + " --max_steps 5 --eval_data pairs.json --eval_every 2",
+    "ppo": FILES["ppo"] + PPO + " --max_steps 3 --save_every 1 --target_kl 0.5 --kl_horizon 100 --max_new 10"
+           " --normalize_scores --critic_warmup 1 --ptx_data trained/turns.json",
+}
+STEPS = {"sft": 9, "rm": 6, "dpo": 5, "ppo": 3}
+ADAPTERS = " --lora_rank 3 --save_adapter --max_steps 3"
+
+
+def before_saving(step):
+    """The step is logged, and nothing of its checkpoint is there."""
+    return functools.partial(at_path, "os.mkdir", rf"step_{step}\.part$")
+
+
+def in_update(number, act=tiny.die, rank=0):
+    """Gradients are there, and no weight has moved."""
+    return functools.partial(at_optimizer_step, number, act, rank=rank)
+
+
+DATA_WRITTEN = functools.partial(at_path, "open", r"step_5\.part/.*metadata")
+RENAME = functools.partial(at_path, "os.rename")
+KILLS = {  # script, ranks and options; where the run dies; the last complete checkpoint
+    "sft: before the first save": ("sft", 1, "", before_saving(1), None),
+    "sft: at an epoch's last step": ("sft", 1, "", before_saving(3), 2),
+    "sft: at an epoch's first step": ("sft", 1, "", before_saving(4), 3),
+    "sft: data written, not what completes them": ("sft", 1, "", DATA_WRITTEN, 4),
+    "sft: before the rename": ("sft", 1, "", functools.partial(RENAME, r"step_5\.part$"), 4),
+    "sft: after the rename": ("sft", 1, "", functools.partial(RENAME, r"step_5\.part$", after=True), 5),
+    "sft: in the export": ("sft", 1, "", functools.partial(RENAME, r"export\.part/\w"), 9),
+    "sft: rank 1, in the second epoch": ("sft", 2, "", in_update(6, rank=1), 5),
+    "sft: two ranks, in a save": ("sft", 2, "", DATA_WRITTEN, 4),
+    "sft: two ranks, adapters": ("sft", 2, ADAPTERS, before_saving(2), 1),
+    "rm: in the second epoch": ("rm", 1, "", before_saving(4), 3),
+    "rm: two ranks, adapters": ("rm", 2, ADAPTERS, before_saving(2), 1),
+    "dpo: before the reference is written": (
+        "dpo", 1, "", functools.partial(RENAME, r"/reference\.json$"), None),
+    "dpo: adapters": ("dpo", 1, ADAPTERS, before_saving(2), 1),
+    "dpo: two ranks": ("dpo", 2, "", before_saving(5), 4),
+    "ppo: in the first update of the policy": ("ppo", 1, "", in_update(6), 1),
+    "ppo: in the last iteration": ("ppo", 1, "", in_update(16), 2),
+    "ppo: two ranks": ("ppo", 2, "", in_update(16), 2),
+}
+
+
+def long_run(script, ranks, options, out, *more, **how):
+    return fork(script, *(LONG[script] + options).split(), "--out", out, *more, ranks=ranks, **how)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(folder, tmp_path_factory):
+    @functools.cache
+    def run(script, ranks=1, options=""):
+        out = tmp_path_factory.mktemp("uninterrupted") / "out"
+        done = long_run(script, ranks, options, out)
+        assert done.code == 0, done.err
+        assert [line["step"] for line in tiny.log(out)] == [*range(1, 1 + (3 if options else STEPS[script]))]
+        return out
+    return run
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_killed_and_resumed_is_uninterrupted(kill, uninterrupted, tmp_path):
+    """kill -9, then --resume: the log, every exported file and the last checkpoint (weights, optimisers,
+    PPO's critic, β and score moments) are those of a run that went through."""
+    script, ranks, options, prepare, last = KILLS[kill]
+    out, expected = tmp_path / "out", uninterrupted(script, ranks, options)
+    done = long_run(script, ranks, options, out, prepare=prepare)
+    assert done.code == -signal.SIGKILL if ranks == 1 else done.code != 0, done.err
+    assert not (out / "model.safetensors").exists()
+    assert (fsdp.checkpoint_steps(out) or [None])[-1] == last
+    assert (out / "reference.json").exists() == (script == "dpo" and last is not None)
+    done = long_run(script, ranks, options, out, "--resume")
+    assert done.code == 0, done.err
+    assert_same_run(out, expected)
+
+
+def test_one_rank_resumes_what_two_began(uninterrupted, tmp_path):
+    """On another number of ranks the checkpoint loads, and the run is the same to rounding."""
+    assert long_run("sft", 2, "", tmp_path / "out", prepare=before_saving(6)).code != 0
+    done = long_run("sft", 1, "", tmp_path / "out", "--resume")
+    assert done.code == 0, done.err
+    assert_same_log(tiny.log(tmp_path / "out"), tiny.log(uninterrupted("sft", 2)), 1e-4)
+
+
+@pytest.mark.parametrize("script", LONG)
+def test_a_finished_run_resumes_to_itself(script, uninterrupted, tmp_path):
+    """The same command with --resume (--train at its default) writes the export again, and no step more."""
+    out = tmp_path / "out"
+    tiny.shutil.copytree(uninterrupted(script), out)
+    os.remove(out / "model.safetensors")
+    done = long_run(script, 1, "", out, "--resume")
+    assert done.code == 0, done.err
+    assert_same_run(out, uninterrupted(script))
+
+
+STOPPED = 0  # exit code of a run that SIGTERM has ended
+CHECKPOINTS = 1  # that are kept
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_first(ranks, uninterrupted, tmp_path):
+    """SIGTERM to any rank: the step in hand is finished and saved, and --resume goes on from it."""
+    out = tmp_path / "out"
+    prepare = in_update(4, tiny.terminate, rank=ranks - 1)
+    done = long_run("sft", ranks, " --save_every 0", out, prepare=prepare)
+    assert done.code == STOPPED, done.err
+    assert "stopped by SIGTERM after step 4" in done.out and fsdp.checkpoint_steps(out) == [4]
+    assert not (out / "model.safetensors").exists()
+    done = long_run("sft", ranks, "", out, "--resume")
+    assert done.code == 0, done.err
+    assert_same_run(out, uninterrupted("sft", ranks))
+
+
+def test_the_last_checkpoints_stay(tmp_path):
+    """--save_every 2 of nine steps: the last step is saved too, and older ones are removed."""
+    assert long_run("sft", 1, " --save_every 2", tmp_path / "out").code == 0
+    assert fsdp.checkpoint_steps(tmp_path / "out") == [2, 4, 6, 8, 9][-CHECKPOINTS:]
+
+
+def test_resume_with_other_options_is_refused(uninterrupted, tmp_path):
+    """What would make it another run is named; what only concerns memory or saving may differ."""
+    tiny.shutil.copytree(uninterrupted("sft"), tmp_path / "out")
+    done = long_run("sft", 1, " --lr 2e-2 --save_every 2 --micro_batch 1", tmp_path / "out", "--resume")
+    assert done.code == 2 and "--lr 0.01 then, 0.02 now" in done.error
+    assert "--save_every" not in done.error and "--micro_batch" not in done.error
+    assert_same_run(tmp_path / "out", uninterrupted("sft"))
+
+
+def test_overwrite_starts_afresh(uninterrupted, tmp_path):
+    """--overwrite leaves nothing of the earlier run: no checkpoint, log line or weights file."""
+    out = tmp_path / "out"
+    tiny.shutil.copytree(uninterrupted("sft"), out)
+    save_file({"old": torch.ones(1)}, out / "model-00001-of-00002.safetensors")
+    assert long_run("sft", 1, "", out, "--overwrite", prepare=before_saving(2)).code != 0
+    assert not list(out.glob("model*")) and not (out / "config.json").exists()
+    assert [line["step"] for line in tiny.log(out)] == [1, 2] and fsdp.checkpoint_steps(out) == [1]
+
+
+def test_what_a_run_leaves_behind(uninterrupted):
+    """args.json: resolved arguments, versions, ranks; log.jsonl: unrounded metrics of every step; nothing
+    half-written."""
+    out = uninterrupted("sft", 2)
+    args = json.loads((out / "args.json").read_text())
+    assert args["batch_size"] == 4 and args["lr"] == 1e-2 and args["ranks"] == 2 and args["seed"] == 0
+    versions = {"torch": torch.__version__, "transformers": tiny.hf.__version__}
+    assert args["versions"].items() >= versions.items()
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line.keys() == {"step", "loss", "lr", "grad_norm", "tokens_per_second"}
+    assert any(len(repr(line["loss"])) > 12 for line in lines)
+    assert {path.name for path in out.iterdir()} == {
+        "args.json", "log.jsonl", "checkpoints", "config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "preprocessor_config.json",
+        "processor_config.json"}
+
+
+# ---- what is wrong is said ----
+
+@pytest.fixture(scope="session")
+def wrong(folder, tmp_path_factory):
+    """A folder of files and folders that something is wrong with."""
+    wrong = tmp_path_factory.mktemp("wrong")
+    (wrong / "not.json").write_text('[{"id": 1},')
+    (wrong / "images").mkdir()
+    (wrong / "images" / "cut.png").write_bytes((folder / "images" / "p3.png").read_bytes()[:900])
+    good = [tiny.row(i, None, "yes or no?", ["no", "yes"]) for i in range(10)]
+    for name, record in {"cut": tiny.row(10, "cut.png", "What?", ["no", "a star"]),
+                         "prompt": tiny.row(10, None, "What?"), "single": tiny.row(10, None, "What?", ["no"]),
+                         "three": tiny.row(10, None, "What?", ["no", "yes", "a star"])}.items():
+        tiny.write_rows(wrong / f"{name}.json", [*good, record])
+    config = json.loads((folder / "model" / "config.json").read_text())
+    for name in ("no_tokenizer", "no_template", "cut", "bad_config", "other_token", "foreign", "llama"):
+        tiny.shutil.copytree(folder / "model", wrong / name)
+    os.remove(wrong / "no_tokenizer" / "tokenizer.json")
+    os.remove(wrong / "no_template" / "chat_template.jinja")
+    os.truncate(wrong / "cut" / "model.safetensors", 100_000)
+    (wrong / "bad_config" / "config.json").write_text('{"text_config": ')
+    (wrong / "other_token" / "config.json").write_text(json.dumps({**config, "image_token_index": 7}))
+    (wrong / "llama" / "config.json").write_text(json.dumps(config["text_config"]))
+    tiny.swap_tokens(wrong / "foreign")
+    make_larger_model(wrong / "larger")
+    (wrong / "unrelated").mkdir()
+    (wrong / "unrelated" / "thesis.tex").write_text("years of work")
+    (wrong / "file").write_text("")
+    (wrong / "earlier").mkdir()
+    (wrong / "earlier" / "args.json").write_text(json.dumps({"lr": 1}))
+    (wrong / "earlier" / "model.safetensors").write_text("weeks of work")
+    return wrong
+
+
+def make_larger_model(folder):
+    """One whose tower takes images of another size."""
+    tiny.make_model(folder)
+    config = tiny.llava_config(tiny.make_tokenizer(folder))
+    config.vision_config, config.image_seq_length = tiny.clip_config(image_size=24), 9
+    config.save_pretrained(folder)
+    tiny.write(folder, tiny.named(tiny.randomise(tiny.hf.LlavaForConditionalGeneration(config)), tiny.HUB))
+
+
+WRONG = {  # options that come after good ones, and what is said. {} is the folder `wrong`
+    "sft": {  # and what is shared by every script
+        "--model {}/nowhere": "need a checkpoint folder or a hub id; there is no such folder",
+        "--model nobody/nothing": "got 'nobody/nothing', need a checkpoint folder or a hub id",
+        "--model {}/llama": "got --model of the kind 'llama', need a LLaVA; give a LLaMA as --llm",
+        "--model {}/images": "no config.json: need a checkpoint folder",
+        "--model {}/bad_config": "bad_config/config.json",
+        "--model {}/no_tokenizer": "no tokenizer.json; make one: python -c",
+        "--model {}/other_token": "the tokenizer is of another checkpoint",
+        "--model {}/no_template": "has no chat template: give --template vicuna|llama2|llama3|pl",
+        "--model {}/cut": "cut/model.safetensors",
+        "--model model --llm model": "got --model and --llm",
+        "--data {}/nowhere.json": "need a .json, .jsonl or .txt file: no such file",
+        "--data {}/not.json": "not.json: not JSON",
+        "--data {}/cut.json --images {}/images": "(id row 10): cannot read the ",
+        "--data {}/prompt.json": "(id row 10): got no answer",
+        "--eval_data {}/prompt.json": "prompt.json: row 10 (id row 10): got no answer",
+        "--max_len 20": "fits --max_len 20: raise it",
+        "--train projector,llama": "got --train projector,llama, need any of projector,llm,vision",
+        "--train=": "need any of projector,llm,vision",
+        "--train llm --projector_lr 1": "but --train llm has no projector",
+        "--replicas 3": "got --replicas 3, need a divisor of the 1 ranks",
+        "--wandb project": "pip install wandb",
+        "--save_adapter": "got --save_adapter, need --lora_rank, and --model",
+        "--lora_rank 2 --train projector": "got --lora_rank 2 without llm in --train",
+        "--batch_size 0": "got --batch_size 0, need at least 1",
+        "--lora_rank -1": "got --lora_rank -1, need at least 0",
+        "--workers -1": "got --workers -1, need at least 0",
+        "--grad_clip -1": "got --grad_clip -1.0, need at least 0"},
+    "rm": {
+        "--data {}/single.json": "single.json: row 10 (id row 10): got 1 answer, need 2 or more, best first",
+        "--eval_data {}/single.json": "(id row 10): got 1 answer, need 2 or more, best first",
+        "--train projector,head": "got --train projector,head, need any of projector,llm,vision",
+        "--train llm --projector_lr 1": "but --train llm has no projector"},
+    "dpo": {
+        "--data {}/single.json": "(id row 10): got 1 answer, need 2 or more, best first",
+        "--data {}/three.json --loss ipo": "(id row 10): got 3 answers, need two; only --loss sigmoid",
+        "--data {}/three.json --label_smoothing 0.1": "(id row 10): got 3 answers, need two",
+        "--data pairs.json --eval_data {}/three.json --loss hinge": "(id row 10): got 3 answers, need two",
+        "--label_smoothing 0.7": "got --label_smoothing 0.7 with --loss sigmoid, need 0 … 0.5",
+        "--loss hinge --label_smoothing 0.1": "0.1 with --loss hinge, need 0 … 0.5",
+        "--loss robust": "got --loss robust without --label_smoothing, need the share",
+        "--loss kto": "argument --loss: invalid choice: 'kto'",
+        "--beta 0": "got --beta 0.0, need more than 0",
+        "--ref_model {}/foreign": "foreign: its tokenizer is not that of model",
+        "--ref_model {}/larger": "got --ref_model {}/larger, which sees ",
+        "--train head": "got --train head, need any of projector,llm,vision",
+        "--train llm --projector_lr 1": "but --train llm has no projector"},
+    "ppo": {
+        "--rollout_batch 7": "got --rollout_batch 7, need a multiple of --batch_size 5",
+        "--reward_model=": "--reward_model is needed: what rm.py leaves, or FILE.py:F",
+        "--reward_model model": "model: no score.safetensors, need a reward model: what rm.py leaves",
+        "--reward_model trained/foreign": "foreign: its tokenizer is not that of trained/model",
+        "--reward_model {}/nowhere.py:f": "no such file {}/nowhere.py",
+        "--reward_model trained/rewards.py:absent": "no function absent in trained/rewards.py",
+        "--reward_model trained/rewards.py:number": "no function number in trained/rewards.py",
+        "--reward_model trained/rewards.py:short": "give --critic policy",
+        "--temperature 0": "got --temperature 0.0, need more than 0",
+        "--train vision": "got --train vision, need projector, llm or both",
+        "--ptx_data {}/prompt.json": "(id row 10): got no answer",
+        "--eval_data {}/nowhere.json": "no such file",
+        "--max_new 0": "got --max_new 0, need at least 1",
+        "--samples_per_prompt 0": "got --samples_per_prompt 0, need at least 1",
+        "--ppo_epochs 0": "got --ppo_epochs 0, need at least 1",
+        "--clip_range 0": "got --clip_range 0.0, need ",
+        "--value_clip 0": "got --value_clip 0.0, need ",
+        "--target_kl 1 --kl_horizon 19": "got --kl_horizon 19.0, need at least an iteration's answers"},
+    "predict": {
+        "--out {}": "which is a folder, need a .jsonl file",
+        "--num_samples 2 --temperature 0": "need a temperature above 0",
+        "--num_samples 0": "got --num_samples 0, need at least 1",
+        "--max_new 0": "got --max_new 0, need at least 1",
+        "--data {}/prompt.json --score": "(id row 10): got no answer",
+        "--score --num_samples 2": "got --score with options of sampling",
+        "--score --temperature 0.5": "got --score with options of sampling",
+        "--score --top_k 5": "got --score with options of sampling",
+        "--score --top_p 0.5": "got --score with options of sampling",
+        "--reward_model model": "model: no score.safetensors, need a reward model: what rm.py leaves",
+        "--reward_model trained/foreign": "foreign: its tokenizer is not that of trained/model"},
+}
+
+
+def wrong_run(script, options, wrong, out, **how):
+    start = FILES[script] + (PPO if script == "ppo" else " --max_steps 1" if script != "predict" else "")
+    given = [word.replace("{}", str(wrong)) for word in options.split()]
+    return fork(script, *start.split(), "--out", out, *given, **how)
+
+
+def assert_said(done, message):
+    """One line says it, last, on every rank that says anything; no traceback, and exit code 2."""
+    assert message in done.error and "\n" not in done.error, done.err
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+    assert all(line.endswith(done.error) for line in done.err.splitlines() if "error: " in line), done.err
+
+
+@pytest.mark.parametrize(
+    "script, options", [(script, options) for script in WRONG for options in WRONG[script]])
+def test_what_is_wrong_is_said(script, options, wrong, tmp_path):
+    """In one line, before anything is written."""
+    done = wrong_run(script, options, wrong, tmp_path / "out")
+    assert_said(done, WRONG[script][options].replace("{}", str(wrong)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", ["--model nobody/nothing", "--model {}/cut", "--data {}/prompt.json",
+                                     "--data {}/cut.json --images {}/images"])
+def test_two_ranks_say_the_same(options, wrong, tmp_path):
+    """What rank 0 finds, what one rank finds in its share of the images, and what every rank finds."""
+    assert_said(wrong_run("sft", options, wrong, tmp_path / "out", ranks=2), WRONG["sft"][options])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script, name, said", [
+    ("sft", "prompt", "got no answer"), ("rm", "single", "got 1 answer"), ("dpo", "single", "got 1 answer")])
+def test_bad_records_are_skipped_when_asked(script, name, said, wrong, tmp_path):
+    """--skip_bad_rows names each and goes on with the rest."""
+    options = f"--data {{}}/{name}.json --skip_bad_rows --batch_size 4"
+    done = wrong_run(script, options, wrong, tmp_path / "out")
+    assert done.code == 0, done.err
+    assert f"(id row 10): {said}" in done.out and "10 rows, 1 steps" in done.out
+    assert [line["step"] for line in tiny.log(tmp_path / "out")] == [1]
+
+
+@pytest.mark.parametrize("name, said", [("short", "gave 1 scores for 2 answers, need a finite number each"),
+                                        ("not_a_number", "need a finite number each: [nan")])
+def test_a_reward_function_that_fails(name, said, wrong, tmp_path):
+    """It is called in the first iteration; nothing is exported."""
+    options = f"--critic policy --reward_model trained/rewards.py:{name}"
+    done = wrong_run("ppo", options, wrong, tmp_path / "out")
+    assert_said(done, said)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+KEPT = {
+    "sft --out {}/unrelated": "unrelated, neither empty nor an earlier run: choose another",
+    "sft --out {}/unrelated --overwrite": "neither empty nor an earlier run",
+    "sft --out {}/unrelated --resume": "neither empty nor an earlier run",
+    "sft --out {}/file": "file, which is a file, need a folder",
+    "sft --out {}/earlier": "earlier, which holds a run: give --resume or --overwrite",
+    "predict --out {}/file": "file, which exists: --overwrite replaces it",
+    "dpo --out {}/earlier --overwrite --ref_model {}/images": "no config.json",
+    "ppo --out {}/earlier --overwrite --reward_model {}/foreign": "its tokenizer is not that of",
+}
+
+
+@pytest.mark.parametrize("command", KEPT)
+def test_nothing_is_lost_by_a_command(command, wrong, tmp_path):
+    """A folder with other things in it, a file, an earlier run: refused, and left as they are, also with
+    --overwrite where something else is wrong."""
+    def content():
+        return {path: path.stat().st_mtime_ns for path in wrong.rglob("*")}
+    before, (script, options) = content(), command.split(maxsplit=1)
+    assert_said(wrong_run(script, options, wrong, tmp_path / "out"), KEPT[command])
+    assert content() == before
+
+
+@pytest.mark.parametrize("argv, said", [
+    ("--llm {}/llama --data rows.json", "--llm and --clip go together"),
+    ("--model model", "--data is needed with --model")])
+def test_a_model_has_to_be_given_in_full(argv, said, wrong, tmp_path):
+    done = fork("sft", *argv.format(wrong).split(), "--out", tmp_path / "out")
+    assert_said(done, said)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- when a run ends early ----
+
+PAUSE = in_update(5, functools.partial(time.sleep, 1.5))  # step 4 is saved
+# ranks; a signal in step 5 and who gets it, or what the run does; exit code, last words, last checkpoint
+FAILURES = {
+    "SIGTERM to python": (1, (signal.SIGTERM, "launcher"), STOPPED, "stopped by SIGTERM after step 5", 5),
+    "kill -9 of rank 1": (2, (signal.SIGKILL, 1), 1, "Signal 9 (SIGKILL) received by PID", 4),
+    "an exception on rank 1": (2, in_update(5, tiny.fail, rank=1), 1, "RuntimeError: a bug", 4),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("script", ["sft"])
+def test_a_run_that_ends_early(script, failure, uninterrupted, tmp_path):
+    """It ends at once on every rank, with its exit code and a word why, leaves the last complete checkpoint
+    and no export; with --resume it is the run that went through. Signals reach python and torchrun as a
+    user starts them."""
+    ranks, cause, code, said, last = FAILURES[failure]
+    out = tmp_path / "out"
+    if callable(cause):
+        done = long_run(script, ranks, "", out, prepare=cause)
+    else:
+        argv = [*LONG[script].split(), "--out", out]
+        with tiny.Job(script, *argv, ranks=ranks, prepare=PAUSE, cwd=os.getcwd()) as job:
+            job.wait(lambda: fsdp.checkpoint_steps(out)[-1:] == [4])
+            job.signal(*cause)
+            done = job.end()
+        assert done.seconds < 30, done
+    assert done.code == code and said in done.out + done.err, done
+    assert fsdp.checkpoint_steps(out)[-1] == last and not (out / "model.safetensors").exists()
+    done = long_run(script, ranks, "", out, "--resume")
+    assert done.code == 0, done.err
+    assert_same_run(out, uninterrupted(script, ranks))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, of 16 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", disk]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+FULL = {  # script, what is about to be written; the last checkpoint
+    "a checkpoint": ("sft", "os.mkdir", r"step_3\.part$", 2),
+    "the export": ("sft", "open", r"export\.part/config\.json$", 9),
+    "the reference": ("dpo", "open", r"/reference\.json", None),
+}
+
+
+@pytest.mark.parametrize("full", FULL)
+def test_a_full_disk(full, disk, uninterrupted):
+    """It is said, with exit code 1; once there is room --resume makes the run that went through."""
+    script, event, pattern, last = FULL[full]
+    prepare = functools.partial(at_path, event, pattern, functools.partial(tiny.fill_disk, disk))
+    done = long_run(script, 1, "", disk / "out", prepare=prepare)
+    assert done.code == 1 and "No space left on device" in done.err, done
+    assert (fsdp.checkpoint_steps(disk / "out") or [None])[-1] == last
+    assert not (disk / "out" / "config.json").exists()
+    os.remove(disk / "ballast")
+    done = long_run(script, 1, "", disk / "out", "--resume")
+    assert done.code == 0, done.err
+    assert_same_run(disk / "out", uninterrupted(script))
