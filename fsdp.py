@@ -280,7 +280,7 @@ def run(main):
             text = "error: no space left on the disk: free some, then --resume continues the run"
         elif isinstance(error, RuntimeError) and "gloo" in str(error) or isinstance(error, dist.DistError):
             text += "error: another rank is gone: was it killed, or out of memory? --resume continues the run"
-    leave(fail(text, code) if text else code)
+    fail(text, code) if text else leave(code)
 
 
 def disk_full(error):
@@ -295,13 +295,13 @@ def disk_full(error):
 
 
 def fail(text, code):
-    """Prints why this rank fails and tells the others, unless another was first. → the exit code of all"""
+    """Prints why this rank fails and tells the others; where another was first, waits to be ended with it."""
     rank, store = int(os.environ.get("RANK", 0)), Watch.store
     with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
         if store:
-            first, first_code = json.loads(store.compare_set("failure", "", json.dumps([rank, code])))
+            first, _ = json.loads(store.compare_set("failure", "", json.dumps([rank, code])))
             if first != rank:
-                return hear_failure(store, first_code)
+                time.sleep(10)  # the watching thread ends this process
     text = text.strip()
     if rank and not text.startswith("error"):
         text = f"rank {rank} failed:\n{text}"
@@ -313,17 +313,10 @@ def fail(text, code):
     with contextlib.suppress(RuntimeError):
         if store:
             store.set("failure said", "")
-            deadline = time.monotonic() + 3
+            deadline = time.monotonic() + 5
             while store.add("failure heard", 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
-                time.sleep(0.05)  # its launcher, or the end of its store, would make the others print more
-    return code
-
-
-def hear_failure(store, code):
-    """Waits until another rank has said why it fails."""
-    store.wait(["failure said"], datetime.timedelta(seconds=5))
-    store.add("failure heard", 1)
-    return code
+                time.sleep(0.05)  # the launcher, or the end of the store, would make the others print more
+    leave(code)
 
 
 def leave(code):
@@ -371,7 +364,9 @@ def watch(store):
                 if Watch.store and Watch.store.check(["failure"]):
                     rank, code = json.loads(Watch.store.get("failure"))
                     if rank != int(os.environ["RANK"]):
-                        leave(hear_failure(Watch.store, code))
+                        Watch.store.wait(["failure said"], datetime.timedelta(seconds=5))
+                        Watch.store.add("failure heard", 1)
+                        leave(code)
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
                 leave(1)
             for number in numbers:
@@ -793,7 +788,7 @@ def check_out_file(args, world):
     def check():
         if os.path.isdir(args.out):
             raise UserError(f"got --out {args.out}, which is a folder, need a .jsonl file")
-        there = os.path.isfile(args.out) and os.path.getsize(args.out) > 0
+        there = os.path.isfile(args.out)
         if there and not (args.overwrite or args.resume):
             raise UserError(f"got --out {args.out}, which exists: --resume continues it, --overwrite "
                             "replaces it")
@@ -1016,7 +1011,7 @@ def load_checkpoint(args, world, model, *optimizers):
     try:
         check_metadata(folder)
         dcp.load(trained_state(model, optimizers), checkpoint_id=folder)
-    except Exception as error:
+    except (Exception, dcp.CheckpointException) as error:  # DCP's is no Exception
         raise UserError(f"{folder} is damaged ({type(error).__name__}: {str(error)[:200]}): remove it, and "
                         f"--resume {before}") from error
     return steps[-1]

@@ -64,5 +64,6 @@ def world():
 
     import fsdp
     world = fsdp.launch(tiny.options())
+    tiny.unwatch()
     yield world
     dist.destroy_process_group()

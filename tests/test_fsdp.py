@@ -3,12 +3,18 @@
 `peer` is transformers' model with the same weights. Everything is fp32 on the CPU, over gloo, unless a
 test says otherwise.
 """
+import errno
 import functools
 import json
 import math
 import os
+import pickle
+import re
+import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -137,7 +143,7 @@ def write_clip(folder, peer, whole=False):
     write(folder, tensors)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", ".bin", "old .bin", "two .bin"])
+@pytest.mark.parametrize("kind", ["safetensors", ".bin", "two .bin"])
 def test_an_original_llava_is_read(kind, place, world, tmp_path):
     """mm_projector names, tower by mm_vision_tower, a vocabulary without <image>: the peer's logits."""
     tokenizer = tiny.make_tokenizer(tmp_path)
@@ -149,6 +155,46 @@ def test_an_original_llava_is_read(kind, place, world, tmp_path):
     assert_close(our_logits(model, batch), their_logits(exported, batch))
     preprocessor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert preprocessor["do_pad"]  # its image_aspect_ratio
+
+
+BAD_BIN = {  # what pytorch_model.bin is, and what is said
+    "the old format": (lambda path: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False),
+                       "from before PyTorch 1.6"),
+    "cut short": (lambda path: os.truncate(path, 10_000), "cut short"),
+    "nested": (lambda path: torch.save({"state_dict": torch.load(path)}, path), "under 'state_dict'"),
+    "mixed": (lambda path: torch.save({**torch.load(path), "step": 3}, path), "a tensor under 'step'"),
+    "a list": (lambda path: torch.save([torch.ones(2)], path), "need a dict of tensors")}
+
+
+@pytest.mark.parametrize("bad", BAD_BIN)
+def test_a_bin_file_that_cannot_be_mapped_is_refused(bad, world, tmp_path):
+    """In one line that names the file. The command in it converts the old format to one that is read."""
+    _, folder = original(tmp_path, tiny.make_tokenizer(tmp_path), ".bin")
+    spoil, said = BAD_BIN[bad]
+    spoil(folder / "pytorch_model.bin")
+    with pytest.raises(fsdp.UserError, match=said) as error:
+        load(options(model=str(folder)), world)
+    assert f"{folder}/pytorch_model.bin: " in str(error.value)
+    if bad == "the old format":
+        command = re.search("or convert it: python (.*) \\(", str(error.value))[1]
+        subprocess.run(f"{sys.executable} {command}", shell=True, check=True)
+        load(options(model=str(folder)), world)
+
+
+@pytest.mark.parametrize("part, name, value", [
+    ("text_config", "num_hidden_layers", 10**6), ("text_config", "num_hidden_layers", 1),
+    ("text_config", "vocab_size", 10**9), ("vision_config", "num_hidden_layers", 10**6),
+    ("vision_config", "image_size", 10**6)])
+def test_sizes_that_the_weights_do_not_have_are_refused(part, name, value, place, world, tmp_path):
+    """Before a model, a list of layers or a set of ids of that size is created."""
+    tiny.shutil.copytree(place / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config[part][name] = value
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    start = time.time()
+    with pytest.raises(fsdp.UserError, match="need the config.json of these weights"):
+        fsdp.open_checkpoint(options(model=str(tmp_path / "model")), world)
+    assert time.time() - start < 10
 
 
 def test_a_tower_in_an_original_llava_is_the_one_used(world, tmp_path):
@@ -271,8 +317,8 @@ def test_our_export_answers_with_transformers_processor(place, world, tmp_path):
 SPOILED = {
     "missing": (lambda t: t.pop("multi_modal_projector.linear_1.bias"),
                 "missing: multi_modal_projector.linear_1.bias (32,)"),
-    "extra": (lambda t: t.update({"language_model.model.layers.7.mlp.up_proj.weight": torch.ones(2, 3)}),
-              "not known: language_model.model.layers.7.mlp.up_proj.weight (2, 3)"),
+    "extra": (lambda t: t.update({"language_model.model.layers.1.mlp.in_proj.weight": torch.ones(2, 3)}),
+              "not known: language_model.model.layers.1.mlp.in_proj.weight (2, 3)"),
     "shape": (lambda t: t.update({"language_model.model.norm.weight": torch.ones(33)}),
               "shape: language_model.model.norm.weight is (33,), need (32,)"),
     "head": (lambda t: t.pop("language_model.lm_head.weight"), "missing: language_model.lm_head.weight")}
@@ -338,8 +384,8 @@ def test_a_world_of_one_reduces_in_place(dtype, place, world, monkeypatch):
 
 
 def test_clip_gradients(place, world):
-    """Up to the limit gradients stay as they are, to the bit; beyond it their norm becomes the limit, and NaN
-    reaches all of them. Returned is the norm before."""
+    """Up to the limit gradients stay as they are, to the bit; above it their norm becomes the limit. The norm
+    before is returned, NaN where one is: the caller steps no further."""
     whole, parameters = gradients_of(place, world, "fp32")
     norm = torch.cat([grad.flatten() for grad in whole]).norm().item()
     for limit in (0, 2 * norm):
@@ -350,7 +396,7 @@ def test_clip_gradients(place, world):
         torch.testing.assert_close(p.grad.full_tensor(), grad / 2, rtol=1e-4, atol=0)
     parameters[0].grad.to_local()[:1] = torch.nan
     assert math.isnan(fsdp.clip_gradients(parameters, norm))
-    assert all(p.grad.full_tensor().isnan().all() for p in parameters)
+
 
 
 # ---- memory ----
@@ -391,7 +437,7 @@ def measure_loading(folder, streamed):
         return model
     peak, _ = peak_of(functools.partial(fsdp.build, checkpoint, args, world) if streamed else whole)
     peaks = world.gather(peak)
-    world.first(fsdp.write_json, str(folder / f"peaks-{streamed}.json"), peaks)
+    world.on_rank0(fsdp.write_json, str(folder / f"peaks-{streamed}.json"), peaks)
     dist.destroy_process_group()
 
 
@@ -417,3 +463,234 @@ def test_schedule_by_hand():
     assert 0 < fsdp.schedule(23, 24, 4) < 0.01
     assert fsdp.schedule(0, 100, 0.03) == pytest.approx(1 / 4)  # below 1: a share of all steps
     assert fsdp.schedule(0, 10, 0) == 1
+
+
+# ---- what a run leaves, and what a resume makes of it ----
+
+EARLIER = ["--max_steps", 3, "--batch_size", 4, "--micro_batch", 2, "--save_every", 1, "--workers", 0]
+
+
+def sft(place, out, *argv, **how):
+    files = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images"]
+    return tiny.fork("sft", *files, "--out", out, *EARLIER, *argv, **how)
+
+
+@pytest.fixture(scope="module")
+def earlier(place, tmp_path_factory):
+    """What a run of three steps leaves; tests take a copy."""
+    out = tmp_path_factory.mktemp("earlier") / "out"
+    done = sft(place, out)
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.fixture
+def out(earlier, tmp_path):
+    tiny.shutil.copytree(earlier, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_only_steps_are_checkpoints(out, place, earlier):
+    """Folders and files of other names are left alone, by a save and by a resume."""
+    folder = out / "checkpoints"
+    foreign = ("step_2_keep", "step_best", "best", "step_", "step_-1")
+    for name in foreign:
+        tiny.shutil.copytree(folder / "step_2", folder / name)
+    (folder / "notes.txt").write_text("")
+    tiny.shutil.rmtree(folder / "step_3")
+    os.rename(folder / "step_2", folder / "elsewhere")
+    os.rename(folder / "elsewhere", folder / "step_2")
+    assert fsdp.checkpoint_steps(out) == [2]
+    done = sft(place, out, "--resume")
+    assert done.code == 0, done.err
+    assert fsdp.checkpoint_steps(out) == [2, 3]
+    assert {path.name for path in folder.iterdir()} == {*foreign, "notes.txt", "step_2", "step_3"}
+    assert tiny.log(out) == tiny.log(earlier)
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def forge(metadata, path):
+    """Data that dcp.load would unpickle: it is said to be bytes, not a tensor."""
+    found = pickle.loads(metadata.read_bytes())
+    found.state_dict_metadata = dict.fromkeys(
+        found.state_dict_metadata, torch.distributed.checkpoint.metadata.BytesStorageMetadata())
+    metadata.write_bytes(pickle.dumps(found))
+
+
+DAMAGE = {  # of the last checkpoint
+    "data cut short": lambda folder, path: os.truncate(folder / "__0_0.distcp", 2000),
+    "no data": lambda folder, path: os.remove(folder / "__0_0.distcp"),
+    "data overwritten": lambda folder, path: (folder / "__0_0.distcp").write_bytes(bytes(10**6)),
+    "no metadata": lambda folder, path: os.remove(folder / ".metadata"),
+    "metadata cut short": lambda folder, path: os.truncate(folder / ".metadata", 100),
+    "empty metadata": lambda folder, path: os.truncate(folder / ".metadata", 0),
+    "code for metadata": lambda folder, path: (folder / ".metadata").write_bytes(pickle.dumps(Attack(path))),
+    "bytes for tensors": lambda folder, path: forge(folder / ".metadata", path)}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named(damage, out, place, earlier, tmp_path):
+    """With the way on: once it is removed, --resume goes on from the one before. No code in it is run."""
+    last = out / "checkpoints" / "step_3"
+    DAMAGE[damage](last, str(tmp_path / "attacked"))
+    done = sft(place, out, "--resume")
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+    assert f"{last} is damaged" in done.error and "remove it, and --resume goes on from step 2" in done.error
+    assert not (tmp_path / "attacked").exists()
+    tiny.shutil.rmtree(last)
+    done = sft(place, out, "--resume")
+    assert done.code == 0, done.err
+    tiny.assert_same_run(out, earlier)
+
+
+CHANGES = {  # of what the run reads, and what is said; {} is the folder
+    "a record": (lambda folder: tiny.write_rows(folder / "rows.json", [*MIXED[1:], MIXED[0]]), "rows.json"),
+    "one word": (lambda folder: (folder / "rows.json").write_text(
+        (folder / "rows.json").read_text().replace("a star", "a stars")), "rows.json"),
+    "a held-out record": (lambda folder: tiny.write_rows(folder / "pairs.json", MIXED[:3]), "pairs.json"),
+    "weights": (lambda folder: os.utime(folder / "model" / "model.safetensors"), "the files in {}/model"),
+    "tokenizer": (lambda folder: (folder / "model" / "tokenizer.json").write_text(
+        (folder / "model" / "tokenizer.json").read_text() + " "), "the files in {}/model"),
+    "template": (lambda folder: os.remove(folder / "model" / "chat_template.jinja"), "the files in {}/model")}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_resume_notices_what_has_changed(change, place, tmp_path):
+    """Data, weights, tokenizer and template are those that the run began with, or it ends and says which."""
+    folder = tmp_path / "place"
+    tiny.shutil.copytree(place, folder, symlinks=True)
+    assert sft(folder, tmp_path / "out", "--eval_data", folder / "pairs.json", "--max_steps", 1).code == 0
+    again = "--eval_data", folder / "pairs.json", "--max_steps", 1, "--resume"
+    assert sft(folder, tmp_path / "out", *again).code == 0
+    spoil, said = CHANGES[change]
+    spoil(folder)
+    done = sft(folder, tmp_path / "out", *again)
+    assert done.code == 2 and "cannot resume: " in done.error, done.err
+    assert said.format(folder) in done.error and "changed since the run began" in done.error
+
+
+def test_data_of_the_same_content_is_the_same(place, tmp_path):
+    """Only what is read counts: the same records written in another way are those that the run began with."""
+    folder = tmp_path / "place"
+    tiny.shutil.copytree(place, folder, symlinks=True)
+    assert sft(folder, tmp_path / "out", "--max_steps", 1).code == 0
+    (folder / "rows.json").write_text("\n".join(map(json.dumps, MIXED)))
+    assert sft(folder, tmp_path / "out", "--max_steps", 1, "--resume").code == 0
+
+
+def on(date, stop=False):
+    """strftime_now() of chat templates gives `date`; stop: the run is killed before its last checkpoint."""
+    import transformers.utils.chat_template_utils as utils
+    now = SimpleNamespace(strftime=lambda form: date)
+    utils.datetime = SimpleNamespace(now=lambda: now)
+    if stop:
+        tiny.at_path("os.mkdir", r"step_3\.part$")
+
+
+def test_a_template_with_the_date_is_rendered_once(place, tmp_path):
+    """A run that goes on the next day trains on the prompts that it began with."""
+    folder = tmp_path / "place"
+    tiny.shutil.copytree(place, folder, symlinks=True)
+    template = folder / "model" / "chat_template.jinja"
+    text = template.read_text()
+    assert "{{- bos_token -}}" in text
+    template.write_text(text.replace("{{- bos_token -}}", "{{- bos_token + strftime_now('%A') -}}"))
+    logs = []
+    for first, second in (("Monday", "Monday"), ("Monday", "Tuesday"), ("Tuesday", "Tuesday")):
+        out = tmp_path / f"{first}-{second}"
+        assert sft(folder, out, prepare=functools.partial(on, first, stop=True)).code != 0
+        done = sft(folder, out, "--resume", prepare=functools.partial(on, second))
+        assert done.code == 0, done.err
+        logs.append(tiny.log(out))
+    assert logs[0] == logs[1] != logs[2]
+
+
+@pytest.mark.parametrize("text", ["", '{"lr": 2e-5, "mod', "[1, 2]", "\0\0\0"])
+def test_damaged_args_are_named(text, out, place, earlier):
+    """With the way on: without args.json, --resume takes the options given now."""
+    (out / "args.json").write_text(text)
+    done = sft(place, out, "--resume")
+    assert done.code == 2 and f"{out}/args.json is damaged" in done.error and "or remove it" in done.error
+    os.remove(out / "args.json")
+    tiny.shutil.rmtree(out / "checkpoints" / "step_3")
+    done = sft(place, out, "--resume")
+    assert done.code == 0, done.err
+    tiny.assert_same_run(out, earlier)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda lines: [lines[0], '{"step": 2, "lo\n', *lines[1:]], lambda lines: [*lines, "\0" * 999],
+    lambda lines: [*lines, '{"step": 4'], lambda lines: [*lines[:2], "\n", "7\n", "null\n", *lines[2:]],
+    lambda lines: [*lines, lines[-1]]])
+def test_damaged_lines_of_the_log_are_dropped(damage, out, place, earlier):
+    """What a crash leaves of a line does not end a resume; every step is there once."""
+    with open(out / "log.jsonl") as f:
+        lines = f.readlines()
+    (out / "log.jsonl").write_text("".join(damage(lines)))
+    done = sft(place, out, "--resume")
+    assert done.code == 0, done.err
+    assert tiny.log(out) == tiny.log(earlier)
+    repeated = damage(lines) == [*lines, lines[-1]]
+    assert ("damaged lines" in done.out) != repeated
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_gives(umask, mode, place, tmp_path):
+    """Also those that safetensors writes: model, score and adapter."""
+    data = ["--data", place / "pairs.json", "--save_adapter", "--lora_rank", 2]
+    done = tiny.fork("rm", "--model", place / "model", "--images", place / "images", *EARLIER, *data, "--out",
+                     tmp_path / "out", "--max_steps", 1, prepare=functools.partial(os.umask, umask))
+    assert done.code == 0, done.err
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {"model.safetensors", "score.safetensors", "adapter_model.safetensors"} <= {f.name for f in files}
+    assert {f.name: oct(f.stat().st_mode & 0o777) for f in files} == {f.name: oct(mode) for f in files}
+
+
+def test_a_second_run_on_the_same_out_is_refused(place, out, tmp_path):
+    """Whatever it is told to do there; also where the first one is about to begin. Its lock ends with it."""
+    for folder, argv in ((out, ["--overwrite"]), (out, ["--resume"]), (tmp_path / "new", [])):
+        fsdp.lock(str(folder / ".lock"))
+        done = sft(place, folder, *argv)
+        assert done.code == 2 and f"another run holds {folder}/.lock" in done.error, done.err
+        tiny.unwatch()
+    fsdp.lock(str(tmp_path / "answers.jsonl"))
+    done = tiny.fork("predict", "--model", place / "model", "--data", place / "rows.json", "--images",
+                     place / "images", "--out", tmp_path / "answers.jsonl")
+    assert done.code == 2 and f"another run holds {tmp_path}/answers.jsonl" in done.error
+    tiny.unwatch()
+    assert not (tmp_path / "new").exists() and not (out / ".lock").exists()
+    assert sft(place, tmp_path / "new", "--max_steps", 1).code == 0
+
+
+@pytest.mark.parametrize("script, name", [("sft", "out"), ("predict", "answers.jsonl")])
+def test_an_out_that_cannot_be_written_is_refused(script, name, place):
+    """At once and in one line; /proc takes no files, whoever asks."""
+    done = tiny.fork(script, "--model", place / "model", "--data", place / "nothing.json", "--out",
+                     f"/proc/{name}")
+    assert done.code == 2 and "/proc" in done.error and "cannot be written" in done.error, done.err
+    assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--model", "--ref_model"])
+def test_out_is_not_a_model_that_is_read(option, place, tmp_path):
+    """Not even with --overwrite: it would be gone."""
+    tiny.shutil.copytree(place / "model", tmp_path / "model")
+    argv = ["--model", place / "model", option, tmp_path / "model", "--data", place / "pairs.json"]
+    done = tiny.fork("dpo", *argv, "--out", tmp_path / "model", "--overwrite")
+    assert done.code == 2 and f"which is {option} too: choose another" in done.error, done.err
+
+
+def test_a_full_disk_is_seen_through_other_errors():
+    """By its number or its text, wherever in the chain of causes it stands."""
+    full, other = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError(errno.EIO, os.strerror(errno.EIO))
+    wrapped, hidden = RuntimeError("could not save"), RuntimeError("could not save")
+    wrapped.__cause__, hidden.__context__ = full, RuntimeError(f"I/O error: {full.strerror} (os error 28)")
+    assert all(map(fsdp.disk_full, (full, wrapped, hidden, OSError(errno.EDQUOT, "quota"))))
+    assert not any(map(fsdp.disk_full, (other, RuntimeError("could not save"), KeyError("x"))))

@@ -382,7 +382,7 @@ def inside(script, *argv):
     import torch.distributed as dist
     fsdp, models = importlib.import_module("fsdp"), []
     build, start, there = fsdp.build, dist.init_process_group, dist.is_initialized()
-    handler, before = signal.getsignal(signal.SIGTERM), sys.argv
+    before = sys.argv
 
     def recording_build(*args, **kwargs):
         models.append(build(*args, **kwargs))
@@ -393,8 +393,20 @@ def inside(script, *argv):
         importlib.import_module(script).main()
     finally:
         fsdp.build, dist.init_process_group, sys.argv = build, start, before
-        signal.signal(signal.SIGTERM, handler)
+        unwatch()
     return models
+
+
+def unwatch():
+    """Gives signals and locks back that a run in this process took for as long as the process lasts."""
+    fsdp = importlib.import_module("fsdp")
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    fsdp.unlock()
+    for _, file, _ in fsdp.LOCKS:
+        file.close()
+    fsdp.LOCKS.clear()
 
 
 def one_by_one(runs):
