@@ -29,6 +29,7 @@ from tiny import (
 )
 
 import fsdp
+import model as network
 
 DATA = {"sft": "rows", "rm": "margins", "dpo": "ranked", "ppo": "trained/rows", "predict": "trained/rows"}
 FILES = {script: f"--model model --data {data}.json --images images --workers 0"
@@ -286,6 +287,44 @@ def test_an_evaluation_between_steps_changes_nothing(script, ranks, runs):
     assert [{key: line[key] for key in expected[0]} for line in trace] == expected
     for file in ("gradients.pt", "model.safetensors", *(["score.safetensors"] if script == "rm" else [])):
         assert (evaluated / file).read_bytes() == (plain / file).read_bytes(), file
+
+
+RATES = {"multi_modal_projector.linear_1.weight": 1e-2, "language_model.model.norm.weight": 1e-3,
+         "language_model.model.layers.0.mlp.up_proj.weight": 1e-3}
+
+
+@pytest.mark.parametrize("script", ["sft", "rm", "dpo"])
+def test_two_learning_rates_and_decay(script, folder, tmp_path):
+    """Of the first AdamW step, which is the rate's size: the projector moves by --projector_lr, the LLaMA by
+    --lr, which is what is logged; --weight_decay shrinks matrices only."""
+    start, after = base(folder, script, "lora"), {}
+    for decay in (0, 0.5):
+        argv = (f"{FILES[script]} --batch_size 10 --max_steps 1 --warmup 0 --lr 1e-3 --projector_lr 1e-2"
+                f" --weight_decay {decay}")
+        done = fork(script, *argv.split(), "--out", tmp_path / str(decay))
+        assert done.code == 0, done.err
+        assert tiny.log(tmp_path / str(decay))[0]["lr"] == pytest.approx(1e-3)
+        after[decay] = weights(tmp_path / str(decay))
+    for name, rate in RATES.items():
+        assert (after[0][name] - start[name]).abs().median() == pytest.approx(rate, rel=0.02)
+        decayed = after[0][name] - (rate * 0.5 * start[name] if start[name].ndim > 1 else 0)
+        assert torch.allclose(after[0.5][name], decayed, atol=1e-6)
+
+
+@pytest.mark.parametrize("script, options, passes", [
+    ("sft", "", [6]),  # the images of ten records, of which four show one of two
+    ("rm", "", [6, 6]),  # and once for the bias
+    ("dpo", "", [5, 5]),  # and once for the reference
+    ("ppo", PPO + " --ppo_epochs 3", [6])])
+def test_each_image_passes_the_tower_once(script, options, passes, world, tmp_path, monkeypatch):
+    """The distinct images of a micro-batch, whatever the number of answers, records that show them, models
+    and passes over the answers."""
+    seen, forward = [], network.CLIPVision.forward
+    monkeypatch.setattr(network.CLIPVision, "forward",
+                        lambda self, pixels: seen.append(len(pixels)) or forward(self, pixels))
+    options += " --batch_size 10 --micro_batch 10 --max_steps 1 --recompute"
+    inside(script, *(FILES[script] + options).split(), "--out", tmp_path / "out")
+    assert seen == passes
 
 
 # ---- killed and resumed ----

@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,18 +30,9 @@ def files(place, rows="pairs.json"):
     return ["--model", place / "model", "--data", place / rows, "--images", place / "images", "--workers", 0]
 
 
-def arguments(*argv):
-    """What dpo.py makes of a command line."""
-    before, sys.argv = sys.argv, ["dpo.py", *map(str, argv)]
-    try:
-        return dpo.parse_args()
-    finally:
-        sys.argv = before
-
-
 def prepared(place, world, *argv, rows="ranked.json", trainable=()):
     """→ a model, its processor, and the examples of a file of rows"""
-    args = arguments(*files(place, rows), *argv)
+    args = tiny.arguments("dpo", *files(place, rows), *argv)
     checkpoint = fsdp.open_checkpoint(args, world)
     examples = fsdp.read_examples(args.data, "ranked", checkpoint.processor, args, world)
     return fsdp.build(checkpoint, args, world, trainable), checkpoint.processor, examples
@@ -122,7 +112,7 @@ class Said:
 
 @pytest.fixture(scope="module")
 def processor(place, world):
-    return fsdp.open_checkpoint(arguments(*files(place)), world).processor
+    return fsdp.open_checkpoint(tiny.arguments("dpo", *files(place)), world).processor
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
@@ -284,25 +274,6 @@ def test_a_shared_prompt_is_separate_rows(rows, place, world):
     assert_same_gradients(shared, separate)
 
 
-def test_the_logprobs_are_those_of_separate_rows(place, world):
-    """Every token's log-probability, to 1e-5, and the padding after them does not matter."""
-    model, processor, examples = prepared(place, world)
-    with torch.no_grad():
-        batch = data.collate(examples, processor)
-        logprob, total, length = dpo.answer_logprobs(model, batch, model.vision_tower(batch.pixels))
-        start = 0
-        for a, (example, k) in enumerate((e, k) for e in examples for k in range(len(e.answers))):
-            one = data.Example(0, "", example.prompt, [example.answers[k]], [example.kept[k]], example.images)
-            one = data.collate([one], processor)
-            expected = model(one, model.vision_tower(one.pixels))
-            torch.testing.assert_close(logprob[start:start + len(expected)], expected, rtol=1e-5, atol=1e-5)
-            assert total[a].item() == pytest.approx(expected.sum().item(), rel=1e-5)
-            assert length[a] == len(expected) == len(example.answers[k])
-            start += len(expected)
-    fsdp.reshard(model)
-    assert start == len(logprob)
-
-
 # ---- runs ----
 
 def test_a_user_prefers(place, tmp_path):
@@ -356,17 +327,6 @@ def test_the_sft_term_is_sfts_loss(place, world, tmp_path):
         assert ours["sft_loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["loss"] == pytest.approx(theirs["loss"] + math.log(2), rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-
-
-def test_the_pictures_pass_the_tower_once(place, world, tmp_path, monkeypatch):
-    """In the whole run: a pass of the reference and one a step, each with the distinct pictures of its micro-
-    batch (two rows show p0.png)."""
-    from model import CLIPVision
-    seen, forward = [], CLIPVision.forward
-    monkeypatch.setattr(CLIPVision, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
-    inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / "out", "--batch_size", 7, "--micro_batch",
-           7, "--max_steps", 2, "--recompute")
-    assert seen == [5] * 3
 
 
 def test_evaluation_is_a_mean_over_rows(place, world, tmp_path):
@@ -427,7 +387,7 @@ def test_another_reference_model(place, world, tmp_path):
     inside("dpo", *files(place), "--out", tmp_path / "plain", *ONE_STEP)
     out, own, self, plain = (stored(tmp_path / name / "reference.json")
                              for name in ("out", "own", "self", "plain"))
-    assert out == own and self == plain and out["fingerprint"] != plain["fingerprint"]
+    assert out == own and self == plain and out != plain
     values, others = (torch.tensor(file["training"]) for file in (out, plain))
     assert ((values - others).abs() > 1e-2).all()
     assert abs(tiny.log(tmp_path / "out")[0]["rewards/margins"]) > 1e-2
@@ -438,11 +398,8 @@ def test_overwrite_makes_the_reference_anew(place, world, tmp_path):
     """The default file belongs to the run: --overwrite with other data or another model is no stale file."""
     out = tmp_path / "out"
     inside("dpo", *files(place), "--out", out, *ONE_STEP)
-    first = stored(out / "reference.json")
     inside("dpo", *files(place, "ranked.json"), "--out", out, *ONE_STEP, "--overwrite")
-    second = stored(out / "reference.json")
-    assert first["fingerprint"] != second["fingerprint"]
-    assert [len(row) for row in second["training"]] == [2, 3, 2, 5, 2, 2, 2]
+    assert [len(row) for row in stored(out / "reference.json")["training"]] == [2, 3, 2, 5, 2, 2, 2]
 
 
 @tiny.compiles
@@ -465,7 +422,7 @@ def test_compiled_runs_log_the_same(ranks, place, tmp_path):
 
 def measure(folder):
     """Writes the peak of a forward and backward pass over 4 rows of 200 targets."""
-    args = arguments("--model", folder, "--data", "none")
+    args = tiny.arguments("dpo", "--model", folder, "--data", "none")
     world = fsdp.launch(args)
     checkpoint = fsdp.open_checkpoint(args, world)
     model = fsdp.build(checkpoint, args, world, trainable=["multi_modal_projector.", "language_model."])

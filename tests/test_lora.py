@@ -44,10 +44,6 @@ def stir(model):
             local.copy_(whole)
 
 
-def tensors(model):
-    return {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
-
-
 def is_adapter(name):
     return bool(re.fullmatch(ADAPTED + r"\.lora_[AB]\.weight", name))
 
@@ -105,13 +101,13 @@ def test_the_gradients_are_the_merged_weights():
 def test_adapters_stand_on_every_projection(place, world):
     """Seven a layer, no other; the weights keep their names; A is drawn, keyed by the seed, and B is 0."""
     model, _, _ = load(place, world)
-    held = tensors(model)
+    held = tiny.state(model)
     adapted = {name for name in base(place) if re.fullmatch(ADAPTED + r"\.weight", name)}
     assert len(adapted) == 2 * 7
     expected = {name.replace(".weight", f".lora_{part}.weight") for name in adapted for part in "AB"}
     assert held.keys() - base(place).keys() == expected == {name for name in held if is_adapter(name)}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
-    other = tensors(load(place, world, seed=1)[0])
+    other = tiny.state(load(place, world, seed=1)[0])
     for name in expected:
         if ".lora_B." in name:
             assert not held[name].any()
@@ -152,7 +148,7 @@ def test_a_merged_export_is_the_unmerged_model(place, world, tmp_path):
     fsdp.export(model, processor, args, world)
     batch = batch_of(processor, place / "images")
     assert_close(our_logits(model, batch), their_logits(reload(tmp_path / "out"), batch))
-    held, merged = tensors(model), load_file(tmp_path / "out" / "model.safetensors")
+    held, merged = tiny.state(model), load_file(tmp_path / "out" / "model.safetensors")
     assert merged.keys() == base(place).keys()
     for name, before in base(place).items():
         stem = name.removesuffix(".weight")
@@ -203,9 +199,9 @@ def test_adapters_are_trained_and_nothing_else(script, train, place, world, tmp_
     and the base is bit for bit as before; the checkpoint holds what is trained; the export is the model."""
     out = tmp_path / "out"
     model, *_ = inside(script, *files(place, script), "--out", out, *LORA, "--train", train, "--save_adapter")
-    held, before = tensors(model), base(place)
+    held, before = tiny.state(model), base(place)
     adapters = {name for name in held if is_adapter(name)}
-    start = tensors(load(place, world, lora_rank=3)[0])
+    start = tiny.state(load(place, world, lora_rank=3)[0])
     trained = set(adapters)
     if "projector" in train:
         trained |= {name for name in before if name.startswith("multi_modal_projector.")}
@@ -249,8 +245,8 @@ def test_the_default_is_the_llama_alone(place, world, tmp_path):
 def test_the_first_step_moves_b_alone(place, world, tmp_path):
     """B = 0 keeps A's first gradient at 0: after one step A is as drawn, and every B has moved."""
     model, *_ = inside("dpo", *files(place, "dpo"), "--out", tmp_path / "out", *LORA, "--max_steps", 1)
-    start = tensors(load(place, world, lora_rank=3)[0])
-    for name, tensor in tensors(model).items():
+    start = tiny.state(load(place, world, lora_rank=3)[0])
+    for name, tensor in tiny.state(model).items():
         assert torch.equal(tensor, start[name]) != (".lora_B." in name), name
 
 
@@ -273,9 +269,9 @@ def test_in_bf16(script, place, world, tmp_path):
                        "--dtype", "bf16", "--max_steps", 4)
     dtypes = {is_adapter(name) or name.startswith("score."): p.dtype for name, p in model.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    before, held = base(place), tensors(model)
+    before, held = base(place), tiny.state(model)
     assert all(torch.equal(held[name], tensor.bfloat16()) for name, tensor in before.items())
-    start = tensors(load(place, world, lora_rank=3, dtype="bf16")[0])
+    start = tiny.state(load(place, world, lora_rank=3, dtype="bf16")[0])
     assert all(not torch.equal(held[name], start[name]) for name in held if is_adapter(name))
     trace = tiny.log(tmp_path / "out")
     assert trace[-1]["loss"] < trace[0]["loss"]

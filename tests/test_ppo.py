@@ -11,7 +11,6 @@ Legend: A answers, L longest of them, B rows, K samples of each, V vocabulary.
 import dataclasses
 import functools
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,15 +44,6 @@ def files(place, reward="reward"):
 
 SMALL = ["--batch_size", 5, "--rollout_batch", 10, "--micro_batch", 5, "--samples_per_prompt", 2, "--max_new",
          8, "--ppo_epochs", 2, "--max_steps", 1, "--lr", "1e-3", "--show_every", 0]
-
-
-def arguments(*argv):
-    """What ppo.py makes of a command line."""
-    before, sys.argv = sys.argv, ["ppo.py", *map(str, argv)]
-    try:
-        return ppo.parse_args()
-    finally:
-        sys.argv = before
 
 
 def ragged(*lengths):
@@ -322,7 +312,7 @@ def test_the_hand_is_the_oracle(world):
 
 def prepared(place, world, *argv, reward="reward"):
     """The pieces of ppo.main, up to its loop."""
-    args = arguments(*files(place, reward), *SMALL, *argv)
+    args = tiny.arguments("ppo", *files(place, reward), *SMALL, *argv)
     checkpoint = fsdp.open_checkpoint(args, world)
     processor = checkpoint.processor
     other = fsdp.open_other(args.reward_model, processor, args, world, reward=True)
@@ -526,7 +516,7 @@ def test_greedy_is_predict(bench, place, tmp_path, monkeypatch):
     prompts = data.collate(bench.examples, bench.processor)
 
     def found(*argv):
-        args = arguments(*files(place), *SMALL, "--samples_per_prompt", 3, *argv)
+        args = tiny.arguments("ppo", *files(place), *SMALL, "--samples_per_prompt", 3, *argv)
         r = ppo.roll_out(bench.policy, prompts, bench.examples, bench.processor, args, bench.world, 1)
         fsdp.reshard(bench.policy)
         return [[bench.processor.text(ids) for ids in example.answers] for example in r.examples]
@@ -717,15 +707,10 @@ def run(place, world, tmp_path_factory):
 TWICE = ("--max_steps", 2, "--micro_batch", 3, "--max_new", 10)
 
 
-def state(model):
-    fsdp.reshard(model)
-    return {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
-
-
 def built(place, world, folder="reward", **changes):
     """The weights of a reward model before training."""
     args = options(model=str(place / folder), **changes)
-    return state(fsdp.build(fsdp.open_checkpoint(args, world), args, world, score=True))
+    return tiny.state(fsdp.build(fsdp.open_checkpoint(args, world), args, world, score=True))
 
 
 def test_the_first_minibatch_meets_itself(run):
@@ -756,9 +741,9 @@ def test_what_is_trained_moves_and_nothing_else(run, place, world):
     export = load_file(out / "model.safetensors")
     moved = {name for name in base if not torch.equal(base[name], export[name])}
     assert moved == {name for name in base if name.startswith(PARTS)} and base.keys() == export.keys()
-    assert all(torch.equal(export[name], tensor) for name, tensor in state(policy).items())
-    assert all(torch.equal(base[name], tensor) for name, tensor in state(reference).items())
-    start, after, scorer = built(place, world), state(critic), state(reward)
+    assert all(torch.equal(export[name], tensor) for name, tensor in tiny.state(policy).items())
+    assert all(torch.equal(base[name], tensor) for name, tensor in tiny.state(reference).items())
+    start, after, scorer = built(place, world), tiny.state(critic), tiny.state(reward)
     assert all(torch.equal(start[name], tensor) for name, tensor in scorer.items())
     moved = {name for name in start if not torch.equal(start[name], after[name])}
     assert moved == {name for name in start if name.startswith(CRITIC)}
@@ -772,20 +757,6 @@ def test_equal_towers_are_one(run, world):
     _, (policy, reference, reward, critic) = run(reward="tower")
     assert reference.vision_tower is policy.vision_tower
     assert not {reward.vision_tower, critic.vision_tower} & {policy.vision_tower}
-
-
-def test_a_picture_passes_the_tower_once(place, world, tmp_path, monkeypatch):
-    """In an iteration of three passes over the answers: each micro-batch's distinct pictures, once, before
-    sampling."""
-    seen, forward = [], network.CLIPVision.forward
-
-    def watched(tower, pixels):
-        seen.append(len(pixels))
-        return forward(tower, pixels)
-    monkeypatch.setattr(network.CLIPVision, "forward", watched)
-    inside("ppo", *files(place), *SMALL, "--micro_batch", 10, "--batch_size", 10, "--ppo_epochs", 3, "--out",
-           tmp_path / "out")
-    assert seen == [6]  # of ten rows; two show p0.png, two p1.png
 
 
 def watch(monkeypatch):
@@ -882,7 +853,7 @@ def test_a_function_scores_the_texts(place, world, tmp_path, monkeypatch):
     seen = watch(monkeypatch)
     inside("ppo", *files(place, "rewards.py:red"), *SMALL, "--critic", "policy", "--missing_eos_score", -3,
            "--samples_per_prompt", 8, "--seed", 2, "--out", tmp_path / "out")
-    args = arguments(*files(place), *SMALL)
+    args = tiny.arguments("ppo", *files(place), *SMALL)
     processor = fsdp.open_checkpoint(args, world).processor
     ids = [answer for r in seen for example in r.examples for answer in example.answers]
     scores = [processor.text(answer).split().count("red") if int(answer[-1]) in processor.stop else -3.0
@@ -955,7 +926,7 @@ def test_critic_warmup(place, world, tmp_path, monkeypatch):
     seen, look = [], ppo.forward_passes
 
     def watched(rollout, policy, reference, critic, args):
-        seen.append((state(policy), state(critic)))
+        seen.append((tiny.state(policy), tiny.state(critic)))
         look(rollout, policy, reference, critic, args)
     monkeypatch.setattr(ppo, "forward_passes", watched)
     inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--micro_batch", 10, "--critic_warmup", 1,
@@ -978,7 +949,7 @@ def test_kl_stop(run):
     stopped, (*_, critic) = run("--batch_size", 10, "--ppo_epochs", 4, "--kl_stop", "1e-9")
     one, (*_, critic_of_one) = run("--batch_size", 10, "--ppo_epochs", 1)
     assert (stopped / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
-    ours, theirs = state(critic), state(critic_of_one)
+    ours, theirs = tiny.state(critic), tiny.state(critic_of_one)
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert tiny.log(stopped)[0]["policy/approxkl"] > 1e-9 / 2  # of two steps, the first at 0
 
@@ -993,7 +964,7 @@ def test_lora(run, place, world):
     out, (policy, reward, critic) = run("--lora_rank", 4, "--max_steps", 2, "--lr", "1e-2")
     first, second = tiny.log(out)
     assert abs(first["objective/kl"]) < 1e-5 < abs(second["objective/kl"])
-    base, weights = load_file(place / "model" / "model.safetensors"), state(policy)
+    base, weights = load_file(place / "model" / "model.safetensors"), tiny.state(policy)
     assert all(torch.equal(weights[name], tensor) for name, tensor in base.items())
     export, lora = load_file(out / "model.safetensors"), adapted(policy)
     assert {name for name in base if not torch.equal(base[name], export[name])} == lora.keys()
@@ -1003,7 +974,7 @@ def test_lora(run, place, world):
         assert B.any() and module.on
     critic_lora = adapted(critic)
     assert critic_lora.keys() == lora.keys() and not adapted(reward)
-    start, after = built(place, world), state(critic)
+    start, after = built(place, world), tiny.state(critic)
     same = {name for name in start if torch.equal(start[name], after[name])}
     assert same == start.keys() - {"score.weight", "score.bias"}
     assert all(module.lora_B.weight.full_tensor().any() for module in critic_lora.values())
@@ -1081,8 +1052,8 @@ def test_scores_that_have_no_scale(ended, scores, message, world):
 
 def test_a_kl_horizon_without_a_target(place):
     """An iteration's 20 answers are more than --kl_horizon 19, which nothing reads without --target_kl."""
-    assert arguments(*files(place), *SMALL, "--kl_horizon", 19).kl_horizon == 19
-    assert arguments(*files(place), *SMALL, "--kl_horizon", 20, "--target_kl", 1).target_kl == 1
+    assert tiny.arguments("ppo", *files(place), *SMALL, "--kl_horizon", 19).kl_horizon == 19
+    assert tiny.arguments("ppo", *files(place), *SMALL, "--kl_horizon", 20, "--target_kl", 1).target_kl == 1
 
 
 def test_a_reward_function_with_a_dataclass(tmp_path):
@@ -1117,7 +1088,7 @@ def test_the_reference_keeps_its_projector_under_lora(place, world, tmp_path, mo
     seen, look = [], ppo.forward_passes
 
     def watched(rollout, policy, reference, critic, args):
-        seen.append(state(reference or policy)["multi_modal_projector.linear_1.weight"])
+        seen.append(tiny.state(reference or policy)["multi_modal_projector.linear_1.weight"])
         look(rollout, policy, reference, critic, args)
     monkeypatch.setattr(ppo, "forward_passes", watched)
     inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--micro_batch", 10, "--ppo_epochs", 1,
@@ -1130,4 +1101,4 @@ def test_a_critic_rate_of_zero(place, world, tmp_path):
     *_, critic = inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--ppo_epochs", 1, "--critic_lr", 0,
                         "--out", tmp_path / "out")
     start = built(place, world)
-    assert all(torch.equal(start[name], tensor) for name, tensor in state(critic).items())
+    assert all(torch.equal(start[name], tensor) for name, tensor in tiny.state(critic).items())

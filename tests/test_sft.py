@@ -78,14 +78,6 @@ def test_a_user_fine_tunes(ranks, place, tmp_path):
     assert tiny.log(tmp_path / "again")[0]["loss"] == pytest.approx(lines[-1]["eval_loss"], rel=1e-4)
 
 
-def test_the_logged_rate(place, tmp_path):
-    """lr is that of --lr, whichever parts have rates of their own."""
-    done = fork("sft", *files(place), "--out", tmp_path / "out", "--train", "projector,llm,vision", "--lr",
-                "1e-3", "--projector_lr", "1e-2", "--max_steps", 1, "--warmup", 0, "--workers", 0)
-    assert done.code == 0, done.err
-    assert tiny.log(tmp_path / "out")[0]["lr"] == pytest.approx(1e-3)
-
-
 def test_compile_without_a_compiler(place, tmp_path, monkeypatch):
     """Said at once, with what to do, and before anything is written."""
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -130,24 +122,6 @@ def test_projector_pre_training(place, tmp_path):
     assert len(lines) == 10 and lines[-1]["loss"] < lines[0]["loss"]
     plain = (tiny.ROOT / "templates" / "plain.jinja").read_text()
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == plain
-
-
-def test_two_learning_rates_and_decay(place, tmp_path):
-    """Of the first AdamW step, which is the rate's size: the projector moves by --projector_lr, the LLaMA by
-    --lr; --weight_decay shrinks matrices only."""
-    moves = {}
-    for name, options in {"plain": [], "decay": ["--weight_decay", 0.5]}.items():
-        done = fork("sft", *files(place), "--out", tmp_path / name, "--max_steps", 1, "--batch_size", 10,
-                    "--lr", "1e-3", "--projector_lr", "1e-2", "--warmup", 0, "--workers", 0, *options)
-        assert done.code == 0, done.err
-        moves[name] = load_file(tmp_path / name / "model.safetensors")
-    before = load_file(place / "model" / "model.safetensors")
-    rates = {"multi_modal_projector.linear_1.weight": 1e-2, "language_model.model.norm.weight": 1e-3,
-             "language_model.model.layers.0.mlp.up_proj.weight": 1e-3}
-    for name, rate in rates.items():
-        assert (moves["plain"][name] - before[name]).abs().median() == pytest.approx(rate, rel=0.02)
-        decayed = moves["plain"][name] - (rate * 0.5 * before[name] if before[name].ndim > 1 else 0)
-        assert torch.allclose(moves["decay"][name], decayed, atol=1e-6)
 
 
 def test_cut_and_skipped_rows_are_counted(place, tmp_path):

@@ -290,6 +290,21 @@ def options(**changes):
     return args
 
 
+def arguments(script, *argv):
+    """What a script makes of a command line."""
+    before, sys.argv = sys.argv, [f"{script}.py", *map(str, argv)]
+    try:
+        return importlib.import_module(script).parse_args()
+    finally:
+        sys.argv = before
+
+
+def state(model):
+    """A model's full parameters now."""
+    importlib.import_module("fsdp").reshard(model)
+    return {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
+
+
 def reload(folder, dtype=torch.float32):
     """transformers' model from an exported folder; nothing missing, nothing left over."""
     load = hf.LlavaForConditionalGeneration.from_pretrained
@@ -354,12 +369,9 @@ class Run:
 
 
 def command(script, *argv, ranks=1):
-    """A script as a user runs it: `python script.py …`, or torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    start = [sys.executable, *(torchrun if ranks > 1 else []), ROOT / f"{script}.py"]
-    done = subprocess.run([*start, *map(str, argv)], capture_output=True, text=True, timeout=240,
-                          cwd=tempfile.gettempdir())
-    return Run(done.returncode, done.stdout, done.stderr)
+    """A script as a user runs it, from another folder: `python script.py …`, or torchrun."""
+    with Job(script, *argv, ranks=ranks) as job:
+        return job.end(240)
 
 
 def fork(script, *argv, ranks=1, prepare=None):
