@@ -313,8 +313,9 @@ def fail(text, code):
     with contextlib.suppress(RuntimeError):
         if store:
             store.set("failure said", "")
+            others = [f"failure heard by {r}" for r in range(dist.get_world_size()) if r != rank]
             deadline = time.monotonic() + 5
-            while store.add("failure heard", 0) < dist.get_world_size() - 1 and time.monotonic() < deadline:
+            while not store.check(others) and time.monotonic() < deadline:
                 time.sleep(0.05)  # the launcher, or the end of the store, would make the others print more
     leave(code)
 
@@ -365,7 +366,8 @@ def watch(store):
                     rank, code = json.loads(Watch.store.get("failure"))
                     if rank != int(os.environ["RANK"]):
                         Watch.store.wait(["failure said"], datetime.timedelta(seconds=5))
-                        Watch.store.add("failure heard", 1)
+                        Watch.store.set(f"failure heard by {os.environ['RANK']}", "")
+                        time.sleep(0.5)  # the store may end with this process: the other one leaves first
                         leave(code)
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
                 leave(1)
@@ -1012,8 +1014,8 @@ def load_checkpoint(args, world, model, *optimizers):
         check_metadata(folder)
         dcp.load(trained_state(model, optimizers), checkpoint_id=folder)
     except (Exception, dcp.CheckpointException) as error:  # DCP's is no Exception
-        raise UserError(f"{folder} is damaged ({type(error).__name__}: {str(error)[:200]}): remove it, and "
-                        f"--resume {before}") from error
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise UserError(f"{folder} is damaged ({why}): remove it, and --resume {before}") from error
     return steps[-1]
 
 
