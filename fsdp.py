@@ -297,11 +297,13 @@ def disk_full(error):
 def fail(text, code):
     """Prints why this rank fails and tells the others; where another was first, waits to be ended with it."""
     rank, store = int(os.environ.get("RANK", 0)), Watch.store
+    if Watch.ending:
+        time.sleep(10)  # the watching thread ends this process
     with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
         if store:
             first, _ = json.loads(store.compare_set("failure", "", json.dumps([rank, code])))
             if first != rank:
-                time.sleep(10)  # the watching thread ends this process
+                time.sleep(10)
     text = text.strip()
     if rank and not text.startswith("error"):
         text = f"rank {rank} failed:\n{text}"
@@ -338,6 +340,7 @@ class Watch:
     store = None  # shared with the other ranks, None in a world of one
     sigterm = None  # when SIGTERM first arrived
     saves = False  # whether the run answers it by saving; else it ends the process at once
+    ending = False  # because another rank has failed
     started = False
 
 
@@ -365,6 +368,7 @@ def watch(store):
                 if Watch.store and Watch.store.check(["failure"]):
                     rank, code = json.loads(Watch.store.get("failure"))
                     if rank != int(os.environ["RANK"]):
+                        Watch.ending = True
                         Watch.store.wait(["failure said"], datetime.timedelta(seconds=5))
                         Watch.store.set(f"failure heard by {os.environ['RANK']}", "")
                         time.sleep(0.5)  # the store may end with this process: the other one leaves first
