@@ -1,4 +1,5 @@
-"""A LLaVA small enough to be made in a moment, pictures and rows for it, and ways to run the scripts on them.
+"""A LLaVA small enough to be made in a moment, images and records for it, ways to run the scripts on them, to
+end them early and to compare what they leave.
 
 The model has random weights, large enough for every part to matter: a CLIP tower (2 layers, 4 patches), a
 projector and a LLaMA (2 layers, width 32) with a tokenizer of LLaMA's kind. transformers' model with the same
@@ -407,12 +408,6 @@ def inside(script, *argv):
         fsdp.build, dist.init_process_group, sys.argv = build, start, before
         signal.signal(signal.SIGTERM, handler)
     return models
-
-
-def one_by_one(runs):
-    """Several runs (script, argv) in one process group, which starts once: for spread()."""
-    for script, argv in runs:
-        inside(script, *argv)
 
 
 def spread(function, ranks, timeout=200):
