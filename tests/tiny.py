@@ -365,8 +365,8 @@ class Run:
     @property
     def error(self):
         """The message that the user is left with."""
-        found = re.search(r"^(?:\w+\.py: )?error: (.*)\Z", self.err.strip(), re.MULTILINE | re.DOTALL)
-        return found[1] if found else ""
+        _, *errors = re.split(r"^(?:\w+\.py: )?error: ", self.err.strip(), flags=re.MULTILINE)
+        return errors[-1] if errors else ""
 
 
 def command(script, *argv, ranks=1):
