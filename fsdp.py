@@ -316,7 +316,7 @@ def fail(text, code):
         if store:
             store.set("failure said", "")
             others = [f"failure heard by {r}" for r in range(dist.get_world_size()) if r != rank]
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 3
             while not store.check(others) and time.monotonic() < deadline:
                 time.sleep(0.05)  # the launcher, or the end of the store, would make the others print more
     leave(code)

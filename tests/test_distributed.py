@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -431,20 +432,6 @@ STOPPED = fsdp.STOPPED  # exit code of a run that SIGTERM has ended
 CHECKPOINTS = 2  # that stay
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_saves_first(ranks, uninterrupted, tmp_path):
-    """SIGTERM to any rank: the step in hand is finished and saved, and --resume goes on from it."""
-    out = tmp_path / "out"
-    prepare = in_update(4, tiny.terminate, rank=ranks - 1)
-    done = long_run("sft", ranks, " --save_every 0", out, prepare=prepare)
-    assert done.code == STOPPED, done.err
-    assert "stopped by SIGTERM after step 4" in done.out and fsdp.checkpoint_steps(out) == [4]
-    assert not (out / "model.safetensors").exists()
-    done = long_run("sft", ranks, "", out, "--resume")
-    assert done.code == 0, done.err
-    assert_same_run(out, uninterrupted("sft", ranks))
-
-
 def test_the_last_checkpoints_stay(tmp_path):
     """--save_every 2 of nine steps: the last step is saved too, and older ones are removed."""
     assert long_run("sft", 1, " --save_every 2", tmp_path / "out").code == 0
@@ -552,7 +539,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--train projector,llama": "got --train projector,llama, need any of projector,llm,vision",
         "--train=": "need any of projector,llm,vision",
         "--train llm --projector_lr 1": "but --train llm has no projector",
-        "--replicas 3": "got --replicas 3, need a divisor of the 1 ranks",
+        "--replicas 3": "got --replicas 3, need a divisor of the ",
         "--wandb project": "pip install wandb",
         "--save_adapter": "got --save_adapter, need --lora_rank, and --model",
         "--lora_rank 2 --train projector": "got --lora_rank 2 without llm in --train",
@@ -626,20 +613,13 @@ def assert_said(done, message):
     assert all(line.endswith(done.error) for line in done.err.splitlines() if "error: " in line), done.err
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     "script, options", [(script, options) for script in WRONG for options in WRONG[script]])
-def test_what_is_wrong_is_said(script, options, wrong, tmp_path):
-    """In one line, before anything is written."""
-    done = wrong_run(script, options, wrong, tmp_path / "out")
+def test_what_is_wrong_is_said(script, options, ranks, wrong, tmp_path):
+    """In one line, before anything is written; on two ranks the same, whoever finds it."""
+    done = wrong_run(script, options, wrong, tmp_path / "out", ranks=ranks)
     assert_said(done, WRONG[script][options].replace("{}", str(wrong)))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("options", ["--model nobody/nothing", "--model {}/cut", "--data {}/prompt.json",
-                                     "--data {}/cut.json --images {}/images"])
-def test_two_ranks_say_the_same(options, wrong, tmp_path):
-    """What rank 0 finds, what one rank finds in its share of the images, and what every rank finds."""
-    assert_said(wrong_run("sft", options, wrong, tmp_path / "out", ranks=2), WRONG["sft"][options])
     assert not list(tmp_path.iterdir())
 
 
@@ -698,37 +678,179 @@ def test_a_model_has_to_be_given_in_full(argv, said, wrong, tmp_path):
 
 # ---- when a run ends early ----
 
-PAUSE = in_update(5, functools.partial(time.sleep, 1.5))  # step 4 is saved
-# ranks; a signal in step 5 and who gets it, or what the run does; exit code, last words, last checkpoint
-FAILURES = {
-    "SIGTERM to python": (1, (signal.SIGTERM, "launcher"), STOPPED, "stopped by SIGTERM after step 5", 5),
-    "kill -9 of rank 1": (2, (signal.SIGKILL, 1), 1, "Signal 9 (SIGKILL) received by PID", 4),
-    "an exception on rank 1": (2, in_update(5, tiny.fail, rank=1), 1, "RuntimeError: a bug", 4),
+ANSWERS = FILES["predict"] + " --micro_batch 1 --num_samples 2"
+MOMENTS = {  # what is called once per step, and which call: something complete is there by then
+    "sft": ("torch.optim.AdamW.step", 5), "rm": ("torch.optim.AdamW.step", 4),
+    "dpo": ("torch.optim.AdamW.step", 3), "ppo": ("torch.optim.AdamW.step", 12),
+    "predict": ("predict.generate", 3)}
+FAILURES = {  # what happens on the last of the ranks; exit code; last line
+    "kill -9": (tiny.die, -signal.SIGKILL, None),
+    "an exception": (tiny.fail, 1, "ValueError: a bug"),
+    "SIGTERM": (tiny.terminate, STOPPED, None),
+    "SIGINT": (tiny.interrupt, 130, "ended by SIGINT"),
+    "NaN": (tiny.poison, 1, "need finite numbers: the last checkpoint, of step "),
 }
 
 
+def started(script, ranks, out, *more, **how):
+    if script == "predict":
+        return fork(script, *ANSWERS.split(), "--out", out, *more, ranks=ranks, **how)
+    return long_run(script, ranks, "", out, *more, **how)
+
+
+def left(out):
+    """What can be gone on from: the steps of checkpoints, or complete lines."""
+    if out.is_dir():
+        return fsdp.checkpoint_steps(out)
+    return [line for line in out.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.fixture(scope="session")
+def all_answers(folder, tmp_path_factory):
+    @functools.cache
+    def run(ranks):
+        out = tmp_path_factory.mktemp("answers") / "out"
+        assert started("predict", ranks, out).code == 0
+        return out
+    return run
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("script", ["sft"])
-def test_a_run_that_ends_early(script, failure, uninterrupted, tmp_path):
-    """It ends at once on every rank, with its exit code and a word why, leaves the last complete checkpoint
-    and no export; with --resume it is the run that went through. Signals reach python and torchrun as a
-    user starts them."""
-    ranks, cause, code, said, last = FAILURES[failure]
+@pytest.mark.parametrize("script", MOMENTS)
+def test_a_run_that_ends_early(script, failure, ranks, uninterrupted, all_answers, tmp_path):
+    """Every rank ends, soon and with the same words; what is complete stays, nothing is exported; with
+    --resume it is the run that went through."""
+    if (script, failure) == ("predict", "NaN"):
+        return  # test_predict.py: nothing is trained
+    act, code, said = FAILURES[failure]
+    name, number = MOMENTS[script]
+    if failure == "NaN":
+        name = "torch.nn.utils.get_total_norm"
     out = tmp_path / "out"
-    if callable(cause):
-        done = long_run(script, ranks, "", out, prepare=cause)
-    else:
-        argv = [*LONG[script].split(), "--out", out]
-        with tiny.Job(script, *argv, ranks=ranks, prepare=PAUSE, cwd=os.getcwd()) as job:
-            job.wait(lambda: fsdp.checkpoint_steps(out)[-1:] == [4])
-            job.signal(*cause)
-            done = job.end()
-        assert done.seconds < 30, done
-    assert done.code == code and said in done.out + done.err, done
-    assert fsdp.checkpoint_steps(out)[-1] == last and not (out / "model.safetensors").exists()
-    done = long_run(script, ranks, "", out, "--resume")
+    prepare = functools.partial(tiny.at_call, name, number, act, ranks - 1)
+    start = time.monotonic()
+    done = started(script, ranks, out, prepare=prepare)
+    assert time.monotonic() - start < 60
+    if ranks == 2 and failure in ("kill -9", "SIGINT"):
+        code, said = 1, "another rank is gone"  # the other one's
+    assert done.code == code, done
+    if said:
+        assert said in done.err.strip().splitlines()[-1], done.err
+    if failure == "SIGTERM":
+        assert "stopped by SIGTERM" in done.out and done.err == "", done
+    assert left(out) and not (out / "model.safetensors").exists()
+    done = started(script, ranks, out, "--resume")
     assert done.code == 0, done.err
-    assert_same_run(out, uninterrupted(script, ranks))
+    if script == "predict":
+        assert out.read_bytes() == all_answers(ranks).read_bytes()
+    else:
+        assert_same_run(out, uninterrupted(script, ranks))
+
+
+PAUSE = in_update(5, tiny.pause)  # step 4 is saved
+# ranks; signals in step 5, a second apart, and who gets them; exit code, words, last checkpoint
+SIGNALS = {
+    "SIGTERM to python": (1, [(signal.SIGTERM, "launcher")], STOPPED, "stopped by SIGTERM after step 5", 5),
+    "SIGTERM to torchrun": (2, [(signal.SIGTERM, "launcher")], 1, "stopped by SIGTERM after step 5", 5),
+    "SIGTERM to all": (2, [(signal.SIGTERM, "all")], 1, "stopped by SIGTERM after step 5", 5),
+    "SIGTERM twice": (1, [(signal.SIGTERM, "launcher")] * 2, STOPPED, "ended by SIGTERM", 4),
+    "SIGINT": (1, [(signal.SIGINT, "launcher")], 130, "ended by SIGINT", 4),
+    "Ctrl-C under torchrun": (2, [(signal.SIGINT, "all")], 1, "", 4),
+    "kill -9 of rank 1": (2, [(signal.SIGKILL, 1)], 1, "Signal 9 (SIGKILL) received by PID", 4),
+    "kill -9 of torchrun": (2, [(signal.SIGKILL, "launcher")], -signal.SIGKILL, "", 4),
+}
+
+
+@pytest.mark.parametrize("case", SIGNALS)
+def test_signals_of_a_user(case, uninterrupted, tmp_path):
+    """They reach python and torchrun as a user starts them. No process survives, also where the launcher
+    alone is killed; with --resume it is the run that went through."""
+    ranks, signals, code, said, last = SIGNALS[case]
+    out = tmp_path / "out"
+    argv = [*LONG["sft"].split(), "--out", out]
+    with tiny.Job("sft", *argv, ranks=ranks, prepare=PAUSE, cwd=os.getcwd()) as job:
+        job.wait(lambda: fsdp.checkpoint_steps(out)[-1:] == [4])
+        for number, to in signals:
+            job.signal(number, to)
+            time.sleep(1 if len(signals) > 1 else 0)
+        done = job.end()
+    assert done.seconds < 30 and done.code == code and said in done.out + done.err, done
+    assert fsdp.checkpoint_steps(out)[-1] == last and not (out / "model.safetensors").exists()
+    done = long_run("sft", ranks, "", out, "--resume")
+    assert done.code == 0, done.err
+    assert_same_run(out, uninterrupted("sft", ranks))
+
+
+EVALUATED = " --save_every 0 --eval_every 2 --micro_batch 1"  # many batches an evaluation
+CUT_SHORT = {  # options; what SIGTERM comes in; the last checkpoint
+    "sft": (EVALUATED + " --eval_data rows.json", ("sft.show_answers", 1), 2),
+    "sft, first batch": (EVALUATED + " --eval_data rows.json", ("fsdp.Stop.asked", 3), 2),
+    "rm": (EVALUATED, ("rm.evaluate", 1), 2),
+    "dpo": (EVALUATED, ("dpo.evaluate", 2), 4),
+    "dpo, the last": (EVALUATED, ("dpo.evaluate", 3), 5),
+    "ppo": (EVALUATED + " --eval_data trained/rows.json", ("ppo.held_out_figures", 1), 2),
+    "ppo, a rollout": (EVALUATED + " --eval_data trained/rows.json", ("ppo.roll_out", 12), 1)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CUT_SHORT)
+def test_sigterm_is_heard_in_evaluations_and_rollouts(case, ranks, folder, tmp_path):
+    """At the next batch. The evaluation is made up after the resume, a rollout is sampled again: log, weights
+    and checkpoints are those of a run that went through."""
+    script, (options, moment, last) = case.split(",")[0], CUT_SHORT[case]
+    expected, out = tmp_path / "expected", tmp_path / "out"
+    assert long_run(script, ranks, options, expected).code == 0
+    prepare = functools.partial(tiny.at_call, *moment, tiny.terminate, ranks - 1)
+    done = long_run(script, ranks, options, out, prepare=prepare)
+    assert done.code == STOPPED and fsdp.checkpoint_steps(out) == [last], done
+    evaluated = any(name.startswith("eval_") for name in tiny.log(out)[-1])
+    assert evaluated == (case == "sft")
+    done = long_run(script, ranks, options, out, "--resume")
+    assert done.code == 0, done.err
+    assert tiny.log(out) == tiny.log(expected)
+    assert weights(out).keys() == weights(expected).keys()
+    assert all(torch.equal(t, weights(expected)[name]) for name, t in weights(out).items())
+
+
+def forbid_forks():
+    """From now on a run in which Python starts a process after the process group stands fails."""
+    def hook(event, _):
+        if event in ("os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen") and (
+                dist.is_initialized()):
+            raise RuntimeError(f"{event} after the process group was joined")
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize("script", DATA)
+def test_nothing_forks_once_the_process_group_stands(script, tmp_path):
+    """A process forked while one of gloo's threads is in Python hangs for ever. Loading by threads,
+    evaluations, saving, and the export on the way."""
+    options = FILES[script] + (PPO if script == "ppo" else "") + " --workers 2"
+    if script != "predict":
+        options += f" --eval_data {DATA[script]}.json --eval_every 1 --max_steps 2"
+    done = fork(script, *options.split(), "--out", tmp_path / "out", ranks=2, prepare=forbid_forks)
+    assert done.code == 0, done.err
+
+
+def forks_anyway(start):
+    forbid_forks()
+    at_optimizer_step(1, start)
+
+
+def start_a_program(*_):
+    subprocess.run(["true"])
+
+
+def fork_a_process(*_):
+    os.fork() or os._exit(0)
+
+
+@pytest.mark.parametrize("start", [start_a_program, fork_a_process])
+def test_a_fork_would_be_seen(start, tmp_path):
+    """The test above fails where something forks."""
+    done = long_run("sft", 1, "", tmp_path / "out", prepare=functools.partial(forks_anyway, start))
+    assert done.code == 1 and "after the process group was joined" in done.err
 
 
 @pytest.fixture
@@ -743,23 +865,41 @@ def disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-FULL = {  # script, what is about to be written; the last checkpoint
+FULL = {  # script, what is about to be written when the disk becomes full; the last checkpoint
+    "args.json": ("sft", "open", r"/args\.json", None),
+    "log.jsonl": ("sft", "open", r"/log\.jsonl\.part", None),
+    "the first checkpoint": ("rm", "os.mkdir", r"step_1\.part$", None),
     "a checkpoint": ("sft", "os.mkdir", r"step_3\.part$", 2),
-    "the export": ("sft", "open", r"export\.part/config\.json$", 9),
+    "a checkpoint's metadata": ("sft", "open", r"step_3\.part/\.metadata", 2),
+    "weights": ("sft", "os.mkdir", r"export\.part", 9),
+    "the scalar head": ("rm", "open", r"export\.part/config\.json$", 6),
+    "the configuration": ("sft", "open", r"export\.part/config\.json$", 9),
     "the reference": ("dpo", "open", r"/reference\.json", None),
+    "PPO's checkpoint": ("ppo", "os.mkdir", r"step_2\.part$", 1),
 }
 
 
 @pytest.mark.parametrize("full", FULL)
 def test_a_full_disk(full, disk, uninterrupted):
-    """It is said, with exit code 1; once there is room --resume makes the run that went through."""
+    """It is said in one line; once there is room --resume makes the run that went through."""
     script, event, pattern, last = FULL[full]
     prepare = functools.partial(at_path, event, pattern, functools.partial(tiny.fill_disk, disk))
     done = long_run(script, 1, "", disk / "out", prepare=prepare)
-    assert done.code == 1 and done.error.startswith("no space left on the disk"), done
+    assert done.code == 1 and done.err.startswith("error: no space left on the disk"), done
+    assert len(done.err.splitlines()) == 1
     assert (fsdp.checkpoint_steps(disk / "out") or [None])[-1] == last
     assert not (disk / "out" / "config.json").exists()
     os.remove(disk / "ballast")
     done = long_run(script, 1, "", disk / "out", "--resume")
     assert done.code == 0, done.err
     assert_same_run(disk / "out", uninterrupted(script))
+
+
+def test_a_disk_that_is_full_of_answers(disk, all_answers):
+    """predict.py: what is complete stays."""
+    prepare = functools.partial(tiny.at_call, "predict.generate", 3, functools.partial(tiny.fill_disk, disk))
+    done = started("predict", 1, disk / "out", prepare=prepare)
+    assert done.code == 1 and done.error.startswith("no space left on the disk"), done
+    os.remove(disk / "ballast")
+    assert started("predict", 1, disk / "out", "--resume").code == 0
+    assert (disk / "out").read_bytes() == all_answers(1).read_bytes()

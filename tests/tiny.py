@@ -1,4 +1,5 @@
-"""A LLaVA small enough to be made in a moment, pictures and rows for it, and ways to run the scripts on them.
+"""A LLaVA small enough to be made in a moment, images and records for it, ways to run the scripts on them, to
+end them early and to compare what they leave.
 
 The model has random weights, large enough for every part to matter: a CLIP tower (2 layers, 4 patches), a
 projector and a LLaMA (2 layers, width 32) with a tokenizer of LLaMA's kind. transformers' model with the same
@@ -15,6 +16,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import pkgutil
 import re
 import shutil
 import signal
@@ -364,8 +366,8 @@ class Run:
     @property
     def error(self):
         """The message that the user is left with."""
-        found = re.search(r"^(?:\w+\.py: )?error: (.*)\Z", self.err.strip(), re.MULTILINE | re.DOTALL)
-        return found[1] if found else ""
+        _, *errors = re.split(r"^(?:\w+\.py: )?error: ", self.err.strip(), flags=re.MULTILINE)
+        return errors[-1] if errors else ""
 
 
 def command(script, *argv, ranks=1):
@@ -421,12 +423,6 @@ def unwatch():
     fsdp.LOCKS.clear()
 
 
-def one_by_one(runs):
-    """Several runs (script, argv) in one process group, which starts once: for spread()."""
-    for script, argv in runs:
-        inside(script, *argv)
-
-
 def spread(function, ranks, timeout=200):
     """function() in `ranks` processes, with torchrun's environment. Once one fails, the others end too. →
     rank 0's Run, with a failed rank's exit code"""
@@ -466,19 +462,35 @@ def rank_main(function, rank, ranks, port, logs):
 
 # ---- how a run ends early: for the argument `prepare` of fork() and Job ----
 
-def die():
+def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def terminate():
+def terminate(*_):
+    """As a scheduler does. The signal is heard by a thread: a moment for it."""
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
 
 
-def fail():
-    raise RuntimeError("a bug")
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
 
 
-def fill_disk(folder):
+def pause(*_):
+    time.sleep(1.5)
+
+
+def fail(*_):
+    raise ValueError("a bug")
+
+
+def poison(gradients, *_):
+    """One number of a gradient, on this rank alone, becomes NaN."""
+    gradients[0].to_local().view(-1)[:1] = torch.nan
+
+
+def fill_disk(folder, *_):
     """Leaves no room on a file system, until the file `ballast` is removed."""
     with contextlib.suppress(OSError), open(Path(folder) / "ballast", "wb", buffering=0) as f:
         while f.write(bytes(4096)):
@@ -504,17 +516,23 @@ def at_path(event, pattern, act=die, after=False):
     sys.addaudithook(hook)
 
 
-def at_optimizer_step(number, act=die, rank=0):
-    """Calls act() on one rank before the number-th step of any optimiser: gradients are there, and no weight
-    has moved."""
-    step, calls = torch.optim.AdamW.step, []
+def at_call(name, number, act=die, rank=0):
+    """Calls act(*arguments) on one rank before the number-th call of a function, "module.function" or
+    "module.class.method"."""
+    owner, name = pkgutil.resolve_name(name.rpartition(".")[0]), name.rpartition(".")[2]
+    function, calls = getattr(owner, name), []
 
-    def counted(optimizer, *args, **kwargs):
+    def counted(*args, **kwargs):
         calls.append(number)
         if len(calls) == number and os.environ.get("RANK", "0") == str(rank):
-            act()
-        return step(optimizer, *args, **kwargs)
-    torch.optim.AdamW.step = counted
+            act(*args)
+        return function(*args, **kwargs)
+    setattr(owner, name, counted)
+
+
+def at_optimizer_step(number, act=die, rank=0):
+    """act() before the number-th step of any optimiser: gradients are there, and no weight has moved."""
+    at_call("torch.optim.AdamW.step", number, act, rank)
 
 
 class Job:
