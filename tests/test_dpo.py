@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,13 +128,13 @@ def test_a_micro_batch_by_hand(name, rows, processor, world):
     losses, best, figures = dpo.forward(Said(logprob), batch, rows, REFERENCE.tolist(), world, args)
     figures = dict(zip(dpo.FIGURES, figures.tolist(), strict=True))
     by_row = {
-        "loss": expected, "rewards/chosen": [0, 0.01, -0.09], "rewards/rejected": [0, -0.99, -2.09],
-        "rewards/accuracies": [0, 1, 1], "rewards/margins": [0, 1, 2], "logps/chosen": [-0.5, -10, -1],
-        "logps/rejected": [-0.1, -30, -21], "kl/chosen": [0, 0.1 / 8, -0.9 / 4],
-        "kl/rejected": [0, -9.9 / 9, -20.9 / 6]}
+        "loss/dpo": expected, "rewards/chosen": [0, 0.01, -0.09], "rewards/rejected": [0, -0.99, -2.09],
+        "rewards/accuracies": [0.5, 1, 1], "rewards/margins": [0, 1, 2], "logps/chosen": [-0.5, -10, -1],
+        "logps/rejected": [-0.1, -30, -21], "logratio/chosen": [0, 0.1 / 8, -0.9 / 4],
+        "logratio/rejected": [0, -9.9 / 9, -20.9 / 6]}
     sums = {name: sum(values[i] for i in rows) for name, values in by_row.items()}
     assert figures == pytest.approx(sums, rel=1e-5, abs=1e-5)
-    assert float(losses) == figures["loss"]
+    assert float(losses) == figures["loss/dpo"]
     assert float(best) == pytest.approx(sums["logps/chosen"], rel=1e-5)
 
 
@@ -145,9 +146,9 @@ def test_figures_of_more_answers_by_hand():
     length = torch.tensor([[3, 2, 0], [1, 2, 4]])
     found = dpo.figures_of(torch.tensor([0.5, 0.25]), policy, reference, kept, length, beta=2.0)
     expected = {
-        "loss": 0.75, "rewards/chosen": 6 + 4, "rewards/rejected": 2 + 10, "rewards/accuracies": 1 + 1 / 3,
-        "rewards/margins": 4 - 6, "logps/chosen": 5, "logps/rejected": 1 + 5, "kl/chosen": 1 + 2,
-        "kl/rejected": 1 / 2 + (3 + 1) / 2}
+        "loss/dpo": 0.75, "rewards/chosen": 6 + 4, "rewards/rejected": 2 + 10,
+        "rewards/accuracies": 1 + 1 / 3, "rewards/margins": 4 - 6, "logps/chosen": 5, "logps/rejected": 1 + 5,
+        "logratio/chosen": 1 + 2, "logratio/rejected": 1 / 2 + (3 + 1) / 2}
     assert dict(zip(dpo.FIGURES, found.tolist(), strict=True)) == pytest.approx(expected)
 
 
@@ -286,7 +287,7 @@ def test_a_user_prefers(place, tmp_path):
     assert done.code == 0, done.err
     assert "Traceback" not in done.err and "Warning" not in done.err
     first, *_, last = tiny.log(out)
-    assert abs(first["loss"] - math.log(2) - 0.5 * first["sft_loss"]) < 1e-5
+    assert abs(first["loss"] - math.log(2) - 0.5 * first["loss/sft"]) < 1e-5
     assert abs(first["rewards/margins"]) < 1e-5 and abs(first["rewards/chosen"]) < 1e-5
     assert last["eval_rewards/margins"] > 0.5 and last["eval_rewards/accuracies"] > 0.5
     assert last["loss"] < first["loss"]
@@ -314,7 +315,7 @@ def test_step_one_of_ranked_rows(place, world, tmp_path):
 
 
 def test_the_sft_term_is_sfts_loss(place, world, tmp_path):
-    """sft_loss of step 1 is the loss of sft.py on the best answers; with a vanishing beta the whole gradient
+    """loss/sft of step 1 is the loss of sft.py on the best answers; with a vanishing beta the whole gradient
     is, too."""
     single = [row for row in PAIRS if len(row["conversations"]) == 2]  # sft.py also learns earlier turns
     tiny.write_rows(tmp_path / "pairs.json", single)
@@ -324,20 +325,21 @@ def test_the_sft_term_is_sfts_loss(place, world, tmp_path):
     inside("dpo", *files(place), "--data", tmp_path / "pairs.json", "--out", tmp_path / "dpo", *step,
            "--beta", "1e-7", "--sft_coef", 1)
     for ours, theirs in zip(tiny.log(tmp_path / "dpo"), tiny.log(tmp_path / "sft"), strict=True):
-        assert ours["sft_loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["loss/sft"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["loss"] == pytest.approx(theirs["loss"] + math.log(2), rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
 def test_evaluation_is_a_mean_over_rows(place, world, tmp_path):
-    """Seven held-out rows in batches of three, the last of one row, are the figures of one step of seven."""
-    step = ["--ref_model", place / "other", "--lr", 0, "--max_steps", 1]
+    """Seven held-out records in batches of three, the last of one record, have the metrics of one training
+    step of seven: the same loss, with its SFT term."""
+    step = ["--ref_model", place / "other", "--lr", 0, "--max_steps", 1, "--sft_coef", 0.5]
     for name, options in {"one": ["--batch_size", 7, "--micro_batch", 7],
                           "parts": ["--batch_size", 3, "--micro_batch", 2]}.items():
         inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / name, "--eval_data",
                place / "ranked.json", *step, *options)
     one, parts = (tiny.log(tmp_path / name)[0] for name in ("one", "parts"))
-    for name in dpo.FIGURES:
+    for name in ("loss", "loss/sft", *dpo.FIGURES):
         assert parts[f"eval_{name}"] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
     assert one["rewards/margins"] != parts["rewards/margins"]
 
@@ -400,6 +402,30 @@ def test_overwrite_makes_the_reference_anew(place, world, tmp_path):
     inside("dpo", *files(place), "--out", out, *ONE_STEP)
     inside("dpo", *files(place, "ranked.json"), "--out", out, *ONE_STEP, "--overwrite")
     assert [len(row) for row in stored(out / "reference.json")["training"]] == [2, 3, 2, 5, 2, 2, 2]
+
+
+DAMAGE = {
+    "one entry short": lambda saved: {**saved, "training": saved["training"][:-1]},
+    "a number edited": lambda saved: {**saved, "held_out": [[0.0, 0.0], *saved["held_out"][1:]]},
+    "no digest": lambda saved: {"training": saved["training"], "held_out": saved["held_out"]},
+    "of other records": lambda saved: {**saved, "training": saved["training"][:3],
+                                       "sha256": dpo.digest(saved["training"][:3], saved["held_out"])},
+    "a list": lambda saved: saved["training"]}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "cut short"])
+def test_a_changed_reference_is_refused(damage, place, world, tmp_path):
+    """A resume uses the numbers that the run began with; once the file is removed, it computes them again."""
+    out, argv = tmp_path / "out", [*files(place), "--eval_data", place / "pairs.json", *ONE_STEP]
+    inside("dpo", *argv, "--out", out)
+    path = out / "reference.json"
+    text = path.read_text()
+    path.write_text(text[:-50] if damage == "cut short" else json.dumps(DAMAGE[damage](json.loads(text))))
+    with pytest.raises(data.UserError, match="reference.json was changed since the run began: remove it"):
+        inside("dpo", *argv, "--out", out, "--resume")
+    os.remove(path)
+    inside("dpo", *argv, "--out", out, "--resume")
+    assert path.read_text() == text
 
 
 @tiny.compiles

@@ -922,7 +922,8 @@ def still_run(place):
 
 
 def test_critic_warmup(place, world, tmp_path, monkeypatch):
-    """--critic_warmup: in these iterations the policy stays bit for bit and the critic moves; then both."""
+    """--critic_warmup: in these iterations the policy is not run for a loss and stays bit for bit, and the
+    critic moves; then both. Rows of --ptx_data are read from the first on."""
     seen, look = [], ppo.forward_passes
 
     def watched(rollout, policy, reference, critic, args):
@@ -930,14 +931,18 @@ def test_critic_warmup(place, world, tmp_path, monkeypatch):
         look(rollout, policy, reference, critic, args)
     monkeypatch.setattr(ppo, "forward_passes", watched)
     inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--micro_batch", 10, "--critic_warmup", 1,
-           "--max_steps", 2, "--out", tmp_path / "out")
+           "--max_steps", 2, "--out", tmp_path / "out", "--ptx_data", place / "turns.json")
     (policy, critic), (policy_then, critic_then) = seen
     assert all(torch.equal(policy[name], tensor) for name, tensor in policy_then.items())
     moved = {name for name in critic if not torch.equal(critic[name], critic_then[name])}
     assert moved == {name for name in critic if name.startswith(CRITIC)}
     first, second = tiny.log(tmp_path / "out")
     assert "grad_norm/policy" not in first and first["grad_norm/critic"] > 0 < second["grad_norm/policy"]
-    assert first["policy/approxkl"] < 1e-10 < second["policy/approxkl"]
+    assert not any(name.startswith(("policy/", "loss/policy", "loss/ptx")) for name in first)
+    assert 1e-10 < second["policy/approxkl"]
+    inside("sft", *files(place)[:2], "--data", place / "turns.json", *files(place)[6:], "--out", tmp_path / "sft",
+           "--batch_size", 10, "--micro_batch", 10, "--max_steps", 1, "--seed", 0)
+    assert second["loss/ptx"] == pytest.approx(tiny.log(tmp_path / "sft")[0]["loss"], rel=0.05)
     export = load_file(tmp_path / "out" / "model.safetensors")
     assert {name for name in export if not torch.equal(export[name], policy[name])} == {
         name for name in export if name.startswith(PARTS)}

@@ -156,7 +156,7 @@ def test_rows_without_an_answer_have_no_label(predict, place):
 
 
 def test_a_user_predicts_on_two_ranks(place, predict, tmp_path):
-    """torchrun, worker processes, into a folder that is not there yet; then --overwrite's rule."""
+    """torchrun, into a folder that is not there yet; then --overwrite's rule."""
     argv = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
             "--out", tmp_path / "new" / "answers.jsonl", "--max_new", 20, "--micro_batch", 3]
     done = tiny.command("predict", *argv, ranks=2)
@@ -165,11 +165,46 @@ def test_a_user_predicts_on_two_ranks(place, predict, tmp_path):
     text = (tmp_path / "new" / "answers.jsonl").read_text()
     assert text == predict("--micro_batch", 3)[1]
     done = fork("predict", *argv)
-    assert done.code == 2 and "which exists: --overwrite replaces it" in done.error
+    assert done.code == 2 and "which exists: --resume continues it, --overwrite replaces it" in done.error
     assert (tmp_path / "new" / "answers.jsonl").read_text() == text
     assert fork("predict", *argv, "--max_new", 1, "--overwrite").code == 0
     assert (tmp_path / "new" / "answers.jsonl").read_text() != text
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["answers.jsonl"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"answers.jsonl", "answers.jsonl.args.json"}
+
+
+def test_answers_are_written_as_they_are_done(place, predict, tmp_path):
+    """Every batch's lines are on disk before the next is decoded. --resume drops an incomplete line and goes on;
+    with other options it is refused; of what is complete it changes nothing."""
+    out = tmp_path / "answers.jsonl"
+    argv = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images", "--out", out,
+            "--max_new", 20]
+    hook = functools.partial(tiny.at_call, "predict.generate", 3, tiny.die)
+    assert fork("predict", *argv, "--micro_batch", 3, prepare=hook).code != 0
+    lines = out.read_bytes().splitlines(keepends=True)
+    text = predict("--micro_batch", 3)[1].encode()
+    assert len(lines) == 6 and text.startswith(b"".join(lines))
+    out.write_bytes(b"".join(lines)[:-30])
+    done = fork("predict", *argv, "--micro_batch", 3, "--resume", "--seed", 1)
+    assert done.code == 2 and "--seed 0 then, 1 now" in done.error
+    for _ in range(2):
+        done = fork("predict", *argv, "--micro_batch", 3, "--resume")
+        assert done.code == 0 and out.read_bytes() == text
+        labelled = [json.loads(line) for line in text.splitlines()]
+        right = sum(line["answer"] == line["label"] for line in labelled) / len(labelled)
+        assert f"10 rows, 0 too long, 0 cut, exact match {right:.4f} of 10" in done.out
+
+
+@pytest.mark.parametrize("options", [[], ["--num_samples", 2], ["--score"]])
+def test_numbers_that_are_not_finite_are_no_answer(options, place, tmp_path):
+    """Of weights that hold NaN: the record is named, with exit code 1, and no NaN is written."""
+    tiny.shutil.copytree(place / "model", tmp_path / "model")
+    tensors = load_file(place / "model" / "model.safetensors")
+    tensors["language_model.model.norm.weight"][3] = torch.nan
+    tiny.write(tmp_path / "model", tensors)
+    done = fork("predict", "--model", tmp_path / "model", "--data", place / "rows.json", "--images",
+                place / "images", "--out", tmp_path / "answers.jsonl", "--max_new", 4, *options)
+    assert done.code == 1 and "row 0 (id row 0): got the logprob nan, need a finite number" in done.error, done.err
+    assert not (tmp_path / "answers.jsonl").exists()
 
 
 # ---- rewards ----
