@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -103,7 +104,7 @@ def read_json(folder, name, default=None):
             raise UserError(f"{path}: not JSON ({error}): need a whole file") from error
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Conversation:
     """A checked row. contents[i] is what roles[i] said, up to the final answer; answers: the final gpt
     turn's, best first."""
@@ -209,6 +210,24 @@ def with_time_limit(seconds, function):
     return future.result(seconds)
 
 
+# of a text behind a space: spaces and what follows them, with a single space at the very end
+WORDS = re.compile(r"[ ▁]+[^ ▁]*(?:[ ▁]\Z)?")
+
+
+def words_are_apart(tokenizer):
+    """Whether a text's ids are those of its WORDS: a BPE like LLaMA-2's, which writes "▁" for a space and in
+    front of every text, whose tokens have "▁" only at their beginning, so that none spans two words."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spaces = [{"type": "Prepend", "prepend": "▁"},
+              {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    bpe = spec["model"]
+    extras = "dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"
+    return (bpe["type"] == "BPE" and spec["pre_tokenizer"] is None and not any(map(bpe.get, extras))
+            and spec["normalizer"] == {"type": "Sequence", "normalizers": spaces}
+            and all(token["special"] for token in spec["added_tokens"])
+            and not any("▁" in token.lstrip("▁") for token in bpe["vocab"]))
+
+
 class Template:
     """A chat template as the text between messages, and tokenisation piece by piece.
 
@@ -231,11 +250,12 @@ class Template:
         self.special_ids = specials
         longest_first = sorted(specials, key=len, reverse=True)
         self.specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.by_word, self.known, self.wanted = words_are_apart(tokenizer), {}, None
         # a tokenizer of the SentencePiece kind puts a space in front of every text by itself
         self.prefixes = tokenizer.convert_ids_to_tokens(self.ids("a"))[0].startswith("▁")
         self.adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
         self.gaps = functools.lru_cache(maxsize=256)(self.gaps)
-        self.piece_ids = functools.lru_cache(maxsize=2**14)(self.piece_ids)
+        self.frame = functools.lru_cache(maxsize=256)(self.frame)
 
     def gaps(self, roles):
         """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1]."""
@@ -262,7 +282,38 @@ class Template:
                          f"give --template {'|'.join(TEMPLATES)}")
 
     def ids(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        """Token ids of a text, word by word where that gives the same; a word is tokenised once."""
+        units = WORDS.findall(" " + text) if self.by_word else [text]
+        try:
+            return [*itertools.chain.from_iterable(map(self.known.__getitem__, units))]
+        except KeyError:
+            new = [unit for unit in dict.fromkeys(units) if unit not in self.known]
+            if self.wanted is not None:
+                self.wanted.update(dict.fromkeys(new))
+                return []
+            self.learn(new)
+            return self.ids(text)
+
+    def learn(self, units):
+        """Tokenises words or texts in one batch, on all cores."""
+        rust = self.tokenizer.backend_tokenizer
+        rust.encode_special_tokens = True  # what people wrote is text
+        rust.no_truncation()
+        rust.no_padding()
+        texts = [unit[1:] for unit in units] if self.by_word else units
+        coded = rust.encode_batch_fast(texts, add_special_tokens=False)
+        self.known.update(zip(units, (one.ids for one in coded)))
+
+    def prepare(self, calls):
+        """Before many calls of encode: tokenises all of their texts in one batch."""
+        if len(self.known) > 2**18 or not self.by_word:
+            self.known = {}
+        if not self.by_word:  # a first round notes which texts are asked for
+            self.wanted = {}
+            for call in calls:
+                self.encode(*call)
+            wanted, self.wanted = self.wanted, None
+            self.learn([*wanted])
 
     def piece_ids(self, text, first):
         """Token ids of a text that starts a stretch of text (first) or goes on after another piece of it."""
@@ -293,36 +344,47 @@ class Template:
         """The last token of what ends an answer."""
         return {self.encode(["human"], ["a"], "b")[0][-1]}
 
+    def frame(self, roles):
+        """roles (a tuple) → the pieces before each message, and those that end it where it is an answer."""
+        gaps, frame = self.gaps(roles), []
+        follow = self.split(gaps[0])
+        for i, role in enumerate(roles):
+            before, follow, end = follow, self.split(gaps[i + 1]), []
+            if role == "gpt":
+                end, follow = self.after_answer(gaps[i + 1], gaps[-1])
+            frame.append((before, end))
+        return frame
+
     def encode(self, roles, contents, answer, all_turns=True):
         """A conversation with its final answer → ids, and which of them are supervised: the answer
-        (all_turns: every gpt turn) and what ends it. One image token stands for each picture."""
-        gaps = self.gaps((*roles, "gpt"))
-        pieces, follow = [], self.split(gaps[0])  # [text or id, whether it is supervised]
-        for i, (role, content) in enumerate(zip((*roles, "gpt"), (*contents, answer))):
-            pieces += [[piece, False] for piece in follow]
-            follow = self.split(gaps[i + 1])
+        (all_turns: every gpt turn) and what ends it. One image token stands for each image."""
+        roles, pieces = (*roles, "gpt"), []  # (text or id, whether it is supervised)
+        turns = zip(roles, (*contents, answer), self.frame(roles))
+        for i, (role, content, (before, end)) in enumerate(turns):
+            pieces += [(piece, False) for piece in before]
             if role == "gpt":
-                keep = all_turns or i == len(roles)
-                end, follow = self.after_answer(gaps[i + 1], gaps[-1])
-                pieces += [[piece, keep] for piece in (content, *end)]
+                keep = all_turns or i == len(roles) - 1
+                pieces += [(piece, keep) for piece in (content, *end)]
             elif role == "human":
                 said = re.split(f"({IMAGE})", content)
                 said = [part for part in said if part == IMAGE or self.name != "plain"]
-                pieces += [[self.image_token if part == IMAGE else part, False] for part in said]
+                pieces += [(self.image_token if part == IMAGE else part, False) for part in said]
             else:
-                pieces.append([content, False])
+                pieces.append((content, False))
         return self.tokenise(pieces)
 
     def tokenise(self, pieces):
-        for left, right in zip(pieces, pieces[1:]):  # the space at a joint belongs to the piece behind it
-            if isinstance(left[0], str) and isinstance(right[0], str) and left[0].endswith(" "):
-                left[0], right[0] = left[0][:-1], " " + right[0]
-        ids, kept, first = [], [], True
-        for piece, keep in pieces:
-            if piece == "":
-                continue
-            new = [piece] if isinstance(piece, int) else self.piece_ids(piece, first)
-            first = isinstance(piece, int)
+        ids, kept, first, space = [], [], True, ""
+        for (piece, keep), (after, _) in zip(pieces, [*pieces[1:], (None, None)]):
+            if isinstance(piece, int):
+                new, first = [piece], True
+            else:
+                piece, space = space + piece, ""
+                if isinstance(after, str) and piece.endswith(" "):
+                    piece, space = piece[:-1], " "  # a joint's space belongs to the piece behind it
+                if piece == "":
+                    continue
+                new, first = self.piece_ids(piece, first), False
             ids += new
             kept += [keep] * len(new)
         return ids, kept
@@ -451,7 +513,7 @@ def levels(mean, std):
 
 # ---- examples ----
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Example:
     """A tokenised row. ids are int32 arrays with one image token a picture; answers may be none (a
     prompt)."""
@@ -489,20 +551,24 @@ class Processor:
         coded = [self.template.encode(conversation.roles, conversation.contents, answer, all_turns)
                  for answer in answers or [""]]
         P = coded[0][1].index(True)
-        prompt = np.array(coded[0][0][:P], dtype=np.int32)
-        room = self.max_len - self.lengths(prompt).sum()
-        example, cut = Example(index, conversation.id, prompt, [], [], [], conversation.margin), False
+        prompt, cut = coded[0][0][:P], False
+        example = Example(index, conversation.id, np.array(prompt, dtype=np.int32), [], [], [],
+                          conversation.margin)
+        room, shown = self.max_len - self.length(prompt), prompt.count(self.image_token)
         if room <= 0:
             return None, False
         for ids, kept in coded[:len(answers)]:
-            ids, kept = np.array(ids[P:], dtype=np.int32), np.array(kept[P:])
-            fits = np.searchsorted(self.lengths(ids).cumsum(), room, side="right")
-            end = 1 + np.flatnonzero(kept[:fits]).max(initial=-1)  # the last supervised token that fits
-            cut |= bool(kept[end:].any())
-            example.answers.append(ids[:end])
-            example.kept.append(kept[:end])
-        left = [prompt, *example.answers]
-        example.images = conversation.images[:sum(int((ids == self.image_token).sum()) for ids in left)]
+            ids, kept = ids[P:], kept[P:]
+            end = len(ids)
+            if self.length(ids) > room:
+                end = int(np.searchsorted(self.lengths(np.array(ids)).cumsum(), room, side="right"))
+            while end and not kept[end - 1]:  # the last supervised token that fits
+                end -= 1
+            cut |= any(kept[end:])
+            example.answers.append(np.array(ids[:end], dtype=np.int32))
+            example.kept.append(np.array(kept[:end], dtype=bool))
+            shown += ids[:end].count(self.image_token)
+        example.images = conversation.images[:shown]
         return example, cut
 
     @property
@@ -516,6 +582,10 @@ class Processor:
 
     def pixels(self, path):
         return to_pixels(read_picture(path), self.size, self.mode, self.mean, self.std)
+
+    def length(self, ids):
+        """How many tokens a list of ids becomes, an image being I of them."""
+        return len(ids) + ids.count(self.image_token) * (self.image_tokens - 1)
 
     def lengths(self, ids):
         """Columns that each id takes: I for a picture, else 1."""
@@ -612,7 +682,7 @@ def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, wo
     for index, row in enumerate(progress(rows, f"{source}: rows checked")):
         try:
             good[index] = read_row(row, images_dir, need_answers)
-        except (UserError, UnicodeError, RecursionError) as error:
+        except (UserError, UnicodeError) as error:
             note(index, error)
             if not skip_bad_rows:
                 break
@@ -672,9 +742,13 @@ def build_examples(conversations, processor, which):
     (the best answer and every earlier gpt turn supervised), `answers` (all answers of the last turn),
     `ranked` (the same; two at least), `prompt`."""
     examples, counts = [], {"too_long": 0, "cut": 0}
-    for index, conversation in progress(conversations, "rows tokenised"):
-        answers = conversation.answers[:{"turns": 1, "prompt": 0}.get(which)]
-        example, cut = processor.example(index, conversation, answers, all_turns=which == "turns")
+    most, all_turns = {"turns": 1, "prompt": 0}.get(which), which == "turns"
+    for done, (index, conversation) in enumerate(progress(conversations, "rows tokenised")):
+        if done % 2000 == 0:
+            processor.template.prepare([
+                (c.roles, c.contents, answer)
+                for _, c in conversations[done:done + 2000] for answer in c.answers[:most] or [""]])
+        example, cut = processor.example(index, conversation, conversation.answers[:most], all_turns)
         counts["cut"] += cut
         if example is None:
             counts["too_long"] += 1

@@ -476,6 +476,94 @@ def test_typed_special_tokens_are_text(loaded, template, name):
     assert said.count("<image>") == 2 and said.count(typed) == 2
 
 
+def encode_by_piece(template, roles, contents, answer):
+    """Template.encode from its definition, one call of the tokenizer per piece."""
+    def ids(text):
+        return template.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    gaps, pieces = template.gaps((*roles, "gpt")), []
+    follow = template.split(gaps[0])
+    for i, (role, content) in enumerate(zip((*roles, "gpt"), (*contents, answer))):
+        pieces += [[piece, False] for piece in follow]
+        follow = template.split(gaps[i + 1])
+        if role == "gpt":
+            end, follow = template.after_answer(gaps[i + 1], gaps[-1])
+            pieces += [[piece, True] for piece in (content, *end)]
+        elif role == "human":
+            for part in re.split("(<image>)", content):
+                if part == "<image>" or template.name != "plain":
+                    pieces.append([template.image_token if part == "<image>" else part, False])
+        else:
+            pieces.append([content, False])
+    for left, right in zip(pieces, pieces[1:]):
+        if isinstance(left[0], str) and isinstance(right[0], str) and left[0].endswith(" "):
+            left[0], right[0] = left[0][:-1], " " + right[0]
+    coded, kept, first = [], [], True
+    for piece, keep in pieces:
+        if piece == "":
+            continue
+        if isinstance(piece, int):
+            new, first = [piece], True
+        else:
+            if first or not template.prefixes:
+                new = ids(piece)
+            elif len(piece) > 1 and piece[0] == " ":
+                new = ids(piece[1:])
+            else:
+                newline, new = ids("\n"), ids("\n" + piece)
+                new = new[len(newline):] if new[:len(newline)] == newline else ids(piece)
+            first = False
+        coded += new
+        kept += [keep] * len(new)
+    return coded, kept
+
+
+TRICKY = ["cat", "A", "7", " ", "  ", "   ", "\n", "\n\n", "\t", " \n ", "<image>", "</s>", "<s>", "▁", "▁▁",
+          "a▁b", " x", "x ", "é", "猫", "🙂", "'s", "USER:", "[INST]", "<unk>", "<|eot_id|>", "\u00a0", "."]
+
+
+@pairs(PAIRS)
+def test_ids_of_many_records(loaded, template, name):
+    """Records tokenised together have the ids of one call of the tokenizer per piece, whatever stands at the
+    joints: spaces, newlines, images, typed tokens, the tokenizer's own "▁"."""
+    processor, rng = loaded(name, template), random.Random(1)
+    conversations = []
+    for i in range(150):
+        roles = ["human", "gpt"] * rng.choice([0, 0, 1, 2]) + ["human"]
+        roles = ["system", *roles] if template != "plain" and i % 3 == 0 else roles
+        said = ["".join(rng.choices(TRICKY, k=rng.randint(1, 8))) for _ in [*roles, "answer"]]
+        images = sum(text.count("<image>") for role, text in zip(roles, said) if role == "human")
+        conversations.append((i, data.Conversation(str(i), roles, said[:-1], said[-1:], ["a"] * images)))
+    examples, counts = data.build_examples(conversations, processor, "turns")
+    assert len(examples) == 150 and counts == {"too_long": 0, "cut": 0}
+    for example, (_, c) in zip(examples, conversations):
+        ids, kept = encode_by_piece(processor.template, c.roles, c.contents, c.answers[0])
+        assert [*example.prompt, *example.answers[0]] == ids, c
+        assert [False] * len(example.prompt) + example.kept[0].tolist() == kept
+    for text in ["", " ", "  ", "▁", " ▁", "x", "x ", "x  ", " x", "\n ", "a  b ▁c", *TRICKY]:
+        assert processor.template.ids(text) == processor.tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True), repr(text)
+
+
+def test_word_by_word_only_where_it_is_the_same(folders):
+    """A tokenizer of LLaMA-2's kind is asked for each word once. One whose tokens span words, with tokens
+    of its own that are not special, or of another kind, gets every text in full."""
+    def by_word(change=lambda spec: None, name="tiny2"):
+        spec = json.loads((Path(folders[name]) / "tokenizer.json").read_text())
+        change(spec)
+        fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<s>")
+        return data.words_are_apart(fast)
+
+    def spanning(spec):
+        vocab = spec["model"]["vocab"]
+        vocab["▁A▁"] = len(vocab)
+        spec["model"]["merges"].append(["▁A", "▁"])
+    assert by_word() and not by_word(name="tiny3") and not by_word(spanning)
+    assert not by_word(lambda spec: spec["added_tokens"][0].update(special=False))
+    assert not by_word(lambda spec: spec["model"].update(ignore_merges=True))
+    assert not by_word(lambda spec: spec["normalizer"]["normalizers"].append({"type": "Lowercase"}))
+
+
 # ---- 3. --template auto ----
 
 LLAVA_HF = """{% for message in messages %}\
