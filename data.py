@@ -69,27 +69,72 @@ def shown(value, most=240):
 
 # ---- rows ----
 
+class Records:
+    """A data file's records, held as JSON text and decoded when asked for: dictionaries take three times the
+    memory."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, index):
+        return json.loads(self.texts[index])
+
+    def __eq__(self, others):
+        return [*self] == [*others]
+
+
 def load_rows(path):
-    """The rows of a .json, .jsonl or .txt file (a JSON list, or one JSON object a line). UserError names the
-    file and line."""
+    """The Records of a .json, .jsonl or .txt file (a JSON list, or one JSON object a line). UserError names
+    the file and where in it."""
     if not os.path.isfile(path):
         raise UserError(f"got --data {path}, need a .json, .jsonl or .txt file: no such file")
-    rows, line = [], 0
+    texts, line = [], 0
     try:
         with open(path, encoding="utf-8-sig") as f:
-            text = f.read()
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            for one in text.split("\n"):
-                line += 1
-                rows += [json.loads(one)] if one.strip() else []
+            is_list = f.read(2**16).lstrip().startswith("[")
+            f.seek(0)
+            for text in list_items(f) if is_list else f:
+                line += not is_list
+                if text.strip():
+                    if not is_list:
+                        json.loads(text)
+                    texts.append(text.encode())
     except (ValueError, RecursionError) as error:  # of the decoder or of json
-        where = f" in line {line}" if line else ""
+        where = f" in line {line}" if line else f" after {len(texts)} rows" if texts else ""
         raise UserError(f"{path}: not JSON{where} ({error}): need a list, or one row a line") from error
-    if not rows:
+    if not texts:
         raise UserError(f"{path}: got no rows, need at least one")
-    return rows
+    return Records(texts)
+
+
+def list_items(f, piece=2**22):
+    """The text of each item of the JSON list in a file, of which a piece is in memory at a time."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"\s*(,?)\s*")
+    buffer, comma = f.read(piece), ""
+    pos = buffer.index("[") + 1
+    while True:
+        before = gap.match(buffer, pos)
+        start = before.end()
+        if buffer[start:start + 1] == "]" and not before[1]:
+            break
+        try:
+            _, end = decoder.raw_decode(buffer, start)
+            wrong = "it ends early" if before[1] == comma else "need one comma between two items"
+            if end < len(buffer) and before[1] == comma:
+                yield buffer[start:end]
+                pos, comma = end, ","
+                continue
+        except ValueError as error:
+            wrong = getattr(error, "msg", error)
+        more = f.read(max(piece, len(buffer)))
+        if not more:
+            raise ValueError(wrong)
+        buffer, pos = buffer[pos:] + more, 0
+    if (buffer[start + 1:] + f.read()).strip():
+        raise ValueError("text after the list")
 
 
 def read_json(folder, name, default=None):
@@ -159,7 +204,8 @@ def read_row(row, images_dir, need_answers=1):
         raise UserError(f"got {asked} {IMAGE} placeholders for {len(images)} images: remove some")
     first = roles.index("human")
     contents[first] = f"{IMAGE}\n" * (len(images) - asked) + contents[first]
-    contents, answers = [c.strip() for c in contents], [a.strip() for a in answers]
+    contents, answers = [*map(str.strip, contents)], [*map(str.strip, answers)]
+    roles = [*map(sys.intern, roles)]  # not a string of its own for each turn of each record
     id = str(row.get("id"))
     "".join([id, *contents, *answers]).encode()  # UnicodeEncodeError for half a surrogate pair
     return Conversation(id, roles, contents, answers, images, float(margin))
@@ -171,22 +217,31 @@ def image_list(value, images_dir):
     names = value if isinstance(value, list) else [value] if value else []
     if isinstance(value, str) and "," in value and not os.path.isfile(os.path.join(images_dir, value)):
         names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise UserError(f"got the image {BRIEF.repr(name)}, need a path")
     return [find_image(name, images_dir) for name in names]
 
 
+@functools.lru_cache(maxsize=2**16)  # many records may show one image
 def find_image(name, images_dir):
     """The path of an image below images_dir. UserError: no such file, or one outside, through a symbolic link
     too; images_dir itself may be a link."""
-    if not isinstance(name, str) or not name:
-        raise UserError(f"got the image {BRIEF.repr(name)}, need a path")
     root = os.path.abspath(images_dir)
     path = os.path.abspath(os.path.join(root, name))
     inside = path.startswith(os.path.join(root, ""))
     if inside and not os.path.isfile(path):
         raise UserError(f"no such picture: {shown(path)} (see --images)")
-    if not inside or not os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), "")):
+    folder = os.path.dirname(os.path.realpath(path) if os.path.islink(path) else path)
+    if not inside or not real_folder(folder).startswith(real_folder(root)):
         raise UserError(f"got the image '{shown(name)}', outside --images {images_dir}: use paths below it")
     return path
+
+
+@functools.lru_cache(maxsize=1024)
+def real_folder(folder):
+    """Where a folder lies once symbolic links are followed, with a slash at its end."""
+    return os.path.join(os.path.realpath(folder), "")
 
 
 # ---- templates ----
@@ -256,6 +311,7 @@ class Template:
         self.adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
         self.gaps = functools.lru_cache(maxsize=256)(self.gaps)
         self.frame = functools.lru_cache(maxsize=256)(self.frame)
+        self.piece_ids = functools.lru_cache(maxsize=1024)(self.piece_ids)  # the template's own come again
 
     def gaps(self, roles):
         """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1]."""
@@ -283,7 +339,11 @@ class Template:
 
     def ids(self, text):
         """Token ids of a text, word by word where that gives the same; a word is tokenised once."""
-        units = WORDS.findall(" " + text) if self.by_word else [text]
+        units = [text]
+        if self.by_word:
+            units = text.split(" ")
+            if "" in units or "▁" in text:  # spaces that are more than one, or at an end
+                units = [unit[1:] for unit in WORDS.findall(" " + text)]
         try:
             return [*itertools.chain.from_iterable(map(self.known.__getitem__, units))]
         except KeyError:
@@ -300,8 +360,7 @@ class Template:
         rust.encode_special_tokens = True  # what people wrote is text
         rust.no_truncation()
         rust.no_padding()
-        texts = [unit[1:] for unit in units] if self.by_word else units
-        coded = rust.encode_batch_fast(texts, add_special_tokens=False)
+        coded = rust.encode_batch_fast(units, add_special_tokens=False)
         self.known.update(zip(units, (one.ids for one in coded)))
 
     def prepare(self, calls):
@@ -313,6 +372,7 @@ class Template:
             for call in calls:
                 self.encode(*call)
             wanted, self.wanted = self.wanted, None
+            self.piece_ids.cache_clear()
             self.learn([*wanted])
 
     def piece_ids(self, text, first):
@@ -366,7 +426,7 @@ class Template:
                 keep = all_turns or i == len(roles) - 1
                 pieces += [(piece, keep) for piece in (content, *end)]
             elif role == "human":
-                said = re.split(f"({IMAGE})", content)
+                said = re.split(f"({IMAGE})", content) if IMAGE in content else [content]
                 said = [part for part in said if part == IMAGE or self.name != "plain"]
                 pieces += [(self.image_token if part == IMAGE else part, False) for part in said]
             else:
@@ -377,16 +437,17 @@ class Template:
         ids, kept, first, space = [], [], True, ""
         for (piece, keep), (after, _) in zip(pieces, [*pieces[1:], (None, None)]):
             if isinstance(piece, int):
-                new, first = [piece], True
-            else:
-                piece, space = space + piece, ""
-                if isinstance(after, str) and piece.endswith(" "):
-                    piece, space = piece[:-1], " "  # a joint's space belongs to the piece behind it
-                if piece == "":
-                    continue
+                ids.append(piece)
+                kept.append(keep)
+                first = True
+                continue
+            piece, space = space + piece, ""
+            if piece.endswith(" ") and isinstance(after, str):
+                piece, space = piece[:-1], " "  # a joint's space belongs to the piece behind it
+            if piece:
                 new, first = self.piece_ids(piece, first), False
-            ids += new
-            kept += [keep] * len(new)
+                ids += new
+                kept += [keep] * len(new)
         return ids, kept
 
     def render(self, conversation):
@@ -584,8 +645,9 @@ class Processor:
         return to_pixels(read_picture(path), self.size, self.mode, self.mean, self.std)
 
     def length(self, ids):
-        """How many tokens a list of ids becomes, an image being I of them."""
-        return len(ids) + ids.count(self.image_token) * (self.image_tokens - 1)
+        """How many tokens ids take, I for an image."""
+        images = ids.count(self.image_token) if isinstance(ids, list) else (ids == self.image_token).sum()
+        return len(ids) + int(images) * (self.image_tokens - 1)
 
     def lengths(self, ids):
         """Columns that each id takes: I for a picture, else 1."""
@@ -866,8 +928,7 @@ class Steps:
         self.examples, self.processor = examples, processor
         self.batch_size, self.micro_batch, self.rank, self.world = batch_size, micro_batch, rank, world
         self.seed, self.shuffle, self.by_length, self.drop_last = seed, shuffle, by_length, drop_last
-        self.columns = np.array([sum(processor.lengths(ids).sum() for ids in (e.prompt, *e.answers))
-                                 for e in examples])
+        self.columns = np.array([sum(map(processor.length, (e.prompt, *e.answers))) for e in examples])
 
     def __len__(self):
         """Steps an epoch."""

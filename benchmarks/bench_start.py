@@ -62,11 +62,12 @@ def measure(folder, tokenizer):
         return result
     rows = timed("reading", data.load_rows, path)
     conversations = timed("checking", data.check_rows, rows, folder, path)[0]
+    del rows
     examples, _ = timed("tokenising", data.build_examples, conversations, processor, "turns")
     steps = timed("steps", data.Steps, examples, processor, 128, 4, 0, 1)
     tokens = sum(int(example.prompt.size) + sum(map(len, example.answers)) for example in examples)
-    wall, cpu = sum(seconds.values())
-    print(f"{'in all':<12} {wall:7.1f} s   CPU {cpu:7.1f} s   {len(rows)} records, {tokens / len(rows):.0f} "
+    (wall, cpu), n = sum(seconds.values()), len(examples)
+    print(f"{'in all':<12} {wall:7.1f} s   CPU {cpu:7.1f} s   {n} records, {tokens / n:.0f} "
           f"tokens per record, {len(steps)} steps")
 
 

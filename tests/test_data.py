@@ -1543,6 +1543,8 @@ def test_placeholders_of_turns(images):
         ("rows.json", "\n " + json.dumps([GOOD, GOOD], indent=1) + "\n"),
         ("rows.jsonl", json.dumps(GOOD) + "\n\n" + json.dumps(GOOD) + "\n"),
         ("rows.txt", json.dumps([GOOD, GOOD])),
+        ("rows.json", "\ufeff" + json.dumps([GOOD, GOOD])),
+        ("rows.jsonl", "\ufeff" + json.dumps(GOOD) + "\r\n" + json.dumps(GOOD)),
         ("rows.txt", json.dumps(GOOD) + "\n" + json.dumps(GOOD)),
     ],
 )
@@ -1550,6 +1552,19 @@ def test_load_rows(tmp_path, name, text):
     """A JSON list or one object a line, by content and not by name."""
     (tmp_path / name).write_text(text)
     assert data.load_rows(str(tmp_path / name)) == [GOOD, GOOD]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 64, 10**6])
+def test_a_list_is_read_in_pieces(piece):
+    """The items of a JSON list, however it is cut and spaced; a list that is not one is an error."""
+    items = [{"a": "[,]\\"}, [], {}, "x, ]", 12, None, {"b": [{"c": "é🙂"}]}]
+    for indent in (None, 2):
+        text = " " * (piece > 1) + json.dumps(items, indent=indent, ensure_ascii=False) + "\n"
+        assert [json.loads(item) for item in data.list_items(io.StringIO(text), piece)] == items
+    assert list(data.list_items(io.StringIO("[ ]"), max(piece, 2))) == []
+    for bad in ("[1", "[1,", "[1 2]", "[,1]", "[1,,2]", "[1,]", "[1]]", "[1] 2", '[{"a": 1]', "[1 [2]]"):
+        with pytest.raises(ValueError):
+            list(data.list_items(io.StringIO(bad), piece))
 
 
 def test_load_rows_keeps_line_separators(tmp_path):
