@@ -198,17 +198,22 @@ def read_row(row, images_dir, need_answers=1):
         raise UserError("got a turn whose value is not text; only the last gpt turn may be a list")
     if not all(c.strip() for role, c in zip(roles, contents) if role == "gpt"):
         raise UserError("got an empty gpt turn, need text")
-    images = image_list(row.get("image"), images_dir)
+    images = shared_list(tuple(image_list(row.get("image"), images_dir)))
     asked = sum(c.count(IMAGE) for role, c in zip(roles, contents) if role == "human")
     if asked > len(images):
         raise UserError(f"got {asked} {IMAGE} placeholders for {len(images)} images: remove some")
     first = roles.index("human")
     contents[first] = f"{IMAGE}\n" * (len(images) - asked) + contents[first]
     contents, answers = [*map(str.strip, contents)], [*map(str.strip, answers)]
-    roles = [*map(sys.intern, roles)]  # not a string of its own for each turn of each record
     id = str(row.get("id"))
     "".join([id, *contents, *answers]).encode()  # UnicodeEncodeError for half a surrogate pair
-    return Conversation(id, roles, contents, answers, images, float(margin))
+    return Conversation(id, shared_list(tuple(roles)), contents, answers, images, float(margin))
+
+
+@functools.lru_cache(maxsize=1024)
+def shared_list(items):
+    """One list, not to be changed, for all records that have the same."""
+    return [*items]
 
 
 def image_list(value, images_dir):
@@ -613,8 +618,8 @@ class Processor:
                  for answer in answers or [""]]
         P = coded[0][1].index(True)
         prompt, cut = coded[0][0][:P], False
-        example = Example(index, conversation.id, np.array(prompt, dtype=np.int32), [], [], [],
-                          conversation.margin)
+        example = Example(index, conversation.id, np.array(prompt, dtype=np.int32), [], [],
+                          conversation.images, conversation.margin)
         room, shown = self.max_len - self.length(prompt), prompt.count(self.image_token)
         if room <= 0:
             return None, False
@@ -629,7 +634,8 @@ class Processor:
             example.answers.append(np.array(ids[:end], dtype=np.int32))
             example.kept.append(np.array(kept[:end], dtype=bool))
             shown += ids[:end].count(self.image_token)
-        example.images = conversation.images[:shown]
+        if shown < len(conversation.images):
+            example.images = conversation.images[:shown]
         return example, cut
 
     @property
