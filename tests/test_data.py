@@ -545,6 +545,20 @@ def test_ids_of_many_records(loaded, template, name):
             text, add_special_tokens=False, split_special_tokens=True), repr(text)
 
 
+@pytest.mark.parametrize("name", ["tiny2", "tiny3"])
+def test_tokenising_many_records_takes_few_calls(folders, monkeypatch, name):
+    """A word is tokenised once; a tokenizer of another kind gets the texts of many records in one batch."""
+    processor, batches = load(folders[name]), []
+    learn = processor.template.learn
+    monkeypatch.setattr(processor.template, "learn", lambda units: batches.append(units) or learn(units))
+    conversations = [(i, data.Conversation(str(i), ["human"], [f"Is {i} or {i + 1} a cat?"], ["It is."], []))
+                     for i in range(50)]
+    data.build_examples(conversations, processor, "turns")
+    units = [unit for batch in batches for unit in batch]
+    assert len(units) == len(set(units)) and len(batches) <= (60 if name == "tiny2" else 5)
+    assert all(" " not in unit for unit in units) == (name == "tiny2")
+
+
 def test_word_by_word_only_where_it_is_the_same(folders):
     """A tokenizer of LLaMA-2's kind is asked for each word once. One whose tokens span words, with tokens
     of its own that are not special, or of another kind, gets every text in full."""
@@ -561,6 +575,7 @@ def test_word_by_word_only_where_it_is_the_same(folders):
     assert by_word() and not by_word(name="tiny3") and not by_word(spanning)
     assert not by_word(lambda spec: spec["added_tokens"][0].update(special=False))
     assert not by_word(lambda spec: spec["model"].update(ignore_merges=True))
+    assert not by_word(lambda spec: spec.update(pre_tokenizer={"type": "WhitespaceSplit"}))
     assert not by_word(lambda spec: spec["normalizer"]["normalizers"].append({"type": "Lowercase"}))
 
 
@@ -1557,7 +1572,7 @@ def test_load_rows(tmp_path, name, text):
 @pytest.mark.parametrize("piece", [1, 2, 7, 64, 10**6])
 def test_a_list_is_read_in_pieces(piece):
     """The items of a JSON list, however it is cut and spaced; a list that is not one is an error."""
-    items = [{"a": "[,]\\"}, [], {}, "x, ]", 12, None, {"b": [{"c": "é🙂"}]}]
+    items = [{"a": "[,]\\"}, [], {}, "x, ]", 12, None, {"b": [{"c": "é🙂"}]}, *range(10**6, 10**6 + 99)]
     for indent in (None, 2):
         text = " " * (piece > 1) + json.dumps(items, indent=indent, ensure_ascii=False) + "\n"
         assert [json.loads(item) for item in data.list_items(io.StringIO(text), piece)] == items
