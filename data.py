@@ -365,7 +365,7 @@ class Template:
         rust.encode_special_tokens = True  # what people wrote is text
         rust.no_truncation()
         rust.no_padding()
-        coded = rust.encode_batch_fast(units, add_special_tokens=False)
+        coded = rust.encode_batch(units, add_special_tokens=False)  # encode_batch_fast takes one core
         self.known.update(zip(units, (one.ids for one in coded)))
 
     def prepare(self, calls):
