@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -68,27 +69,72 @@ def shown(value, most=240):
 
 # ---- rows ----
 
+class Records:
+    """A data file's records, held as JSON text and decoded when asked for: dictionaries take three times the
+    memory."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, index):
+        return json.loads(self.texts[index])
+
+    def __eq__(self, others):
+        return [*self] == [*others]
+
+
 def load_rows(path):
-    """The rows of a .json, .jsonl or .txt file (a JSON list, or one JSON object a line). UserError names the
-    file and line."""
+    """The Records of a .json, .jsonl or .txt file (a JSON list, or one JSON object a line). UserError names
+    the file and where in it."""
     if not os.path.isfile(path):
         raise UserError(f"got --data {path}, need a .json, .jsonl or .txt file: no such file")
-    rows, line = [], 0
+    texts, line = [], 0
     try:
         with open(path, encoding="utf-8-sig") as f:
-            text = f.read()
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            for one in text.split("\n"):
-                line += 1
-                rows += [json.loads(one)] if one.strip() else []
+            is_list = f.read(2**16).lstrip().startswith("[")
+            f.seek(0)
+            for text in list_items(f) if is_list else f:
+                line += not is_list
+                if text.strip():
+                    if not is_list:
+                        json.loads(text)
+                    texts.append(text.encode())
     except (ValueError, RecursionError) as error:  # of the decoder or of json
-        where = f" in line {line}" if line else ""
+        where = f" in line {line}" if line else f" after {len(texts)} rows" if texts else ""
         raise UserError(f"{path}: not JSON{where} ({error}): need a list, or one row a line") from error
-    if not rows:
+    if not texts:
         raise UserError(f"{path}: got no rows, need at least one")
-    return rows
+    return Records(texts)
+
+
+def list_items(f, piece=2**22):
+    """The text of each item of the JSON list in a file, of which a piece is in memory at a time."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"\s*(,?)\s*")
+    buffer, comma = f.read(piece), ""
+    pos = buffer.index("[") + 1
+    while True:
+        before = gap.match(buffer, pos)
+        start = before.end()
+        if buffer[start:start + 1] == "]" and not before[1]:
+            break
+        try:
+            _, end = decoder.raw_decode(buffer, start)
+            wrong = "it ends early" if before[1] == comma else "need one comma between two items"
+            if end < len(buffer) and before[1] == comma:
+                yield buffer[start:end]
+                pos, comma = end, ","
+                continue
+        except ValueError as error:
+            wrong = getattr(error, "msg", error)
+        more = f.read(max(piece, len(buffer)))
+        if not more:
+            raise ValueError(wrong)
+        buffer, pos = buffer[pos:] + more, 0
+    if (buffer[start + 1:] + f.read()).strip():
+        raise ValueError("text after the list")
 
 
 def read_json(folder, name, default=None):
@@ -103,7 +149,7 @@ def read_json(folder, name, default=None):
             raise UserError(f"{path}: not JSON ({error}): need a whole file") from error
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Conversation:
     """A checked row. contents[i] is what roles[i] said, up to the final answer; answers: the final gpt
     turn's, best first."""
@@ -152,16 +198,22 @@ def read_row(row, images_dir, need_answers=1):
         raise UserError("got a turn whose value is not text; only the last gpt turn may be a list")
     if not all(c.strip() for role, c in zip(roles, contents) if role == "gpt"):
         raise UserError("got an empty gpt turn, need text")
-    images = image_list(row.get("image"), images_dir)
+    images = shared_list(tuple(image_list(row.get("image"), images_dir)))
     asked = sum(c.count(IMAGE) for role, c in zip(roles, contents) if role == "human")
     if asked > len(images):
         raise UserError(f"got {asked} {IMAGE} placeholders for {len(images)} images: remove some")
     first = roles.index("human")
     contents[first] = f"{IMAGE}\n" * (len(images) - asked) + contents[first]
-    contents, answers = [c.strip() for c in contents], [a.strip() for a in answers]
+    contents, answers = [*map(str.strip, contents)], [*map(str.strip, answers)]
     id = str(row.get("id"))
     "".join([id, *contents, *answers]).encode()  # UnicodeEncodeError for half a surrogate pair
-    return Conversation(id, roles, contents, answers, images, float(margin))
+    return Conversation(id, shared_list(tuple(roles)), contents, answers, images, float(margin))
+
+
+@functools.lru_cache(maxsize=1024)
+def shared_list(items):
+    """One list, not to be changed, for all records that have the same."""
+    return [*items]
 
 
 def image_list(value, images_dir):
@@ -170,22 +222,31 @@ def image_list(value, images_dir):
     names = value if isinstance(value, list) else [value] if value else []
     if isinstance(value, str) and "," in value and not os.path.isfile(os.path.join(images_dir, value)):
         names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise UserError(f"got the image {BRIEF.repr(name)}, need a path")
     return [find_image(name, images_dir) for name in names]
 
 
+@functools.lru_cache(maxsize=2**16)  # many records may show one image
 def find_image(name, images_dir):
     """The path of an image below images_dir. UserError: no such file, or one outside, through a symbolic link
     too; images_dir itself may be a link."""
-    if not isinstance(name, str) or not name:
-        raise UserError(f"got the image {BRIEF.repr(name)}, need a path")
     root = os.path.abspath(images_dir)
     path = os.path.abspath(os.path.join(root, name))
     inside = path.startswith(os.path.join(root, ""))
     if inside and not os.path.isfile(path):
         raise UserError(f"no such picture: {shown(path)} (see --images)")
-    if not inside or not os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), "")):
+    folder = os.path.dirname(os.path.realpath(path) if os.path.islink(path) else path)
+    if not inside or not real_folder(folder).startswith(real_folder(root)):
         raise UserError(f"got the image '{shown(name)}', outside --images {images_dir}: use paths below it")
     return path
+
+
+@functools.lru_cache(maxsize=1024)
+def real_folder(folder):
+    """Where a folder lies once symbolic links are followed, with a slash at its end."""
+    return os.path.join(os.path.realpath(folder), "")
 
 
 # ---- templates ----
@@ -207,6 +268,24 @@ def with_time_limit(seconds, function):
             future.set_exception(error)
     threading.Thread(target=call, daemon=True).start()
     return future.result(seconds)
+
+
+# of a text behind a space: spaces and what follows them, with a single space at the very end
+WORDS = re.compile(r"[ ▁]+[^ ▁]*(?:[ ▁]\Z)?")
+
+
+def words_are_apart(tokenizer):
+    """Whether a text's ids are those of its WORDS: a BPE like LLaMA-2's, which writes "▁" for a space and in
+    front of every text, whose tokens have "▁" only at their beginning, so that none spans two words."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spaces = [{"type": "Prepend", "prepend": "▁"},
+              {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    bpe = spec["model"]
+    extras = "dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"
+    return (bpe["type"] == "BPE" and spec["pre_tokenizer"] is None and not any(map(bpe.get, extras))
+            and spec["normalizer"] == {"type": "Sequence", "normalizers": spaces}
+            and all(token["special"] for token in spec["added_tokens"])
+            and not any("▁" in token.lstrip("▁") for token in bpe["vocab"]))
 
 
 class Template:
@@ -231,11 +310,18 @@ class Template:
         self.special_ids = specials
         longest_first = sorted(specials, key=len, reverse=True)
         self.specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.by_word, self.known, self.wanted = words_are_apart(tokenizer), {}, None
         # a tokenizer of the SentencePiece kind puts a space in front of every text by itself
         self.prefixes = tokenizer.convert_ids_to_tokens(self.ids("a"))[0].startswith("▁")
         self.adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
+<<<<<<< HEAD
         self.rendered = {tuple(roles): gaps for roles, gaps in rendered}
         self.piece_ids = functools.lru_cache(maxsize=2**14)(self.piece_ids)
+=======
+        self.gaps = functools.lru_cache(maxsize=256)(self.gaps)
+        self.frame = functools.lru_cache(maxsize=256)(self.frame)
+        self.piece_ids = functools.lru_cache(maxsize=1024)(self.piece_ids)  # the template's own come again
+>>>>>>> 72777f7c8111766bc09896d7055282e55c47428e
 
     def gaps(self, roles):
         """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1], rendered
@@ -268,7 +354,42 @@ class Template:
                          f"give --template {'|'.join(TEMPLATES)}")
 
     def ids(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        """Token ids of a text, word by word where that gives the same; a word is tokenised once."""
+        units = [text]
+        if self.by_word:
+            units = text.split(" ")
+            if "" in units or "▁" in text:  # spaces that are more than one, or at an end
+                units = [unit[1:] for unit in WORDS.findall(" " + text)]
+        try:
+            return [*itertools.chain.from_iterable(map(self.known.__getitem__, units))]
+        except KeyError:
+            new = [unit for unit in dict.fromkeys(units) if unit not in self.known]
+            if self.wanted is not None:
+                self.wanted.update(dict.fromkeys(new))
+                return []
+            self.learn(new)
+            return self.ids(text)
+
+    def learn(self, units):
+        """Tokenises words or texts in one batch, on all cores."""
+        rust = self.tokenizer.backend_tokenizer
+        rust.encode_special_tokens = True  # what people wrote is text
+        rust.no_truncation()
+        rust.no_padding()
+        coded = rust.encode_batch(units, add_special_tokens=False)  # encode_batch_fast takes one core
+        self.known.update(zip(units, (one.ids for one in coded)))
+
+    def prepare(self, calls):
+        """Before many calls of encode: tokenises all of their texts in one batch."""
+        if len(self.known) > 2**18 or not self.by_word:
+            self.known = {}
+        if not self.by_word:  # a first round notes which texts are asked for
+            self.wanted = {}
+            for call in calls:
+                self.encode(*call)
+            wanted, self.wanted = self.wanted, None
+            self.piece_ids.cache_clear()
+            self.learn([*wanted])
 
     def piece_ids(self, text, first):
         """Token ids of a text that starts a stretch of text (first) or goes on after another piece of it."""
@@ -299,38 +420,50 @@ class Template:
         """The last token of what ends an answer."""
         return {self.encode(["human"], ["a"], "b")[0][-1]}
 
+    def frame(self, roles):
+        """roles (a tuple) → the pieces before each message, and those that end it where it is an answer."""
+        gaps, frame = self.gaps(roles), []
+        follow = self.split(gaps[0])
+        for i, role in enumerate(roles):
+            before, follow, end = follow, self.split(gaps[i + 1]), []
+            if role == "gpt":
+                end, follow = self.after_answer(gaps[i + 1], gaps[-1])
+            frame.append((before, end))
+        return frame
+
     def encode(self, roles, contents, answer, all_turns=True):
         """A conversation with its final answer → ids, and which of them are supervised: the answer
-        (all_turns: every gpt turn) and what ends it. One image token stands for each picture."""
-        gaps = self.gaps((*roles, "gpt"))
-        pieces, follow = [], self.split(gaps[0])  # [text or id, whether it is supervised]
-        for i, (role, content) in enumerate(zip((*roles, "gpt"), (*contents, answer))):
-            pieces += [[piece, False] for piece in follow]
-            follow = self.split(gaps[i + 1])
+        (all_turns: every gpt turn) and what ends it. One image token stands for each image."""
+        roles, pieces = (*roles, "gpt"), []  # (text or id, whether it is supervised)
+        turns = zip(roles, (*contents, answer), self.frame(roles))
+        for i, (role, content, (before, end)) in enumerate(turns):
+            pieces += [(piece, False) for piece in before]
             if role == "gpt":
-                keep = all_turns or i == len(roles)
-                end, follow = self.after_answer(gaps[i + 1], gaps[-1])
-                pieces += [[piece, keep] for piece in (content, *end)]
+                keep = all_turns or i == len(roles) - 1
+                pieces += [(piece, keep) for piece in (content, *end)]
             elif role == "human":
-                said = re.split(f"({IMAGE})", content)
+                said = re.split(f"({IMAGE})", content) if IMAGE in content else [content]
                 said = [part for part in said if part == IMAGE or self.name != "plain"]
-                pieces += [[self.image_token if part == IMAGE else part, False] for part in said]
+                pieces += [(self.image_token if part == IMAGE else part, False) for part in said]
             else:
-                pieces.append([content, False])
+                pieces.append((content, False))
         return self.tokenise(pieces)
 
     def tokenise(self, pieces):
-        for left, right in zip(pieces, pieces[1:]):  # the space at a joint belongs to the piece behind it
-            if isinstance(left[0], str) and isinstance(right[0], str) and left[0].endswith(" "):
-                left[0], right[0] = left[0][:-1], " " + right[0]
-        ids, kept, first = [], [], True
-        for piece, keep in pieces:
-            if piece == "":
+        ids, kept, first, space = [], [], True, ""
+        for (piece, keep), (after, _) in zip(pieces, [*pieces[1:], (None, None)]):
+            if isinstance(piece, int):
+                ids.append(piece)
+                kept.append(keep)
+                first = True
                 continue
-            new = [piece] if isinstance(piece, int) else self.piece_ids(piece, first)
-            first = isinstance(piece, int)
-            ids += new
-            kept += [keep] * len(new)
+            piece, space = space + piece, ""
+            if piece.endswith(" ") and isinstance(after, str):
+                piece, space = piece[:-1], " "  # a joint's space belongs to the piece behind it
+            if piece:
+                new, first = self.piece_ids(piece, first), False
+                ids += new
+                kept += [keep] * len(new)
         return ids, kept
 
     def render(self, conversation):
@@ -457,7 +590,7 @@ def levels(mean, std):
 
 # ---- examples ----
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Example:
     """A tokenised row. ids are int32 arrays with one image token a picture; answers may be none (a
     prompt)."""
@@ -495,20 +628,25 @@ class Processor:
         coded = [self.template.encode(conversation.roles, conversation.contents, answer, all_turns)
                  for answer in answers or [""]]
         P = coded[0][1].index(True)
-        prompt = np.array(coded[0][0][:P], dtype=np.int32)
-        room = self.max_len - self.lengths(prompt).sum()
-        example, cut = Example(index, conversation.id, prompt, [], [], [], conversation.margin), False
+        prompt, cut = coded[0][0][:P], False
+        example = Example(index, conversation.id, np.array(prompt, dtype=np.int32), [], [],
+                          conversation.images, conversation.margin)
+        room, shown = self.max_len - self.length(prompt), prompt.count(self.image_token)
         if room <= 0:
             return None, False
         for ids, kept in coded[:len(answers)]:
-            ids, kept = np.array(ids[P:], dtype=np.int32), np.array(kept[P:])
-            fits = np.searchsorted(self.lengths(ids).cumsum(), room, side="right")
-            end = 1 + np.flatnonzero(kept[:fits]).max(initial=-1)  # the last supervised token that fits
-            cut |= bool(kept[end:].any())
-            example.answers.append(ids[:end])
-            example.kept.append(kept[:end])
-        left = [prompt, *example.answers]
-        example.images = conversation.images[:sum(int((ids == self.image_token).sum()) for ids in left)]
+            ids, kept = ids[P:], kept[P:]
+            end = len(ids)
+            if self.length(ids) > room:
+                end = int(np.searchsorted(self.lengths(np.array(ids)).cumsum(), room, side="right"))
+            while end and not kept[end - 1]:  # the last supervised token that fits
+                end -= 1
+            cut |= any(kept[end:])
+            example.answers.append(np.array(ids[:end], dtype=np.int32))
+            example.kept.append(np.array(kept[:end], dtype=bool))
+            shown += ids[:end].count(self.image_token)
+        if shown < len(conversation.images):
+            example.images = conversation.images[:shown]
         return example, cut
 
     @property
@@ -522,6 +660,11 @@ class Processor:
 
     def pixels(self, path):
         return to_pixels(read_picture(path), self.size, self.mode, self.mean, self.std)
+
+    def length(self, ids):
+        """How many tokens ids take, I for an image."""
+        images = ids.count(self.image_token) if isinstance(ids, list) else (ids == self.image_token).sum()
+        return len(ids) + int(images) * (self.image_tokens - 1)
 
     def lengths(self, ids):
         """Columns that each id takes: I for a picture, else 1."""
@@ -619,7 +762,7 @@ def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, wo
     for index, row in enumerate(progress(rows, f"{source}: rows checked")):
         try:
             good[index] = read_row(row, images_dir, need_answers)
-        except (UserError, UnicodeError, RecursionError) as error:
+        except (UserError, UnicodeError) as error:
             note(index, error)
             if not skip_bad_rows:
                 break
@@ -679,9 +822,13 @@ def build_examples(conversations, processor, which):
     (the best answer and every earlier gpt turn supervised), `answers` (all answers of the last turn),
     `ranked` (the same; two at least), `prompt`."""
     examples, counts = [], {"too_long": 0, "cut": 0}
-    for index, conversation in progress(conversations, "rows tokenised"):
-        answers = conversation.answers[:{"turns": 1, "prompt": 0}.get(which)]
-        example, cut = processor.example(index, conversation, answers, all_turns=which == "turns")
+    most, all_turns = {"turns": 1, "prompt": 0}.get(which), which == "turns"
+    for done, (index, conversation) in enumerate(progress(conversations, "rows tokenised")):
+        if done % 2000 == 0:
+            processor.template.prepare([
+                (c.roles, c.contents, answer)
+                for _, c in conversations[done:done + 2000] for answer in c.answers[:most] or [""]])
+        example, cut = processor.example(index, conversation, conversation.answers[:most], all_turns)
         counts["cut"] += cut
         if example is None:
             counts["too_long"] += 1
@@ -799,8 +946,7 @@ class Steps:
         self.examples, self.processor = examples, processor
         self.batch_size, self.micro_batch, self.rank, self.world = batch_size, micro_batch, rank, world
         self.seed, self.shuffle, self.by_length, self.drop_last = seed, shuffle, by_length, drop_last
-        self.columns = np.array([sum(processor.lengths(ids).sum() for ids in (e.prompt, *e.answers))
-                                 for e in examples])
+        self.columns = np.array([sum(map(processor.length, (e.prompt, *e.answers))) for e in examples])
 
     def __len__(self):
         """Steps an epoch."""

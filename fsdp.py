@@ -563,9 +563,11 @@ def read_conversations(path, args, world, need_answers):
 def read_examples(path, which, processor, args, world):
     """A data file → Examples (see data.build_examples), with a word on what was left out or cut."""
     rows, conversations = read_conversations(path, args, world, data.ANSWERS_NEEDED[which])
+    total = len(rows)
+    del rows  # before the examples need memory
     examples, counts = data.build_examples(conversations, processor, which)
     if world.rank == 0 and any(counts.values()):
-        print(f"{path}: --max_len {args.max_len} leaves out {counts['too_long']} of {len(rows)} rows, whose "
+        print(f"{path}: --max_len {args.max_len} leaves out {counts['too_long']} of {total} rows, whose "
               f"prompt alone is longer, and cuts the answers of {counts['cut']}", flush=True)
     return examples
 

@@ -476,6 +476,109 @@ def test_typed_special_tokens_are_text(loaded, template, name):
     assert said.count("<image>") == 2 and said.count(typed) == 2
 
 
+def encode_by_piece(template, roles, contents, answer):
+    """Template.encode from its definition, one call of the tokenizer per piece."""
+    def ids(text):
+        return template.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    gaps, pieces = template.gaps((*roles, "gpt")), []
+    follow = template.split(gaps[0])
+    for i, (role, content) in enumerate(zip((*roles, "gpt"), (*contents, answer))):
+        pieces += [[piece, False] for piece in follow]
+        follow = template.split(gaps[i + 1])
+        if role == "gpt":
+            end, follow = template.after_answer(gaps[i + 1], gaps[-1])
+            pieces += [[piece, True] for piece in (content, *end)]
+        elif role == "human":
+            for part in re.split("(<image>)", content):
+                if part == "<image>" or template.name != "plain":
+                    pieces.append([template.image_token if part == "<image>" else part, False])
+        else:
+            pieces.append([content, False])
+    for left, right in zip(pieces, pieces[1:]):
+        if isinstance(left[0], str) and isinstance(right[0], str) and left[0].endswith(" "):
+            left[0], right[0] = left[0][:-1], " " + right[0]
+    coded, kept, first = [], [], True
+    for piece, keep in pieces:
+        if piece == "":
+            continue
+        if isinstance(piece, int):
+            new, first = [piece], True
+        else:
+            if first or not template.prefixes:
+                new = ids(piece)
+            elif len(piece) > 1 and piece[0] == " ":
+                new = ids(piece[1:])
+            else:
+                newline, new = ids("\n"), ids("\n" + piece)
+                new = new[len(newline):] if new[:len(newline)] == newline else ids(piece)
+            first = False
+        coded += new
+        kept += [keep] * len(new)
+    return coded, kept
+
+
+TRICKY = ["cat", "A", "7", " ", "  ", "   ", "\n", "\n\n", "\t", " \n ", "<image>", "</s>", "<s>", "▁", "▁▁",
+          "a▁b", " x", "x ", "é", "猫", "🙂", "'s", "USER:", "[INST]", "<unk>", "<|eot_id|>", "\u00a0", "."]
+
+
+@pairs(PAIRS)
+def test_ids_of_many_records(loaded, template, name):
+    """Records tokenised together have the ids of one call of the tokenizer per piece, whatever stands at the
+    joints: spaces, newlines, images, typed tokens, the tokenizer's own "▁"."""
+    processor, rng = loaded(name, template), random.Random(1)
+    conversations = []
+    for i in range(150):
+        roles = ["human", "gpt"] * rng.choice([0, 0, 1, 2]) + ["human"]
+        roles = ["system", *roles] if template != "plain" and i % 3 == 0 else roles
+        said = ["".join(rng.choices(TRICKY, k=rng.randint(1, 8))) for _ in [*roles, "answer"]]
+        images = sum(text.count("<image>") for role, text in zip(roles, said) if role == "human")
+        conversations.append((i, data.Conversation(str(i), roles, said[:-1], said[-1:], ["a"] * images)))
+    examples, counts = data.build_examples(conversations, processor, "turns")
+    assert len(examples) == 150 and counts == {"too_long": 0, "cut": 0}
+    for example, (_, c) in zip(examples, conversations):
+        ids, kept = encode_by_piece(processor.template, c.roles, c.contents, c.answers[0])
+        assert [*example.prompt, *example.answers[0]] == ids, c
+        assert [False] * len(example.prompt) + example.kept[0].tolist() == kept
+    for text in ["", " ", "  ", "▁", " ▁", "x", "x ", "x  ", " x", "\n ", "a  b ▁c", *TRICKY]:
+        assert processor.template.ids(text) == processor.tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True), repr(text)
+
+
+@pytest.mark.parametrize("name", ["tiny2", "tiny3"])
+def test_tokenising_many_records_takes_few_calls(folders, monkeypatch, name):
+    """A word is tokenised once; a tokenizer of another kind gets the texts of many records in one batch."""
+    processor, batches = load(folders[name]), []
+    learn = processor.template.learn
+    monkeypatch.setattr(processor.template, "learn", lambda units: batches.append(units) or learn(units))
+    conversations = [(i, data.Conversation(str(i), ["human"], [f"Is {i} or {i + 1} a cat?"], ["It is."], []))
+                     for i in range(50)]
+    data.build_examples(conversations, processor, "turns")
+    units = [unit for batch in batches for unit in batch]
+    assert len(units) == len(set(units)) and len(batches) <= (60 if name == "tiny2" else 5)
+    assert all(" " not in unit for unit in units) == (name == "tiny2")
+
+
+def test_word_by_word_only_where_it_is_the_same(folders):
+    """A tokenizer of LLaMA-2's kind is asked for each word once. One whose tokens span words, with tokens
+    of its own that are not special, or of another kind, gets every text in full."""
+    def by_word(change=lambda spec: None, name="tiny2"):
+        spec = json.loads((Path(folders[name]) / "tokenizer.json").read_text())
+        change(spec)
+        fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<s>")
+        return data.words_are_apart(fast)
+
+    def spanning(spec):
+        vocab = spec["model"]["vocab"]
+        vocab["▁A▁"] = len(vocab)
+        spec["model"]["merges"].append(["▁A", "▁"])
+    assert by_word() and not by_word(name="tiny3") and not by_word(spanning)
+    assert not by_word(lambda spec: spec["added_tokens"][0].update(special=False))
+    assert not by_word(lambda spec: spec["model"].update(ignore_merges=True))
+    assert not by_word(lambda spec: spec.update(pre_tokenizer={"type": "WhitespaceSplit"}))
+    assert not by_word(lambda spec: spec["normalizer"]["normalizers"].append({"type": "Lowercase"}))
+
+
 # ---- 3. --template auto ----
 
 LLAVA_HF = """{% for message in messages %}\
@@ -1455,6 +1558,8 @@ def test_placeholders_of_turns(images):
         ("rows.json", "\n " + json.dumps([GOOD, GOOD], indent=1) + "\n"),
         ("rows.jsonl", json.dumps(GOOD) + "\n\n" + json.dumps(GOOD) + "\n"),
         ("rows.txt", json.dumps([GOOD, GOOD])),
+        ("rows.json", "\ufeff" + json.dumps([GOOD, GOOD])),
+        ("rows.jsonl", "\ufeff" + json.dumps(GOOD) + "\r\n" + json.dumps(GOOD)),
         ("rows.txt", json.dumps(GOOD) + "\n" + json.dumps(GOOD)),
     ],
 )
@@ -1462,6 +1567,19 @@ def test_load_rows(tmp_path, name, text):
     """A JSON list or one object a line, by content and not by name."""
     (tmp_path / name).write_text(text)
     assert data.load_rows(str(tmp_path / name)) == [GOOD, GOOD]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 64, 10**6])
+def test_a_list_is_read_in_pieces(piece):
+    """The items of a JSON list, however it is cut and spaced; a list that is not one is an error."""
+    items = [{"a": "[,]\\"}, [], {}, "x, ]", 12, None, {"b": [{"c": "é🙂"}]}, *range(10**6, 10**6 + 99)]
+    for indent in (None, 2):
+        text = " " * (piece > 1) + json.dumps(items, indent=indent, ensure_ascii=False) + "\n"
+        assert [json.loads(item) for item in data.list_items(io.StringIO(text), piece)] == items
+    assert list(data.list_items(io.StringIO("[ ]"), max(piece, 2))) == []
+    for bad in ("[1", "[1,", "[1 2]", "[,1]", "[1,,2]", "[1,]", "[1]]", "[1] 2", '[{"a": 1]', "[1 [2]]"):
+        with pytest.raises(ValueError):
+            list(data.list_items(io.StringIO(bad), piece))
 
 
 def test_load_rows_keeps_line_separators(tmp_path):

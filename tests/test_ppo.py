@@ -940,8 +940,8 @@ def test_critic_warmup(place, world, tmp_path, monkeypatch):
     assert "grad_norm/policy" not in first and first["grad_norm/critic"] > 0 < second["grad_norm/policy"]
     assert not any(name.startswith(("policy/", "loss/policy", "loss/ptx")) for name in first)
     assert 1e-10 < second["policy/approxkl"]
-    inside("sft", *files(place)[:2], "--data", place / "turns.json", *files(place)[6:], "--out", tmp_path / "sft",
-           "--batch_size", 10, "--micro_batch", 10, "--max_steps", 1, "--seed", 0)
+    inside("sft", *files(place)[:2], "--data", place / "turns.json", *files(place)[6:], "--out",
+           tmp_path / "sft", "--batch_size", 10, "--micro_batch", 10, "--max_steps", 1, "--seed", 0)
     assert second["loss/ptx"] == pytest.approx(tiny.log(tmp_path / "sft")[0]["loss"], rel=0.05)
     export = load_file(tmp_path / "out" / "model.safetensors")
     assert {name for name in export if not torch.equal(export[name], policy[name])} == {

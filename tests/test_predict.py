@@ -169,15 +169,16 @@ def test_a_user_predicts_on_two_ranks(place, predict, tmp_path):
     assert (tmp_path / "new" / "answers.jsonl").read_text() == text
     assert fork("predict", *argv, "--max_new", 1, "--overwrite").code == 0
     assert (tmp_path / "new" / "answers.jsonl").read_text() != text
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"answers.jsonl", "answers.jsonl.args.json"}
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert names == {"answers.jsonl", "answers.jsonl.args.json"}
 
 
 def test_answers_are_written_as_they_are_done(place, predict, tmp_path):
-    """Every batch's lines are on disk before the next is decoded. --resume drops an incomplete line and goes on;
-    with other options it is refused; of what is complete it changes nothing."""
+    """Every batch's lines are on disk before the next is decoded. --resume drops an incomplete line and goes
+    on; with other options it is refused; of what is complete it changes nothing."""
     out = tmp_path / "answers.jsonl"
-    argv = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images", "--out", out,
-            "--max_new", 20]
+    argv = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
+            "--out", out, "--max_new", 20]
     hook = functools.partial(tiny.at_call, "predict.generate", 3, tiny.die)
     assert fork("predict", *argv, "--micro_batch", 3, prepare=hook).code != 0
     lines = out.read_bytes().splitlines(keepends=True)
@@ -203,7 +204,8 @@ def test_numbers_that_are_not_finite_are_no_answer(options, place, tmp_path):
     tiny.write(tmp_path / "model", tensors)
     done = fork("predict", "--model", tmp_path / "model", "--data", place / "rows.json", "--images",
                 place / "images", "--out", tmp_path / "answers.jsonl", "--max_new", 4, *options)
-    assert done.code == 1 and "row 0 (id row 0): got the logprob nan, need a finite number" in done.error, done.err
+    assert done.code == 1, done.err
+    assert "row 0 (id row 0): got the logprob nan, need a finite number" in done.error
     assert not (tmp_path / "answers.jsonl").exists()
 
 
