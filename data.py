@@ -314,14 +314,9 @@ class Template:
         # a tokenizer of the SentencePiece kind puts a space in front of every text by itself
         self.prefixes = tokenizer.convert_ids_to_tokens(self.ids("a"))[0].startswith("▁")
         self.adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
-<<<<<<< HEAD
         self.rendered = {tuple(roles): gaps for roles, gaps in rendered}
-        self.piece_ids = functools.lru_cache(maxsize=2**14)(self.piece_ids)
-=======
-        self.gaps = functools.lru_cache(maxsize=256)(self.gaps)
         self.frame = functools.lru_cache(maxsize=256)(self.frame)
         self.piece_ids = functools.lru_cache(maxsize=1024)(self.piece_ids)  # the template's own come again
->>>>>>> 72777f7c8111766bc09896d7055282e55c47428e
 
     def gaps(self, roles):
         """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1], rendered
