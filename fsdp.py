@@ -270,8 +270,10 @@ def run(main):
         code = main() or 0
         if dist.is_initialized():  # after a failure other ranks may not join in
             dist.destroy_process_group()
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish(exit_code=code)
     except SystemExit as error:  # argparse has said why, on every rank
-        code = error.code
+        code = error.code if isinstance(error.code, int | None) else 1
     except (UserError, Diverged) as error:
         text, code = f"error: {error}", 2 if isinstance(error, UserError) else 1
     except BaseException as error:
@@ -280,7 +282,7 @@ def run(main):
             text = "error: no space left on the disk: free some, then --resume continues the run"
         elif isinstance(error, RuntimeError) and "gloo" in str(error) or isinstance(error, dist.DistError):
             text += "error: another rank is gone: was it killed, or out of memory? --resume continues the run"
-    fail(text, code) if text else leave(code)
+    fail(text, code) if text else leave(code or 0)
 
 
 def disk_full(error):
@@ -308,14 +310,14 @@ def fail(text, code):
     if rank and not text.startswith("error"):
         text = f"rank {rank} failed:\n{text}"
     print(text, file=sys.stderr, flush=True)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun ends its own report with it
+    with contextlib.suppress(OSError, KeyError):  # torchrun ends its own report with it
         said = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as f:
             json.dump({"message": said}, f)
     with contextlib.suppress(RuntimeError):
         if store:
             store.set("failure said", "")
-            others = [f"failure heard by {r}" for r in range(dist.get_world_size()) if r != rank]
+            others = [f"failure heard by {r}" for r in range(int(os.environ["WORLD_SIZE"])) if r != rank]
             deadline = time.monotonic() + 3
             while not store.check(others) and time.monotonic() < deadline:
                 time.sleep(0.05)  # the launcher, or the end of the store, would make the others print more
@@ -326,9 +328,6 @@ def leave(code):
     """Ends the process at once: gloo's threads outlive their group, and one that lets go of a tensor while
     the interpreter ends aborts it."""
     unlock()
-    with contextlib.suppress(Exception):
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish(exit_code=code)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -364,27 +363,38 @@ def watch(store):
             numbers = b""
             with contextlib.suppress(TimeoutError):
                 numbers = reader.recv(16)
-            with contextlib.suppress(RuntimeError):
-                if Watch.store and Watch.store.check(["failure"]):
-                    rank, code = json.loads(Watch.store.get("failure"))
-                    if rank != int(os.environ["RANK"]):
-                        Watch.ending = True
-                        Watch.store.wait(["failure said"], datetime.timedelta(seconds=5))
-                        Watch.store.set(f"failure heard by {os.environ['RANK']}", "")
-                        time.sleep(0.5)  # the store may end with this process: the other one leaves first
-                        leave(code)
+            try:
+                end_with_the_first()
+            except RuntimeError:  # the store is gone with its process
+                Watch.store = None
             if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
                 leave(1)
             for number in numbers:
-                # schedulers signal launcher and ranks at once, and the launcher passes it on: that is one
-                # SIGTERM
-                again = Watch.sigterm and time.monotonic() - Watch.sigterm > 0.5
-                if number == signal.SIGINT or number == signal.SIGTERM and (again or not Watch.saves):
-                    print(f"ended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-                    leave(128 + number)
-                if number == signal.SIGTERM:
-                    Watch.sigterm = Watch.sigterm or time.monotonic()
+                obey(number)
     threading.Thread(target=loop, daemon=True).start()
+
+
+def end_with_the_first():
+    """Ends this process if another rank has failed, once that one has said why."""
+    if Watch.store and Watch.store.check(["failure"]):
+        rank, code = json.loads(Watch.store.get("failure"))
+        if rank != int(os.environ["RANK"]):
+            Watch.ending = True
+            Watch.store.wait(["failure said"], datetime.timedelta(seconds=5))
+            Watch.store.set(f"failure heard by {os.environ['RANK']}", "")
+            time.sleep(0.5)  # the store may end with this process: the other one leaves first
+            leave(code)
+
+
+def obey(number):
+    """What a signal does."""
+    # schedulers signal the launcher and its ranks at once, and it passes the signal on: that is one SIGTERM
+    again = Watch.sigterm and time.monotonic() - Watch.sigterm > 0.5
+    if number == signal.SIGINT or number == signal.SIGTERM and (again or not Watch.saves):
+        print(f"ended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        leave(128 + number)
+    if number == signal.SIGTERM:
+        Watch.sigterm = Watch.sigterm or time.monotonic()
 
 
 class Stop:
