@@ -662,7 +662,7 @@ def test_a_second_run_on_the_same_out_is_refused(place, out, tmp_path):
         tiny.unwatch()
     fsdp.lock(str(tmp_path / "answers.jsonl"))
     done = tiny.fork("predict", "--model", place / "model", "--data", place / "rows.json", "--images",
-                     place / "images", "--out", tmp_path / "answers.jsonl")
+                     place / "images", "--out", tmp_path / "answers.jsonl", "--overwrite")
     assert done.code == 2 and f"another run holds {tmp_path}/answers.jsonl" in done.error
     tiny.unwatch()
     assert not (tmp_path / "new").exists() and not (out / ".lock").exists()
