@@ -94,47 +94,40 @@ def load_rows(path):
     texts, line = [], 0
     try:
         with open(path, encoding="utf-8-sig") as f:
-            is_list = f.read(2**16).lstrip().startswith("[")
-            f.seek(0)
-            for text in list_items(f) if is_list else f:
-                line += not is_list
-                if text.strip():
-                    if not is_list:
-                        json.loads(text)
-                    texts.append(text.encode())
+            text = f.read()
+        if text.lstrip().startswith("["):
+            texts = [item.encode() for item in list_items(text)]
+        else:
+            for one in text.split("\n"):
+                line += 1
+                if one.strip():
+                    json.loads(one)
+                    texts.append(one.encode())
     except (ValueError, RecursionError) as error:  # of the decoder or of json
-        where = f" in line {line}" if line else f" after {len(texts)} rows" if texts else ""
+        where = f" in line {line}" if line else ""
         raise UserError(f"{path}: not JSON{where} ({error}): need a list, or one row a line") from error
     if not texts:
         raise UserError(f"{path}: got no rows, need at least one")
     return Records(texts)
 
 
-def list_items(f, piece=2**22):
-    """The text of each item of the JSON list in a file, of which a piece is in memory at a time."""
-    decoder, gap = json.JSONDecoder(), re.compile(r"\s*(,?)\s*")
-    buffer, comma = f.read(piece), ""
-    pos = buffer.index("[") + 1
-    while True:
-        before = gap.match(buffer, pos)
-        start = before.end()
-        if buffer[start:start + 1] == "]" and not before[1]:
+def list_items(text):
+    """The text of each item of a JSON list. One at a time is decoded: all at once take three times the
+    memory."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"\s*")
+    end = gap.match(text).end()  # where the "[" is, then each comma
+    while text[end:end + 1] != "]":
+        start = gap.match(text, end + 1).end()
+        if text[end] == "[" and text[start:start + 1] == "]":
+            end = start
             break
-        try:
-            _, end = decoder.raw_decode(buffer, start)
-            wrong = "it ends early" if before[1] == comma else "need one comma between two items"
-            if end < len(buffer) and before[1] == comma:
-                yield buffer[start:end]
-                pos, comma = end, ","
-                continue
-        except ValueError as error:
-            wrong = getattr(error, "msg", error)
-        more = f.read(max(piece, len(buffer)))
-        if not more:
-            raise ValueError(wrong)
-        buffer, pos = buffer[pos:] + more, 0
-    if (buffer[start + 1:] + f.read()).strip():
-        raise ValueError("text after the list")
+        _, item_end = decoder.raw_decode(text, start)
+        yield text[start:item_end]
+        end = gap.match(text, item_end).end()
+        if text[end:end + 1] not in (",", "]"):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+    if text[end + 1:].strip():
+        raise json.JSONDecodeError("Extra data", text, end + 1)
 
 
 def read_json(folder, name, default=None):

@@ -101,19 +101,19 @@ def open_ref_model(processor, args, world):
 
 
 def make_reference(model, training, held_out, args, world):
-    """→ the reference's log-probabilities of the answers of both Steps, and a digest of them: a list with one
-    list per record each, kept in OUT/reference.json for a resume."""
+    """→ {"training", "held_out"}: the reference's log-probabilities, a list per record with one per answer. A
+    run that is continued finds them in OUT/reference.json."""
     path = os.path.join(args.out, "reference.json")
-    if world.on_rank0(os.path.isfile, path):  # a run that is continued
+    if world.on_rank0(os.path.isfile, path):
         return world.on_rank0(read_reference, path, training, held_out)
     found = [reference_pass(model, steps, world, args) for steps in (training, held_out)]
     training, held_out = ([logprobs[i] for i in range(len(logprobs))] for logprobs in found)
-    made = {"training": training, "held_out": held_out, "sha256": digest(training, held_out)}
+    made = {"training": training, "held_out": held_out, "sha256": reference_digest(training, held_out)}
     world.on_rank0(fsdp.write_json, path, made)
     return made
 
 
-def digest(training, held_out):
+def reference_digest(training, held_out):
     return hashlib.sha256(json.dumps([training, held_out]).encode()).hexdigest()
 
 
@@ -121,12 +121,12 @@ def read_reference(path, training, held_out):
     """What make_reference left. UserError where it was changed, or is of other answers."""
     try:
         saved = data.read_json(*os.path.split(path))
-        assert digest(saved["training"], saved["held_out"]) == saved["sha256"]
-        for name, steps in (("training", training), ("held_out", held_out)):
-            assert list(map(len, saved[name])) == [len(example.answers) for example in steps.examples]
-    except (UserError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path} was changed since the run began: remove it, and --resume computes it "
-                        "again") from error
+        found = [[len(answers) for answers in saved[name]] for name in ("training", "held_out")]
+        right = saved["sha256"] == reference_digest(saved["training"], saved["held_out"])
+    except (UserError, KeyError, TypeError):
+        right = False
+    if not right or found != [[len(e.answers) for e in steps.examples] for steps in (training, held_out)]:
+        raise UserError(f"{path} was changed since the run began: remove it, and --resume computes it again")
     return saved
 
 

@@ -71,7 +71,7 @@ def add_rewards(answers, judged, reward, processor, batch, features, same_images
         answer["reward"] = next(scores)
 
 
-def check_finite(examples, answers):
+def check_answers(examples, answers):
     """NaN is not JSON, and not an answer either."""
     for example, given in zip(examples, answers):
         for answer in given:
@@ -207,7 +207,7 @@ def main():
                                                  kept=[np.ones(len(ids), bool) for ids in row])
                              for example, row in zip(given, sampled)]
                 add_rewards(answers, given, reward, judge.processor, batch, features, same_images, shared)
-            check_finite(mine, answers)
+            check_answers(mine, answers)
             found = world.gather([(example.index, answer) for example, answer in zip(mine, answers)])
             if world.rank == 0:
                 n = min((step + 1) * steps.batch_size, len(examples))  # answered

@@ -418,8 +418,9 @@ DAMAGE = {
     "one entry short": lambda saved: {**saved, "training": saved["training"][:-1]},
     "a number edited": lambda saved: {**saved, "held_out": [[0.0, 0.0], *saved["held_out"][1:]]},
     "no digest": lambda saved: {"training": saved["training"], "held_out": saved["held_out"]},
-    "of other records": lambda saved: {**saved, "training": saved["training"][:3],
-                                       "sha256": dpo.digest(saved["training"][:3], saved["held_out"])},
+    "of other records": lambda saved: {
+        **saved, "training": saved["training"][:3],
+        "sha256": dpo.reference_digest(saved["training"][:3], saved["held_out"])},
     "a list": lambda saved: saved["training"]}
 
 
