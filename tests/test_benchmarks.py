@@ -78,3 +78,12 @@ def test_flops_by_hand(monkeypatch):
     llama = 10 * 2 * (16 + 8 + 8 + 16 + 3 * 20) + 2 * (2 * 33 * 4)  # q, k, v, o, MLP; 33 pairs
     assert common.forward_flops(config, images=1, tokens=10, pairs=33, read=3) == {
         "tower": patches + layer, "language": projector + llama, "head": 3 * 2 * 4 * 7}
+
+
+def test_what_a_start_costs(tmp_path):
+    """bench_start.py times every phase of a start, for all its records."""
+    tiny.make_tokenizer(tmp_path)
+    done = tiny.command("benchmarks/bench_start", "--records", 40, "--tokenizer", tmp_path)
+    assert done.code == 0, done.err
+    phases = [line.split("  ")[0] for line in done.out.splitlines()]
+    assert phases == ["reading", "checking", "tokenising", "steps", "in all"] and " 40 records, " in done.out

@@ -7,6 +7,7 @@ Runs are the scripts' own main in forked processes (tiny.py) or, where signals m
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import (
     assert_same_gradients,
@@ -29,8 +31,10 @@ from tiny import (
     inside,
 )
 
+import data
 import fsdp
 import model as network
+import ppo
 
 DATA = {"sft": "rows", "rm": "margins", "dpo": "ranked", "ppo": "trained/rows", "predict": "trained/rows"}
 FILES = {script: f"--model model --data {data}.json --images images --workers 0"
@@ -811,6 +815,62 @@ def test_sigterm_is_heard_in_evaluations_and_rollouts(case, ranks, folder, tmp_p
     assert tiny.log(out) == tiny.log(expected)
     assert weights(out).keys() == weights(expected).keys()
     assert all(torch.equal(t, weights(expected)[name]) for name, t in weights(out).items())
+
+
+def differ_on_rank_1(how):
+    """What rank 1 alone reads: another copy on another node."""
+    if os.environ["RANK"] != "1":
+        return
+    load_rows, is_file = data.load_rows, os.path.isfile
+    if how in ("reversed", "shorter"):
+        part = slice(None, None, -1) if how == "reversed" else slice(-1)
+        data.load_rows = lambda path: data.Records(load_rows(path).texts[part])
+    if how == "image missing":
+        os.path.isfile = lambda path: not str(path).endswith("p3.png") and is_file(path)
+    if how == "weights cut":
+        def cut(*_):
+            raise SafetensorError("incomplete metadata, file not fully covered")
+        fsdp.safe_open = cut
+    if how == "reward function":
+        def failing(record, texts):
+            return record["no such field"]
+        ppo.load_function = lambda name: failing
+
+
+ONE_RANK = {  # what differs: script, exit code, what is said
+    "reversed": ("dpo", 2, "ranked.json: rank "), "shorter": ("sft", 2, "rows.json: rank "),
+    "image missing": ("sft", 2, "no such picture: "), "weights cut": ("sft", 2, "cannot be read"),
+    "reward function": ("ppo", 1, "KeyError: 'no such field'")}
+
+
+@pytest.mark.parametrize("how", ONE_RANK)
+def test_what_is_wrong_on_one_rank_is_said_by_all(how, tmp_path):
+    """Files of which one rank has another copy, and code that fails on one rank: the same words last, once,
+    and no rank waits."""
+    script, code, said = ONE_RANK[how]
+    options = FILES[script] + (PPO if script == "ppo" else " --max_steps 2")
+    if script == "ppo":
+        options += " --reward_model trained/rewards.py:red --critic policy --micro_batch 1"
+    done = fork(script, *options.split(), "--out", tmp_path / "out", ranks=2,
+                prepare=functools.partial(differ_on_rank_1, how))
+    assert done.code == code and said in done.err.strip().splitlines()[-1], done
+    assert done.err.count(said) == 1 and not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_vanishes_is_named(workers, ranks, folder, tmp_path):
+    """Deleted while the run goes on: one line with record and file, on every rank; the checkpoints stay."""
+    shutil.copytree(folder / "images", tmp_path / "images")
+    prepare = in_update(3, functools.partial(remove, tmp_path / "images"))
+    more = "--images", tmp_path / "images", "--workers", workers
+    done = long_run("sft", ranks, "", tmp_path / "out", *more, prepare=prepare)
+    assert re.match(r"record \d \(id row \d\): cannot read .*/p\d\.png", done.error), done
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and "Traceback" not in done.err and fsdp.checkpoint_steps(tmp_path / "out")
+
+
+def remove(folder, *_):
+    shutil.rmtree(folder)
 
 
 def forbid_forks():
