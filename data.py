@@ -590,6 +590,11 @@ class Example:
     images: list  # paths
     margin: float = 0.0
 
+    @property
+    def name(self):
+        """For messages."""
+        return f"row {self.index} (id {shown(self.id)})"
+
 
 @dataclasses.dataclass
 class Processor:
@@ -901,7 +906,7 @@ def collate(examples, processor, pixels=None):
             return processor.pixels(path)
         except UserError as error:
             example = next(example for example in examples if path in example.images)
-            raise UserError(f"record {example.index} (id {shown(example.id)}): {error}; it was readable when "
+            raise UserError(f"{example.name}: {error}; it was readable when "
                             "the run started") from error
     if pixels is None:
         blank = np.zeros((3, processor.size, processor.size), dtype=np.float32)

@@ -227,7 +227,7 @@ def main():
     held_out = fsdp.read_examples(args.eval_data, "ranked", processor, args, world) if args.eval_data else []
     for example in examples + held_out:
         if len(example.answers) > 2 and (args.loss != "sigmoid" or args.label_smoothing):
-            raise UserError(f"row {example.index} (id {example.id}): got {len(example.answers)} answers, "
+            raise UserError(f"{example.name}: got {len(example.answers)} answers, "
                              "need two; only --loss sigmoid without --label_smoothing ranks more")
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                        args.seed, by_length=args.group_by_length == "yes")

@@ -122,7 +122,7 @@ class Judge:
             for example, said, scores in zip(rollout.examples, texts, found):
                 numbers = all(isinstance(s, (int, float, np.number)) and np.isfinite(s) for s in scores)
                 if len(scores) != len(said) or not numbers:
-                    raise UserError(f"row {example.index} (id {example.id}): --reward_model's function gave "
+                    raise UserError(f"{example.name}: --reward_model's function gave "
                                      f"{len(scores)} scores for {len(said)} answers, need a finite number "
                                      f"each: {scores}")
             return torch.tensor(sum(found, []), dtype=torch.float32, device=rollout.features.device)

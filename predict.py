@@ -78,7 +78,7 @@ def check_answers(examples, answers):
             for name in ("logprob", "reward"):
                 if not math.isfinite(answer.get(name, 0.0)):
                     raise fsdp.Diverged(
-                        f"row {example.index} (id {example.id}): got the {name} {answer[name]}, need a "
+                        f"{example.name}: got the {name} {answer[name]}, need a "
                         "finite number: weights are not finite, or --dtype overflows")
 
 

@@ -64,7 +64,7 @@ def show_answers(model, examples, processor, world, log, max_new=64):
     for example, (ids,) in zip(examples, answers):
         kept = example.kept[0].tolist()
         given = example.answers[0][:kept.index(False) if False in kept else None]  # of the first turn
-        log.say(f"    {example.id}: {processor.text(ids)!r}  (given: {processor.text(given)!r})")
+        log.say(f"    {data.shown(example.id)}: {processor.text(ids)!r}  (given: {processor.text(given)!r})")
 
 
 def parse_args():

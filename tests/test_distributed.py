@@ -817,6 +817,24 @@ def test_sigterm_is_heard_in_evaluations_and_rollouts(case, ranks, folder, tmp_p
     assert all(torch.equal(t, weights(expected)[name]) for name, t in weights(out).items())
 
 
+@pytest.mark.parametrize("script, options, said", [
+    ("sft", "--lr 1e30", "step 2: loss nan"), ("rm", "--lr 1e30", "step 2: loss "),
+    ("dpo", "--lr 1e30 --data pairs.json", "step 2: loss "),
+    ("sft", "--lr 1e39 --max_steps 1", "is not finite: nothing was exported"),
+    ("sft", "--lr 1e30 --max_steps 1 --eval_data rows.json", "step 1: eval_loss nan")])
+def test_a_run_that_diverges(script, options, said, tmp_path):
+    """It ends with exit code 1 before the next step, the log has numbers only, and nothing is exported; the
+    checkpoints stay."""
+    start = f"{FILES[script]} --batch_size 4 --micro_batch 2 --max_steps 4 --warmup 0 --grad_clip 0"
+    done = fork(script, *f"{start} --save_every 1 {options}".split(), "--out", tmp_path / "out")
+    assert done.code == 1 and said in done.error and len(done.err.splitlines()) == 1, done
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert fsdp.checkpoint_steps(tmp_path / "out") == ([] if "eval" in options else [1])
+    lines = (tmp_path / "out" / "log.jsonl").read_text()
+    assert "NaN" not in lines and "Infinity" not in lines
+    assert len(lines.splitlines()) == ("eval" not in options)
+
+
 def differ_on_rank_1(how):
     """What rank 1 alone reads: another copy on another node."""
     if os.environ["RANK"] != "1":
@@ -865,7 +883,7 @@ def test_an_image_that_vanishes_is_named(workers, ranks, folder, tmp_path):
     prepare = in_update(3, functools.partial(remove, tmp_path / "images"))
     more = "--images", tmp_path / "images", "--workers", workers
     done = long_run("sft", ranks, "", tmp_path / "out", *more, prepare=prepare)
-    assert re.match(r"record \d \(id row \d\): cannot read .*/p\d\.png", done.error), done
+    assert re.match(r"row \d \(id row \d\): cannot read .*/p\d\.png", done.error), done
     assert done.code == 2 and len(done.err.splitlines()) == 1
     assert fsdp.checkpoint_steps(tmp_path / "out")
 
