@@ -1202,7 +1202,7 @@ def test_an_image_that_is_lost_during_the_run(tmp_path, pictures):
     for path in lost:
         examples = [data.Example(i, f"record\x1b{i}", prompt, [], [], [image])
                     for i, image in enumerate([pictures[0], path])]
-        words = rf"record 1 \(id record\\x1b1\): cannot read the picture {path}: .*readable when the run"
+        words = rf"row 1 \(id record\\x1b1\): cannot read the picture {path}: .*readable when the run"
         for workers in (0, 1):
             with pytest.raises(data.UserError, match=words):
                 list(data.loader(make_steps(examples), 0, 1, workers))
