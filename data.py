@@ -17,6 +17,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -463,6 +464,7 @@ class Template:
 # ---- pictures ----
 
 FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"  # Pillow knows more: for EPS it runs Ghostscript
+PASSING = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE
 LONGEST_EDGE = 65535  # JPEG's own limit; memory grows with the longer edge of a narrow image
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # an error: see open_image
 
@@ -478,6 +480,8 @@ def open_image(path):
                                 f"an edge and {Image.MAX_IMAGE_PIXELS} in all: shrink it")
             yield image
     except Exception as error:  # decoders raise many kinds
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in PASSING:
+            raise  # not the file's fault
         if isinstance(error, UnidentifiedImageError):
             error = f"corrupt, or not one of the formats that are opened ({', '.join(FORMATS)})"
         raise UserError(f"cannot read the picture {shown(str(path))}: {error}") from None
@@ -512,7 +516,7 @@ def to_pixels(picture, size, mode="crop", mean=CLIP_MEAN, std=CLIP_STD):
     normalised; mode `pad` first pads to a square with the mean colour, as LLaVA-1.5 does."""
     background = tuple(int(255 * m) for m in mean)
     short, long = sorted(picture.size)
-    if long > 4 * short and (mode == "pad" or short < size):
+    if long > 2 * short and (mode == "pad" or short < size):
         array = strip_pixels(picture, size, background if mode == "pad" else None)
     else:
         if mode == "pad":
@@ -798,11 +802,12 @@ def decode_images(paths, images_dir, source, world):
 
 
 def digest(conversations, images_dir=""):
-    """(index, Conversation) pairs → a hash of all that a run reads of them, equal on ranks that read the
-    same."""
+    """(index, Conversation) pairs → a hash of all that a run reads of them, and of the images' sizes; equal
+    on ranks that read the same."""
     root, seen = os.path.join(os.path.abspath(images_dir), ""), hashlib.sha256()
+    size = functools.cache(os.path.getsize)
     for _, c in conversations:
-        images = [path.removeprefix(root) for path in c.images]
+        images = [(path.removeprefix(root), size(path)) for path in c.images]
         seen.update(json.dumps([c.id, c.roles, c.contents, c.answers, images, c.margin]).encode())
     return seen.hexdigest()
 

@@ -93,7 +93,7 @@ def reference_pass(model, steps, world, args):
 
 def open_ref_model(processor, args, world):
     """--ref_model, which has to read the policy's batches."""
-    other = fsdp.open_other(args.ref_model, processor, args, world)
+    other = fsdp.open_other("ref_model", processor, args, world)
     if other.processor.pictures != processor.pictures:
         raise UserError(f"got --ref_model {args.ref_model}, which sees pictures in another size or mode "
                         "than the policy: both read the same batches")
@@ -158,9 +158,8 @@ def best_tokens(rows, examples):
 def evaluate(model, steps, reference, world, args, stop):
     """The loss and the FIGURES over all held-out rows, means over rows; {} where SIGTERM cuts it short."""
     sums, tokens = torch.zeros(1 + len(FIGURES), device=world.device), 0
-    for step, micro_batches in enumerate(data.loader(steps, 0, len(steps), args.workers)):
-        if stop.asked(world):
-            break
+    batches = data.loader(steps, 0, len(steps), args.workers)
+    for step, micro_batches in enumerate(stop.until(batches, world)):
         for rows, batch in zip(steps.groups(step), micro_batches):
             _, best, figures = forward(model, batch, rows, reference, world, args)
             sums += torch.cat([-best[None], figures])
@@ -288,7 +287,8 @@ def main():
 
         ended = step == total
         if held_out and (ended or args.eval_every and step % args.eval_every == 0):
-            figures |= evaluate(model, eval_steps, reference["held_out"], world, args, stop)
+            figures |= evaluate(
+                model, eval_steps, reference["held_out"], world, args, stop) or fsdp.EVAL_DUE
         log.step(step, columns, seconds, **figures)
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:

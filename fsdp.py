@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import traceback
+import zipfile
 
 import safetensors.torch
 import torch
@@ -144,8 +145,8 @@ def parse(parser, data_file, shapes, argv=None):
     for least, options in LEAST.items():
         for option in options:
             value = getattr(args, option, None)
-            if value is not None and value < least:
-                parser.error(f"got --{option} {value}, need at least {least}")
+            if value is not None and not least <= value < math.inf:
+                parser.error(f"got --{option} {value}, need a number that is at least {least}")
     return args
 
 
@@ -209,7 +210,7 @@ class World:
                 raise UserError(f"{what}: rank {rank} reads other content than rank {self.rank}: "
                                 "need the same files on every node")
         value = json.loads(json.dumps(value))
-        if self.earlier.get(what, value) != value:
+        if self.earlier and self.earlier.get(what) != value:
             raise UserError(f"cannot resume: {what} changed since the run began: restore it, or start again "
                             "in another --out")
         self.inputs[what] = value
@@ -272,14 +273,17 @@ def run(main):
             dist.destroy_process_group()
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish(exit_code=code)
-    except SystemExit as error:  # argparse has said why, on every rank
-        code = error.code if isinstance(error.code, int | None) else 1
+    except SystemExit as error:
+        code = error.code
+        if dist.is_initialized() or not isinstance(code, int | None):  # else argparse has said why
+            text, code = f"{traceback.format_exc()}error: something called sys.exit({code!r})", 1
     except (UserError, Diverged) as error:
         text, code = f"error: {error}", 2 if isinstance(error, UserError) else 1
     except BaseException as error:
         text, code = traceback.format_exc(), 1
         if disk_full(error):
-            text = "error: no space left on the disk: free some, then --resume continues the run"
+            why = str(error).partition("\n")[0][:200]
+            text = f"error: no space left on the disk: free some, then --resume continues the run ({why})"
         elif isinstance(error, RuntimeError) and "gloo" in str(error) or isinstance(error, dist.DistError):
             text += "error: another rank is gone: was it killed, or out of memory? --resume continues the run"
     fail(text, code) if text else leave(code or 0)
@@ -309,7 +313,8 @@ def fail(text, code):
     text = text.strip()
     if rank and not text.startswith("error"):
         text = f"rank {rank} failed:\n{text}"
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone, or a full disk
+        print(text, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError, KeyError):  # torchrun ends its own report with it
         said = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as f:
@@ -380,9 +385,10 @@ def end_with_the_first():
         rank, code = json.loads(Watch.store.get("failure"))
         if rank != int(os.environ["RANK"]):
             Watch.ending = True
-            Watch.store.wait(["failure said"], datetime.timedelta(seconds=5))
-            Watch.store.set(f"failure heard by {os.environ['RANK']}", "")
-            time.sleep(0.5)  # the store may end with this process: the other one leaves first
+            with contextlib.suppress(RuntimeError):
+                Watch.store.wait(["failure said"], datetime.timedelta(seconds=5))
+                Watch.store.set(f"failure heard by {os.environ['RANK']}", "")
+                time.sleep(0.5)  # the store may end with this process: the other one leaves first
             leave(code)
 
 
@@ -391,7 +397,8 @@ def obey(number):
     # schedulers signal the launcher and its ranks at once, and it passes the signal on: that is one SIGTERM
     again = Watch.sigterm and time.monotonic() - Watch.sigterm > 0.5
     if number == signal.SIGINT or number == signal.SIGTERM and (again or not Watch.saves):
-        print(f"ended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"ended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
         leave(128 + number)
     if number == signal.SIGTERM:
         Watch.sigterm = Watch.sigterm or time.monotonic()
@@ -411,6 +418,13 @@ class Stop:
 
     def asked(self, world):
         return world.sum(self.heard)[0] > 0
+
+    def until(self, items, world):
+        """Yields items until it is asked; ranks have equally many."""
+        for item in items:
+            if self.asked(world):
+                return
+            yield item
 
 
 def check_finite(args, step, **metrics):
@@ -559,11 +573,11 @@ def fill(model, tensors, grown, seed):
 def read_conversations(path, args, world, need_answers):
     """A data file → its rows and the (index, Conversation) pairs of the good ones; every image is decoded
     once, and not again when the run is resumed."""
-    rows = data.load_rows(path)
-    what = f"images that cannot be read, of {path}"
+    rows, read = data.load_rows(path), f"{path} (records with {need_answers} or more answers)"
+    what = f"which images can be read of {read}"
     conversations, bad, unreadable = data.check_rows(
         rows, args.images, path, need_answers, args.skip_bad_rows, world, world.earlier.get(what))
-    world.depends_on(path, data.digest(conversations, args.images))
+    world.depends_on(read, data.digest(conversations, args.images))
     world.depends_on(what, unreadable)
     if world.rank == 0 and bad:
         print(f"{path}: {bad} of {len(rows)} rows are bad and left out", flush=True)
@@ -587,8 +601,8 @@ def read_examples(path, which, processor, args, world):
 @dataclasses.dataclass
 class Checkpoint:
     """What the command line's model is, before any weight is read."""
+    option: str  # that names it
     config: LlavaConfig
-    folder: str  # that has its tokenizer
     folders: list  # whose tensors make it up
     tensors: dict  # our name → what reads its rows
     processor: data.Processor
@@ -596,34 +610,52 @@ class Checkpoint:
     fresh: tuple  # parts of the names of parameters that are drawn where no tensor is found
 
 
-def open_checkpoint(args, world):
+def open_checkpoint(args, world, option="model"):
     """--model, or --llm with --clip → Checkpoint"""
-    config, folder, folders = read_config(args, world)
+    try:
+        config, folder, folders = read_config(args, world)
+        tensors = open_tensors(folders)
+        check_sizes(config, tensors, folders)
+    except (TypeError, ZeroDivisionError, AttributeError) as error:  # values that no model has
+        raise UserError(f"{args.model or args.llm}: config.json cannot be used: {error}") from error
     sources = [*folders, args.tokenizer] if args.tokenizer else folders
-    world.depends_on(f"the files in {' + '.join(sources)}", world.on_rank0(file_stamps, sources))
-    tensors = open_tensors(folders)
-    check_sizes(config, tensors, folders)
-    rendered = world.earlier.get(f"what the chat template of {folder} renders", [])
+    world.depends_on(f"the checkpoint of --{option}", world.on_rank0(fingerprint, sources))
+    rendered = world.earlier.get(f"what the chat template of --{option} renders", [])
     processor, grown = data.load_processor(folder, config, args, rendered)
     fresh = ("multi_modal_projector.", ".lora_") if args.llm else (".lora_",)
-    return Checkpoint(config, folder, folders, tensors, processor, grown, fresh)
+    return Checkpoint(option, config, folders, tensors, processor, grown, fresh)
 
 
-def file_stamps(folders):
-    """Name, size and time of the files in checkpoint folders that say what a model is."""
-    kinds = ("*.safetensors", "*.bin", "*.json", "*.jinja")
-    paths = [path for folder in folders for kind in kinds for path in glob.glob(os.path.join(folder, kind))]
-    return [[path, os.path.getsize(path), os.stat(path).st_mtime_ns] for path in sorted(paths)]
+def fingerprint(folders):
+    """A hash of the files in checkpoint folders that say what a model is: their names, sizes and 64 samples
+    of 4 KB each, so that a copy is the same and other weights are not."""
+    seen = hashlib.sha256()
+    for folder in folders:
+        for kind in ("*.safetensors", "*.bin", "*.index.json", "*config.json", "*token*.json", "*template*"):
+            for path in sorted(glob.glob(os.path.join(folder, kind))):
+                size = os.path.getsize(path)
+                seen.update(f"{os.path.basename(path)} {size}".encode())
+                with open(path, "rb") as f:
+                    for sample in range(64):
+                        f.seek(max(0, size - 4096) * sample // 63)
+                        seen.update(f.read(4096))
+    return seen.hexdigest()
 
 
-def open_other(name, processor, args, world, reward=False):
-    """A second LLaVA → Checkpoint. Its tokenizer has to be the processor's. reward: it needs a scalar head,
-    as rm.py leaves it, and has a template and picture settings of its own."""
+def file_digest(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def open_other(option, processor, args, world, reward=False):
+    """A second LLaVA, named by an option → Checkpoint. Its tokenizer has to be the processor's. reward: it
+    needs a scalar head, as rm.py leaves it, and has a template and picture settings of its own."""
     other = argparse.Namespace(**vars(args))
+    name = getattr(args, option)
     other.model, other.llm, other.clip = name, None, None
     if reward:
         other.tokenizer, other.template, other.image_mode = None, "auto", "auto"
-    checkpoint = open_checkpoint(other, world)
+    checkpoint = open_checkpoint(other, world, option)
     if checkpoint.processor.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
         raise UserError(f"{name}: its tokenizer is not that of {args.model or args.llm}, need the same")
     if reward and not any(os.path.isfile(os.path.join(folder, SCORE)) for folder in checkpoint.folders):
@@ -764,7 +796,7 @@ def schedule(step, steps, warmup):
 
 # ---- what a run leaves behind ----
 
-RUN_FILES = ("checkpoints", "log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
+RUN_FILES = ("log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
 FREE = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb", "micro_batch",
         "replicas", "show_every", "save_rollouts"}  # options that may differ after a resume
@@ -782,7 +814,9 @@ def lock(path):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         file = open(path, "a")  # noqa: SIM115 (held open)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # removed by a run that just ended
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError) as error:
         raise UserError(f"got --out, but another run holds {path}: wait for it, or choose another") from error
     except OSError as error:
         raise UserError(f"got --out, but {path} cannot be written ({error.strerror}): choose "
@@ -806,12 +840,17 @@ def check_out_file(args, world):
     def check():
         if os.path.isdir(args.out):
             raise UserError(f"got --out {args.out}, which is a folder, need a .jsonl file")
-        there = os.path.isfile(args.out)
+        there, about = os.path.isfile(args.out), f"{args.out}.args.json"
+        if there and os.path.isfile(args.data) and os.path.samefile(args.out, args.data):
+            raise UserError(f"got --out {args.out}, which is --data too: choose another")
         if there and not (args.overwrite or args.resume):
             raise UserError(f"got --out {args.out}, which exists: --resume continues it, --overwrite "
                             "replaces it")
+        if there and args.resume and os.path.getsize(args.out) and not os.path.isfile(about):
+            raise UserError(f"got --resume, but {about} is gone, which says what {args.out} was made of: "
+                            "--overwrite starts anew")
         lock(args.out)
-        return earlier_args(f"{args.out}.args.json", args)["inputs"] if there and args.resume else {}
+        return earlier_args(about, args)["inputs"] if os.path.isfile(about) and args.resume and there else {}
     world.earlier = world.on_rank0(check)
 
 
@@ -858,7 +897,7 @@ def earlier_args(path, args):
         raise UserError(f"{path} is damaged ({error}): restore it, or remove it, and --resume goes on with "
                         "the options given now") from error
     differ = [f"--{key} {earlier.get(key)} then, {value} now" for key, value in vars(args).items()
-              if key not in FREE and earlier.get(key) != value]
+              if key not in FREE and earlier.get(key, value) != value]
     if differ:
         raise UserError(f"cannot resume {args.out}: got {'; '.join(differ)}; use the old values")
     return earlier
@@ -870,19 +909,26 @@ def write_args(path, args, world):
     write_json(path, {**vars(args), **about})
 
 
+def record_templates(world, *checkpoints):
+    """Of those that tokenised the data: a resume takes the text that was rendered when the run began."""
+    for checkpoint in checkpoints:
+        rendered = [[list(roles), gaps] for roles, gaps in checkpoint.processor.template.rendered.items()]
+        world.depends_on(f"what the chat template of --{checkpoint.option} renders", rendered)
+
+
 def begin_run(args, world, *checkpoints):
     """Clears an earlier run in --out that is to be replaced, and writes args.json. checkpoints: those that
     tokenised the data."""
-    for checkpoint in checkpoints:
-        rendered = [[list(roles), gaps] for roles, gaps in checkpoint.processor.template.rendered.items()]
-        world.depends_on(f"what the chat template of {checkpoint.folder} renders", rendered)
+    record_templates(world, *checkpoints)
 
     def begin():
+        folder = os.path.join(args.out, "checkpoints")
+        os.makedirs(folder, exist_ok=True)
         old = [path for pattern in RUN_FILES for path in glob.glob(os.path.join(args.out, pattern))]
+        old += [os.path.join(folder, f"step_{step}") for step in checkpoint_steps(args.out)]
         for path in old if not (args.resume and checkpoint_steps(args.out)) else []:
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         write_args(os.path.join(args.out, "args.json"), args, world)
-        os.makedirs(os.path.join(args.out, "checkpoints"), exist_ok=True)
         print(*(f"--{key} {value}" for key, value in vars(args).items() if value not in (None, False)))
     world.on_rank0(begin)
 
@@ -897,6 +943,9 @@ def write_text(path, text):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False))
+
+
+EVAL_DUE = {"eval_due": 1}  # logged where SIGTERM cuts an evaluation short: the resume makes it up
 
 
 class Log:
@@ -921,8 +970,9 @@ class Log:
                 for text in f:
                     try:
                         line = json.loads(text)
+                        assert isinstance(line["step"], int)
                         lines[line["step"]] = line
-                    except (ValueError, TypeError, KeyError):
+                    except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
                         damaged += 1
         if damaged:
             print(f"{self.path}: dropped {damaged} damaged lines", flush=True)
@@ -933,19 +983,18 @@ class Log:
 
     def owes_evaluation(self):
         """Whether SIGTERM cut short the evaluation of the last step done."""
-        step, every = self.first, self.args.eval_every
-        due = step and (step == self.steps or every and step % every == 0)
-        return bool(due and self.last_line and not any(name.startswith("eval_") for name in self.last_line))
+        return "eval_due" in self.last_line
 
     def add_evaluation(self, metrics):
         """Writes an evaluation that was made up into the line of its step."""
         check_finite(self.args, self.first, **metrics)
-        if not self.quiet:
+        if metrics and not self.quiet:
+            del self.last_line["eval_due"]
+            self.last_line.update({name: float(value) for name, value in metrics.items()})
             self.file.close()
             with open(self.path) as f:
                 lines = f.readlines()[:-1]
-            lines.append(json.dumps({**self.last_line, **{k: float(v) for k, v in metrics.items()}}) + "\n")
-            write_text(self.path, "".join(lines))
+            write_text(self.path, "".join([*lines, json.dumps(self.last_line) + "\n"]))
             self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
             if self.wandb:
                 self.wandb.log(metrics, step=self.first)
@@ -986,7 +1035,8 @@ def checkpoint_steps(out):
     ours."""
     folder = os.path.join(out, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name))
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_(0|[1-9]\d*)", name)
+                  and os.path.isdir(os.path.join(folder, name)))
 
 
 def trained_state(model, optimizers):
@@ -1009,6 +1059,10 @@ def save_checkpoint(args, world, step, model, *optimizers):
     """Writes checkpoints/step_N beside the others and renames it when it is complete; the last two stay."""
     folder = os.path.join(args.out, "checkpoints", f"step_{step}")
     world.on_rank0(shutil.rmtree, folder + ".part", True)
+    finite = all(p.to_local().isfinite().all() for p in model.parameters() if p.requires_grad)
+    if world.sum(not finite)[0]:
+        raise Diverged(f"step {step}: a weight is not finite: nothing was saved or exported; start again "
+                       "with a lower learning rate")
     dcp.save(trained_state(model, optimizers), checkpoint_id=folder + ".part")
 
     def rename():
@@ -1025,14 +1079,21 @@ def load_checkpoint(args, world, model, *optimizers):
     if not steps:
         return 0
     folder = os.path.join(args.out, "checkpoints", f"step_{steps[-1]}")
-    before = f"goes on from step {steps[-2]}" if steps[1:] else "starts afresh"
     try:
-        check_metadata(folder)
+        world.on_rank0(check_metadata, folder)
         dcp.load(trained_state(model, optimizers), checkpoint_id=folder)
-    except (Exception, dcp.CheckpointException) as error:  # DCP's is no Exception
-        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        raise UserError(f"{folder} is damaged ({why}): remove it, and --resume {before}") from error
-    return steps[-1]
+    except (OSError, EOFError, pickle.UnpicklingError, ValueError, AttributeError) as error:
+        damage = error  # of the metadata
+    except dcp.CheckpointException as error:  # of the data, unless it is about something else
+        damage, _ = next(iter(error.failures.values()))
+        if not isinstance(damage, EOFError | pickle.UnpicklingError | ValueError | zipfile.BadZipFile) and (
+                "PytorchStreamReader" not in str(damage)):
+            raise
+    else:
+        return steps[-1]
+    why = f"{type(damage).__name__}: {str(damage).partition(chr(10))[0][:200]}"
+    before = f"goes on from step {steps[-2]}" if steps[1:] else "starts afresh"
+    raise UserError(f"{folder} is damaged ({why}): remove it, and --resume {before}") from damage
 
 
 METADATA_CLASSES = {  # all that DCP's metadata, a pickle, needs for tensors

@@ -345,12 +345,12 @@ def held_out_figures(steps, models, judge, processor, score_moments, beta, args,
                     continue
                 prompts = [steps.examples[i] for i in rows]
                 rollouts.append(roll_out(policy, batch, prompts, processor, args, world, 0))
-    stopped = stop.asked(world)
-    for rollout in rollouts if not stopped else ():
+    rollouts = [] if stop.asked(world) else rollouts  # a rank that heard of it has fewer
+    for rollout in stop.until(rollouts, world):
         rollout.score = judge.scores(rollout, processor)
         forward_passes(rollout, policy, reference, critic, args)
     fsdp.reshard(*[model for model in (*models, judge.model) if model])
-    if stopped:
+    if stop.asked(world):
         return {}
     final_scores(rollouts, score_moments, args)
     figures = objectives(rollouts, beta, world)
@@ -462,7 +462,7 @@ def main():
     checkpoint = fsdp.open_checkpoint(args, world)
     processor = checkpoint.processor
     if not by_rule:
-        reward_checkpoint = fsdp.open_other(args.reward_model, processor, args, world, reward=True)
+        reward_checkpoint = fsdp.open_other("reward_model", processor, args, world, reward=True)
         judge.processor = reward_checkpoint.processor
         sizes = [(p.size, p.image_tokens) for p in (processor, judge.processor)]
         if args.critic == "reward" and sizes[0] != sizes[1]:
@@ -507,6 +507,9 @@ def main():
     training.register_buffer("beta", torch.tensor(args.kl_coef, dtype=torch.float64))
     training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
     models = [model for model in (policy, reference, critic, judge.model) if model]
+    if by_rule:  # it may read any field of a record
+        for path in filter(None, (args.reward_model.rpartition(":")[0], args.data, args.eval_data)):
+            world.depends_on(f"the file {path}", world.on_rank0(fsdp.file_digest, path))
     fsdp.begin_run(args, world, checkpoint, *([] if by_rule else [reward_checkpoint]))
     done = fsdp.load_checkpoint(args, world, training, policy_adam, critic_adam)
     log = fsdp.Log(args, world, total, done, shown=("objective/scores", "objective/kl", "policy/clipfrac",
@@ -517,6 +520,14 @@ def main():
     def evaluate():
         return held_out_figures(eval_steps, (policy, reference, critic), eval_judge, processor,
                                 training.score_moments, float(training.beta), args, world, stop)
+
+    def abandon(iteration):  # its weights are still those that the last one left
+        fsdp.reshard(*models)
+        if iteration > 1 and iteration - 1 not in world.on_rank0(fsdp.checkpoint_steps, args.out):
+            fsdp.save_checkpoint(args, world, iteration - 1, training, policy_adam, critic_adam)
+        log.say(f"stopped by SIGTERM in iteration {iteration}; --resume starts it again")
+        return fsdp.STOPPED
+
     if held_out and log.owes_evaluation():  # of the last iteration done: SIGTERM cut it short
         log.add_evaluation(evaluate())
         if stop.asked(world):
@@ -544,18 +555,16 @@ def main():
                     prompts = [examples[i] for i in rows]
                     rollouts[m].append(
                         roll_out(policy, batch, prompts, processor, args, world, first + m + 1))
-        if stop.asked(world):  # nothing has changed since the last iteration's end
-            fsdp.reshard(policy)
-            if iteration - 1 and iteration - 1 not in world.on_rank0(fsdp.checkpoint_steps, args.out):
-                fsdp.save_checkpoint(args, world, iteration - 1, training, policy_adam, critic_adam)
-            log.say(f"stopped by SIGTERM in iteration {iteration}; --resume starts it again")
-            return fsdp.STOPPED
+        if stop.asked(world):
+            return abandon(iteration)
         every = [rollout for minibatch in rollouts for rollout in minibatch]
         seconds["generate"] = log.seconds()
 
         # score: answers, as they were sampled → one number each [A]
-        for rollout in every:
+        for rollout in stop.until(every, world):
             rollout.score = judge.scores(rollout, processor)
+        if stop.asked(world):
+            return abandon(iteration)
         if args.normalize_scores and iteration == 1:
             normalise(training, every, args, world)
         final_scores(every, training.score_moments, args)
@@ -563,9 +572,11 @@ def main():
         seconds["score"] = log.seconds()
 
         # log-probabilities under policy and reference, values: rows → [A, L] each
-        for rollout in every:
+        for rollout in stop.until(every, world):
             forward_passes(rollout, policy, reference, critic, args)
         fsdp.reshard(*models)
+        if stop.asked(world):
+            return abandon(iteration)
         seconds["forward"] = log.seconds()
 
         # KL reward, GAE, whitening: [A, L] → advantages and returns [A, L]
@@ -625,7 +636,7 @@ def main():
             world.on_rank0(fsdp.write_text, os.path.join(args.out, "rollouts", f"{iteration}.jsonl"), text)
         ended = iteration == total
         if held_out and (ended or args.eval_every and iteration % args.eval_every == 0):
-            line |= evaluate()
+            line |= evaluate() or fsdp.EVAL_DUE
         log.step(iteration, columns, sum(seconds.values()), **line)
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and iteration % args.save_every == 0:

@@ -83,8 +83,8 @@ def check_answers(examples, answers):
 
 
 class Writer:
-    """OUT on rank 0: lines in the order of the data, each written when all before it are. With --resume what
-    is there stays, and `done` counts its records."""
+    """OUT on rank 0: lines in the order of the data, each written when all before it are. With --resume the
+    lines that are there stay up to the first that is not of its record, and `done` counts them."""
 
     def __init__(self, args, rows, conversations, processor):
         self.args, self.rows, self.conversations, self.processor = args, rows, conversations, processor
@@ -92,13 +92,24 @@ class Writer:
         kept = 0  # bytes
         if args.resume and os.path.isfile(args.out):
             with open(args.out, "rb") as f:
-                for text in f:
-                    if not text.endswith(b"\n") or self.done == len(conversations):
+                for text, conversation in zip(f, conversations):
+                    try:
+                        line, expected = json.loads(text), self.start_of_line(*conversation)
+                        if not text.endswith(b"\n") or any(line[key] != expected[key] for key in expected):
+                            break
+                        self.count(line)
+                    except (ValueError, TypeError, KeyError):  # what a crash left
                         break
-                    self.count(json.loads(text))
                     kept += len(text)
+            if kept < os.path.getsize(args.out):
+                print(f"{args.out}: {self.done} complete lines stay, the rest is answered again", flush=True)
         self.file = open(args.out, "a", encoding="utf-8")  # noqa: SIM115 (open while the run lasts)
         self.file.truncate(kept)
+
+    def start_of_line(self, index, conversation):
+        row = self.rows[index]
+        return {"id": row.get("id", index), "image": row.get("image"),
+                "prompt": self.processor.template.render(conversation)}
 
     def count(self, line):
         self.done += 1
@@ -109,9 +120,7 @@ class Writer:
         """found: index of a record → its answers; end: the index of the first that is not answered yet."""
         while self.done < len(self.conversations) and self.conversations[self.done][0] < end:
             index, conversation = self.conversations[self.done]
-            answers, row = found.get(index), self.rows[index]
-            prompt = self.processor.template.render(conversation)
-            line = {"id": row.get("id", index), "image": row.get("image"), "prompt": prompt}
+            answers, line = found.get(index), self.start_of_line(index, conversation)
             if not self.args.score:
                 best = max(answers, key=lambda answer: answer.get("reward", 0)) if answers else {"text": None}
                 line["answer"] = best["text"]
@@ -161,7 +170,7 @@ def main():
     rows, conversations = fsdp.read_conversations(args.data, args, world, data.ANSWERS_NEEDED[which])
     examples, counts = data.build_examples(conversations, processor, which)
     if args.reward_model:
-        judge = fsdp.open_other(args.reward_model, processor, args, world, reward=True)
+        judge = fsdp.open_other("reward_model", processor, args, world, reward=True)
         judged, _ = data.build_examples(conversations, judge.processor, which)
         judged = {example.index: example for example in judged}
         fits = [example for example in examples if example.index in judged]
@@ -175,8 +184,9 @@ def main():
         same_images = processor.pictures == judge.processor.pictures
         shared = same_images and fsdp.share_tower(model, reward, world)
     whole = contextlib.nullcontext() if args.sharded else fsdp.gathered(model)
-    world.on_rank0(fsdp.write_args, f"{args.out}.args.json", args, world)
+    fsdp.record_templates(world, checkpoint, *([judge] if args.reward_model else []))
     writer = Writer(args, rows, conversations, processor) if world.rank == 0 else None
+    world.on_rank0(fsdp.write_args, f"{args.out}.args.json", args, world)
     done, stop = world.on_rank0(lambda: writer.done), fsdp.Stop()
     left = {index for index, _ in conversations[done:]}
     examples = [example for example in examples if example.index in left]

@@ -56,9 +56,7 @@ def score_rows(model, steps, last, world, args, stop):
     """Scores of the answers of steps 0 … last − 1, on every rank: (example, answer's length, score), an
     example's answers together, best first. [] where SIGTERM cuts it short."""
     found = []
-    for step, micro_batches in enumerate(data.loader(steps, 0, last, args.workers)):
-        if stop.asked(world):
-            break
+    for step, micro_batches in enumerate(stop.until(data.loader(steps, 0, last, args.workers), world)):
         for group, batch in zip(steps.groups(step), micro_batches):
             batch = batch.to(world.device)
             scores = model.scores(batch, model.vision_tower(batch.pixels), batch.last).tolist()
@@ -189,7 +187,7 @@ def main():
 
         ended = step == total
         if held_out and (ended or args.eval_every and step % args.eval_every == 0):
-            figures |= evaluate(model, eval_steps, world, args, log, stop)
+            figures |= evaluate(model, eval_steps, world, args, log, stop) or fsdp.EVAL_DUE
         log.step(step, columns, seconds, **figures)
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:

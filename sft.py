@@ -36,9 +36,7 @@ def sft_loss(logprob, count):
 def evaluate(model, steps, world, args, stop):
     """Mean loss per supervised token over all held-out rows; {} where SIGTERM cuts it short."""
     total = count = 0
-    for micro_batches in data.loader(steps, 0, len(steps), args.workers):
-        if stop.asked(world):
-            break
+    for micro_batches in stop.until(data.loader(steps, 0, len(steps), args.workers), world):
         for batch in micro_batches:
             batch = batch.to(world.device)
             total += model(batch, model.vision_tower(batch.pixels)).sum()
@@ -152,7 +150,7 @@ def main():
 
         ended = step == total
         if held_out and (ended or args.eval_every and step % args.eval_every == 0):
-            figures |= evaluate(model, eval_steps, world, args, stop)
+            figures |= evaluate(model, eval_steps, world, args, stop) or fsdp.EVAL_DUE
             if "eval_loss" in figures:
                 show_answers(model, held_out, processor, world, log)
         log.step(step, columns, seconds, **figures)

@@ -493,7 +493,7 @@ def out(earlier, tmp_path):
 def test_only_steps_are_checkpoints(out, place, earlier):
     """Folders and files of other names are left alone, by a save and by a resume."""
     folder = out / "checkpoints"
-    foreign = ("step_2_keep", "step_best", "best", "step_", "step_-1")
+    foreign = ("step_2_keep", "step_best", "best", "step_", "step_-1", "step_0001")
     for name in foreign:
         tiny.shutil.copytree(folder / "step_2", folder / name)
     (folder / "notes.txt").write_text("")
@@ -506,6 +506,14 @@ def test_only_steps_are_checkpoints(out, place, earlier):
     assert fsdp.checkpoint_steps(out) == [2, 3]
     assert {path.name for path in folder.iterdir()} == {*foreign, "notes.txt", "step_2", "step_3"}
     assert tiny.log(out) == tiny.log(earlier)
+    for step in (2, 3):
+        tiny.shutil.rmtree(folder / f"step_{step}")
+    for option in ("--resume", "--overwrite"):
+        assert sft(place, out, option).code == 0
+        assert {path.name for path in folder.iterdir()} == {*foreign, "notes.txt", "step_2", "step_3"}
+        for step in (2, 3):
+            tiny.shutil.rmtree(folder / f"step_{step}")
+        os.remove(out / "config.json")
 
 
 class Attack:
@@ -550,39 +558,73 @@ def test_a_damaged_checkpoint_is_named(damage, out, place, earlier, tmp_path):
     tiny.assert_same_run(out, earlier)
 
 
-CHANGES = {  # of what the run reads, and what is said; {} is the folder
-    "a record": (lambda folder: tiny.write_rows(folder / "rows.json", [*MIXED[1:], MIXED[0]]), "rows.json"),
-    "one word": (lambda folder: (folder / "rows.json").write_text(
-        (folder / "rows.json").read_text().replace("a star", "a stars")), "rows.json"),
-    "a held-out record": (lambda folder: tiny.write_rows(folder / "pairs.json", MIXED[:3]), "pairs.json"),
-    "weights": (lambda folder: os.utime(folder / "model" / "model.safetensors"), "the files in {}/model"),
-    "tokenizer": (lambda folder: (folder / "model" / "tokenizer.json").write_text(
-        (folder / "model" / "tokenizer.json").read_text() + " "), "the files in {}/model"),
-    "template": (lambda folder: os.remove(folder / "model" / "chat_template.jinja"), "the files in {}/model")}
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def nudge(path):
+    """One weight of a layer is another; the file's size is the same."""
+    tensors = load_file(path)
+    tensors["language_model.model.layers.0.mlp.up_proj.weight"] *= 1.01
+    tiny.write(path.parent, tensors)
+
+
+def swap(a, b):
+    a.rename(a.parent / "c")
+    b.rename(a)
+    (a.parent / "c").rename(b)
+
+
+CHANGES = {  # of what the run reads, and what is said
+    "a record": (lambda folder: tiny.write_rows(folder / "rows.json", [*MIXED[1:], MIXED[0]]), "rows.json ("),
+    "one word": (lambda folder: edit(folder / "rows.json", "a star", "a stars"), "rows.json ("),
+    "a held-out record": (lambda folder: tiny.write_rows(folder / "pairs.json", MIXED[:3]), "pairs.json ("),
+    "images": (lambda folder: swap(folder / "images" / "p0.png", folder / "images" / "p3.png"), "rows.json ("),
+    "weights": (lambda folder: nudge(folder / "model" / "model.safetensors"), "the checkpoint of --model"),
+    "tokenizer": (lambda folder: edit(folder / "model" / "tokenizer.json", "blue", "bleu"),
+                  "the checkpoint of --model"),
+    "template": (lambda folder: edit(folder / "model" / "chat_template.jinja", "USER", "User"),
+                 "the checkpoint of --model"),
+    "nothing": (lambda folder: os.utime(folder / "model" / "model.safetensors"), None),
+    "how the data is written": (lambda folder: (folder / "rows.json").write_text(
+        "\n".join(map(json.dumps, MIXED))), None),
+    "other files": (lambda folder: (folder / "model" / "eval.json").write_text("{}"), None)}
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_resume_notices_what_has_changed(change, place, tmp_path):
-    """Data, weights, tokenizer and template are those that the run began with, or it ends and says which."""
+    """Data, images, weights, tokenizer and template are those that the run began with, or it ends and says
+    which are not. A copy is the same, and so are records written in another way."""
     folder = tmp_path / "place"
-    tiny.shutil.copytree(place, folder, symlinks=True)
-    assert sft(folder, tmp_path / "out", "--eval_data", folder / "pairs.json", "--max_steps", 1).code == 0
-    again = "--eval_data", folder / "pairs.json", "--max_steps", 1, "--resume"
-    assert sft(folder, tmp_path / "out", *again).code == 0
+    tiny.shutil.copytree(place, folder)
+    argv = ["--eval_data", folder / "pairs.json", "--max_steps", 1]
+    assert sft(folder, tmp_path / "out", *argv).code == 0
     spoil, said = CHANGES[change]
     spoil(folder)
-    done = sft(folder, tmp_path / "out", *again)
-    assert done.code == 2 and "cannot resume: " in done.error, done.err
-    assert said.format(folder) in done.error and "changed since the run began" in done.error
+    done = sft(folder, tmp_path / "out", *argv, "--resume")
+    if said is None:
+        assert done.code == 0, done.err
+    else:
+        assert done.code == 2 and f"{said}" in done.error, done.err
+        assert "cannot resume: " in done.error and "changed since the run began" in done.error
 
 
-def test_data_of_the_same_content_is_the_same(place, tmp_path):
-    """Only what is read counts: the same records written in another way are those that the run began with."""
-    folder = tmp_path / "place"
-    tiny.shutil.copytree(place, folder, symlinks=True)
-    assert sft(folder, tmp_path / "out", "--max_steps", 1).code == 0
-    (folder / "rows.json").write_text("\n".join(map(json.dumps, MIXED)))
-    assert sft(folder, tmp_path / "out", "--max_steps", 1, "--resume").code == 0
+@pytest.mark.parametrize("what", ["rewards.py", "rows.json"])
+def test_a_resume_notices_what_a_reward_function_reads(what, place, tmp_path):
+    """It may read any field of a record; its own code counts, too."""
+    tiny.write_rows(tmp_path / "rows.json", [{**row, "gold": 1} for row in tiny.ONE_TURN])
+    (tmp_path / "rewards.py").write_text("def gold(record, texts):\n    return [record['gold']] * len(texts)\n")
+    argv = ["--model", place / "model", "--data", tmp_path / "rows.json", "--images", place / "images", "--out",
+            tmp_path / "out", "--reward_model", f"{tmp_path}/rewards.py:gold", "--critic", "policy", *EARLIER,
+            "--rollout_batch", 4, "--max_new", 4, "--max_steps", 1]
+    assert tiny.fork("ppo", *argv).code == 0
+    assert tiny.fork("ppo", *argv, "--resume").code == 0
+    edit(tmp_path / what, "gold'] *" if what == "rewards.py" else '"gold": 1', "gold']* " if what == "rewards.py"
+         else '"gold": 2')
+    done = tiny.fork("ppo", *argv, "--resume")
+    assert done.code == 2 and f"cannot resume: the file {tmp_path / what} changed" in done.error, done.err
 
 
 def on(date, stop=False):
@@ -627,7 +669,7 @@ def test_damaged_args_are_named(text, out, place, earlier):
 
 @pytest.mark.parametrize("damage", [
     lambda lines: [lines[0], '{"step": 2, "lo\n', *lines[1:]], lambda lines: [*lines, "\0" * 999],
-    lambda lines: [*lines, '{"step": 4'], lambda lines: [*lines[:2], "\n", "7\n", "null\n", *lines[2:]],
+    lambda lines: [*lines, '{"step": 4'], lambda lines: ['{"step": null}\n', '{"step": "3"}\n', *lines], lambda lines: [*lines[:2], "\n", "7\n", "null\n", *lines[2:]],
     lambda lines: [*lines, lines[-1]]])
 def test_damaged_lines_of_the_log_are_dropped(damage, out, place, earlier):
     """What a crash leaves of a line does not end a resume; every step is there once."""

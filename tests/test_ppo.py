@@ -315,7 +315,7 @@ def prepared(place, world, *argv, reward="reward"):
     args = tiny.arguments("ppo", *files(place, reward), *SMALL, *argv)
     checkpoint = fsdp.open_checkpoint(args, world)
     processor = checkpoint.processor
-    other = fsdp.open_other(args.reward_model, processor, args, world, reward=True)
+    other = fsdp.open_other("reward_model", processor, args, world, reward=True)
     judge = ppo.Judge(processor=other.processor)
     examples, judge = ppo.read_prompts(args.data, judge, processor, args, world)
     parts = ["language_model."] if args.lora_rank else PARTS

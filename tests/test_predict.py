@@ -195,6 +195,44 @@ def test_answers_are_written_as_they_are_done(place, predict, tmp_path):
         assert f"10 rows, 0 too long, 0 cut, exact match {right:.4f} of 10" in done.out
 
 
+DAMAGE = {  # of the lines that are there: how many of them stay
+    "half a line in the middle": (lambda lines: [*lines[:2], lines[2][:20] + b"\n", *lines[3:]], 2),
+    "NULs": (lambda lines: [*lines[:3], b"\0" * 999], 3),
+    "a line removed": (lambda lines: [*lines[:1], *lines[2:]], 1),
+    "a line twice": (lambda lines: [*lines[:2], *lines[1:]], 2),
+    "other records": (lambda lines: [b'{"id": "row 0"}\n', *lines[1:]], 0),
+    "another prompt": (lambda lines: [line.replace(b"USER", b"User") for line in lines], 0)}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_lines_that_are_not_of_their_records_are_answered_again(damage, place, predict, tmp_path):
+    """From the first of them on, and it is said."""
+    out, (spoil, kept) = tmp_path / "answers.jsonl", DAMAGE[damage]
+    argv = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
+            "--out", out, "--max_new", 20, "--micro_batch", 1]
+    assert fork("predict", *argv).code == 0
+    text = out.read_bytes()
+    out.write_bytes(b"".join(spoil(text.splitlines(keepends=True))))
+    done = fork("predict", *argv, "--resume")
+    assert done.code == 0 and out.read_bytes() == text, done.err
+    assert f"{out}: {kept} complete lines stay, the rest is answered again" in done.out
+
+
+def test_answers_are_not_mixed_up(place, tmp_path):
+    """--out is no data file; answers whose options are not known are not continued."""
+    data = tmp_path / "rows.jsonl"
+    data.write_bytes((place / "rows.json").read_bytes())
+    argv = ["--model", place / "model", "--data", data, "--images", place / "images", "--max_new", 1]
+    for option in ("--resume", "--overwrite"):
+        done = fork("predict", *argv, "--out", data, option)
+        assert done.code == 2 and f"got --out {data}, which is --data too" in done.error
+    assert data.read_bytes() == (place / "rows.json").read_bytes()
+    assert fork("predict", *argv, "--out", tmp_path / "a.jsonl").code == 0
+    (tmp_path / "a.jsonl.args.json").unlink()
+    done = fork("predict", *argv, "--out", tmp_path / "a.jsonl", "--resume")
+    assert done.code == 2 and "a.jsonl.args.json is gone" in done.error
+
+
 @pytest.mark.parametrize("options", [[], ["--num_samples", 2], ["--score"]])
 def test_numbers_that_are_not_finite_are_no_answer(options, place, tmp_path):
     """Of weights that hold NaN: the record is named, with exit code 1, and no NaN is written."""
