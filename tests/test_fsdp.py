@@ -581,7 +581,8 @@ CHANGES = {  # of what the run reads, and what is said
     "a record": (lambda folder: tiny.write_rows(folder / "rows.json", [*MIXED[1:], MIXED[0]]), "rows.json ("),
     "one word": (lambda folder: edit(folder / "rows.json", "a star", "a stars"), "rows.json ("),
     "a held-out record": (lambda folder: tiny.write_rows(folder / "pairs.json", MIXED[:3]), "pairs.json ("),
-    "images": (lambda folder: swap(folder / "images" / "p0.png", folder / "images" / "p3.png"), "rows.json ("),
+    "images": (lambda folder: swap(folder / "images" / "p0.png", folder / "images" / "p3.png"),
+               "rows.json ("),
     "weights": (lambda folder: nudge(folder / "model" / "model.safetensors"), "the checkpoint of --model"),
     "tokenizer": (lambda folder: edit(folder / "model" / "tokenizer.json", "blue", "bleu"),
                   "the checkpoint of --model"),
@@ -611,18 +612,19 @@ def test_a_resume_notices_what_has_changed(change, place, tmp_path):
         assert "cannot resume: " in done.error and "changed since the run began" in done.error
 
 
-@pytest.mark.parametrize("what", ["rewards.py", "rows.json"])
-def test_a_resume_notices_what_a_reward_function_reads(what, place, tmp_path):
+@pytest.mark.parametrize("what, old, new", [
+    ("rewards.py", "1.0 *", "2.0 *"), ("rows.json", '"gold": 1', '"gold": 2')])
+def test_a_resume_notices_what_a_reward_function_reads(what, old, new, place, tmp_path):
     """It may read any field of a record; its own code counts, too."""
     tiny.write_rows(tmp_path / "rows.json", [{**row, "gold": 1} for row in tiny.ONE_TURN])
-    (tmp_path / "rewards.py").write_text("def gold(record, texts):\n    return [record['gold']] * len(texts)\n")
-    argv = ["--model", place / "model", "--data", tmp_path / "rows.json", "--images", place / "images", "--out",
-            tmp_path / "out", "--reward_model", f"{tmp_path}/rewards.py:gold", "--critic", "policy", *EARLIER,
-            "--rollout_batch", 4, "--max_new", 4, "--max_steps", 1]
+    (tmp_path / "rewards.py").write_text(
+        "def gold(record, texts):\n    return [1.0 * record['gold']] * len(texts)\n")
+    argv = ["--model", place / "model", "--data", tmp_path / "rows.json", "--images", place / "images",
+            "--out", tmp_path / "out", "--reward_model", f"{tmp_path}/rewards.py:gold", *EARLIER,
+            "--critic", "policy", "--rollout_batch", 4, "--max_new", 4, "--max_steps", 1]
     assert tiny.fork("ppo", *argv).code == 0
     assert tiny.fork("ppo", *argv, "--resume").code == 0
-    edit(tmp_path / what, "gold'] *" if what == "rewards.py" else '"gold": 1', "gold']* " if what == "rewards.py"
-         else '"gold": 2')
+    edit(tmp_path / what, old, new)
     done = tiny.fork("ppo", *argv, "--resume")
     assert done.code == 2 and f"cannot resume: the file {tmp_path / what} changed" in done.error, done.err
 
@@ -669,7 +671,8 @@ def test_damaged_args_are_named(text, out, place, earlier):
 
 @pytest.mark.parametrize("damage", [
     lambda lines: [lines[0], '{"step": 2, "lo\n', *lines[1:]], lambda lines: [*lines, "\0" * 999],
-    lambda lines: [*lines, '{"step": 4'], lambda lines: ['{"step": null}\n', '{"step": "3"}\n', *lines], lambda lines: [*lines[:2], "\n", "7\n", "null\n", *lines[2:]],
+    lambda lines: [*lines, '{"step": 4'], lambda lines: [*lines[:2], "\n", "7\n", "null\n", *lines[2:]],
+    lambda lines: ['{"step": null}\n', '{"step": "3"}\n', "[" * 99999 + "\n", *lines],
     lambda lines: [*lines, lines[-1]]])
 def test_damaged_lines_of_the_log_are_dropped(damage, out, place, earlier):
     """What a crash leaves of a line does not end a resume; every step is there once."""
