@@ -814,9 +814,9 @@ def lock(path):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         file = open(path, "a")  # noqa: SIM115 (held open)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # removed by a run that just ended
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError) as error:
+        if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise BlockingIOError  # removed by a run that was just ending
+    except BlockingIOError as error:
         raise UserError(f"got --out, but another run holds {path}: wait for it, or choose another") from error
     except OSError as error:
         raise UserError(f"got --out, but {path} cannot be written ({error.strerror}): choose "

@@ -509,11 +509,11 @@ def test_only_steps_are_checkpoints(out, place, earlier):
     for step in (2, 3):
         tiny.shutil.rmtree(folder / f"step_{step}")
     for option in ("--resume", "--overwrite"):
+        os.remove(out / "config.json")
         assert sft(place, out, option).code == 0
         assert {path.name for path in folder.iterdir()} == {*foreign, "notes.txt", "step_2", "step_3"}
         for step in (2, 3):
             tiny.shutil.rmtree(folder / f"step_{step}")
-        os.remove(out / "config.json")
 
 
 class Attack:
@@ -584,8 +584,7 @@ CHANGES = {  # of what the run reads, and what is said
     "images": (lambda folder: swap(folder / "images" / "p0.png", folder / "images" / "p3.png"),
                "rows.json ("),
     "weights": (lambda folder: nudge(folder / "model" / "model.safetensors"), "the checkpoint of --model"),
-    "tokenizer": (lambda folder: edit(folder / "model" / "tokenizer.json", "blue", "bleu"),
-                  "the checkpoint of --model"),
+    "tokenizer": (lambda folder: tiny.swap_tokens(folder / "model"), "the checkpoint of --model"),
     "template": (lambda folder: edit(folder / "model" / "chat_template.jinja", "USER", "User"),
                  "the checkpoint of --model"),
     "nothing": (lambda folder: os.utime(folder / "model" / "model.safetensors"), None),
