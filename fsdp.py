@@ -146,7 +146,7 @@ def parse(parser, data_file, shapes, argv=None):
         for option in options:
             value = getattr(args, option, None)
             if value is not None and not least <= value < math.inf:
-                parser.error(f"got --{option} {value}, need a number that is at least {least}")
+                parser.error(f"got --{option} {value}, need at least {least}")
     return args
 
 

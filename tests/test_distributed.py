@@ -550,6 +550,8 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--batch_size 0": "got --batch_size 0, need at least 1",
         "--lora_rank -1": "got --lora_rank -1, need at least 0",
         "--workers -1": "got --workers -1, need at least 0",
+        "--grad_clip nan": "got --grad_clip nan, need at least 0",
+        "--epochs inf": "got --epochs inf, need at least",
         "--grad_clip -1": "got --grad_clip -1.0, need at least 0"},
     "rm": {
         "--data {}/single.json": "single.json: row 10 (id row 10): got 1 answer, need 2 or more, best first",
