@@ -923,12 +923,12 @@ def begin_run(args, world, *checkpoints):
 
     def begin():
         folder = os.path.join(args.out, "checkpoints")
-        os.makedirs(folder, exist_ok=True)
         old = [path for pattern in RUN_FILES for path in glob.glob(os.path.join(args.out, pattern))]
         old += [os.path.join(folder, f"step_{step}") for step in checkpoint_steps(args.out)]
         for path in old if not (args.resume and checkpoint_steps(args.out)) else []:
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         write_args(os.path.join(args.out, "args.json"), args, world)
+        os.makedirs(folder, exist_ok=True)
         print(*(f"--{key} {value}" for key, value in vars(args).items() if value not in (None, False)))
     world.on_rank0(begin)
 
