@@ -671,10 +671,11 @@ class Processor:
         return np.repeat(ids, self.lengths(ids))
 
 
-def load_processor(folder, config, args, rendered=()):
+def load_processor(folder, config, args, rendered=(), tower=None):
     """The Processor of a checkpoint folder, with <image> and <pad> added where its vocabulary lacks them
-    (config then says so). rendered: what its chat template rendered when the run began, as (roles, gaps). →
-    Processor, and None or (old, new) number of embedding rows."""
+    (config then says so). rendered: what its chat template rendered when the run began, as (roles, gaps).
+    tower: the folder of its vision tower, if not the same. → Processor, and None or (old, new) number of
+    embedding rows."""
     source = args.tokenizer or folder
     if not os.path.isfile(os.path.join(source, "tokenizer.json")):
         raise UserError(

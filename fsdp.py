@@ -460,8 +460,8 @@ def fetch(name, world):
 
 
 def read_config(args, world):
-    """--model, or --llm and --clip → LlavaConfig, the folder that has the tokenizer, and the folders whose
-    tensors make up the model; where two hold the same tensor, that of the later."""
+    """--model, or --llm and --clip → LlavaConfig, the folder of its tokenizer, that of its vision tower, and
+    the folders whose tensors make up the model; where two hold the same tensor, that of the later."""
     folder = fetch(args.model or args.llm, world)
     raw = data.read_json(folder, "config.json")
     if raw is None:
@@ -469,7 +469,7 @@ def read_config(args, world):
     if args.model and "text_config" in raw:
         if args.clip:
             raise UserError(f"got --clip {args.clip}, but {folder} has a tower of its own: leave it out")
-        return llava_config(folder, raw), folder, [folder]
+        return llava_config(folder, raw), folder, folder, [folder]
     if args.model and "mm_vision_tower" not in raw:
         raise UserError(f"{folder}: got --model of the kind {raw.get('model_type')!r}, need a LLaVA; "
                          "give a LLaMA as --llm, with --clip")
@@ -478,7 +478,8 @@ def read_config(args, world):
     clip = fetch(args.clip or raw["mm_vision_tower"], world)
     projector = args.projector if args.llm else raw.get("mm_projector_type", "linear")
     # an original LLaVA may hold a tower that was trained with it; one asked for with --clip goes before it
-    return llava_config(folder, raw, clip, projector), folder, [folder, clip] if args.clip else [clip, folder]
+    folders = [folder, clip] if args.clip else [clip, folder]
+    return llava_config(folder, raw, clip, projector), folder, clip, folders
 
 
 def open_tensors(folders):
@@ -613,7 +614,7 @@ class Checkpoint:
 def open_checkpoint(args, world, option="model"):
     """--model, or --llm with --clip → Checkpoint"""
     try:
-        config, folder, folders = read_config(args, world)
+        config, folder, tower, folders = read_config(args, world)
         tensors = open_tensors(folders)
         check_sizes(config, tensors, folders)
     except (TypeError, ZeroDivisionError, AttributeError) as error:  # values that no model has
@@ -621,7 +622,7 @@ def open_checkpoint(args, world, option="model"):
     sources = [*folders, args.tokenizer] if args.tokenizer else folders
     world.depends_on(f"the checkpoint of --{option}", world.on_rank0(fingerprint, sources))
     rendered = world.earlier.get(f"what the chat template of --{option} renders", [])
-    processor, grown = data.load_processor(folder, config, args, rendered)
+    processor, grown = data.load_processor(folder, config, args, rendered, tower)
     fresh = ("multi_modal_projector.", ".lora_") if args.llm else (".lora_",)
     return Checkpoint(option, config, folders, tensors, processor, grown, fresh)
 
