@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -42,6 +43,7 @@ import data
 from data import UserError
 from model import (
     EXTRAS,
+    LANGUAGE_MODELS,
     VOCABULARY,
     LoRA,
     VisionLLM,
@@ -463,23 +465,74 @@ def read_config(args, world):
     """--model, or --llm and --clip → LlavaConfig, the folder of its tokenizer, that of its vision tower, and
     the folders whose tensors make up the model; where two hold the same tensor, that of the later."""
     folder = fetch(args.model or args.llm, world)
-    raw = data.read_json(folder, "config.json")
-    if raw is None:
-        raise UserError(f"{folder}: no config.json: need a checkpoint folder")
-    if args.model and "text_config" in raw:
+    raw = read_config_file(folder)
+    kind = raw.get("model_type")
+    if args.llm:
+        if kind not in ("llama", "mistral", "qwen2"):
+            raise UserError(f"{folder}: got --llm of the kind {kind!r}, need llama, mistral or qwen2")
+    elif kind == "llava" and "text_config" in raw:
         if args.clip:
             raise UserError(f"got --clip {args.clip}, but {folder} has a tower of its own: leave it out")
         return llava_config(folder, raw), folder, folder, [folder]
-    if args.model and "mm_vision_tower" not in raw:
-        raise UserError(f"{folder}: got --model of the kind {raw.get('model_type')!r}, need a LLaVA; "
-                         "give a LLaMA as --llm, with --clip")
-    if args.llm and raw.get("model_type") != "llama":
-        raise UserError(f"{folder}: got --llm of the kind {raw.get('model_type')!r}, need llama")
+    elif "text_config" in raw or kind not in LANGUAGE_MODELS or "mm_vision_tower" not in raw:
+        original = ", ".join(name for name in LANGUAGE_MODELS if name.startswith("llava"))
+        raise UserError(
+            f"{folder}: got --model of the kind {kind!r}, need LLaVA-1.5 as transformers has it (llava), or "
+            f"an original one with mm_vision_tower ({original}); give a LLaMA as --llm, with --clip")
     clip = fetch(args.clip or raw["mm_vision_tower"], world)
     projector = args.projector if args.llm else raw.get("mm_projector_type", "linear")
     # an original LLaVA may hold a tower that was trained with it; one asked for with --clip goes before it
     folders = [folder, clip] if args.clip else [clip, folder]
-    return llava_config(folder, raw, clip, projector), folder, clip, folders
+    return llava_config(folder, raw, clip, read_config_file(clip), projector), folder, clip, folders
+
+
+def read_config_file(folder):
+    """A checkpoint folder's config.json. UserError where the folder is something else than full weights."""
+    raw, names = data.read_json(folder, "config.json"), os.listdir(folder)
+    adapter = data.read_json(folder, "adapter_config.json")
+    if adapter is not None or "non_lora_trainables.bin" in names:
+        base = (adapter or {}).get("base_model_name_or_path")
+        raise UserError(f"{folder}: holds a LoRA adapter (adapter_config.json) of {base!r}, need full "
+                        "weights: merge it (LLaVA: scripts/merge_lora_weights.py, PEFT: merge_and_unload)")
+    weights = [name for name in names if re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)", name)]
+    if "mm_projector.bin" in names and not weights:
+        base = (raw or {}).get("_name_or_path")
+        raise UserError(f"{folder}: holds a projector alone (mm_projector.bin), of {base!r}; need full "
+                        "weights, or --llm and --clip for a fresh projector")
+    if "quantize_config.json" in names:
+        raise UserError(f"{folder}: its weights are quantised (quantize_config.json), need those they were "
+                        "made from")
+    if raw is None:
+        raise UserError(f"{folder}: no config.json, need a checkpoint folder as transformers writes it; "
+                        f"it holds {data.shown(', '.join(sorted(names)) or 'nothing')}")
+    if not weights:
+        raise UserError(f"{folder}: got no model*.safetensors or pytorch_model*.bin, need weights; "
+                        f"it holds {data.shown(', '.join(sorted(names)))}")
+    return raw
+
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # as transformers looks for them, in order
+           "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def weight_files(folder):
+    """The files that hold a checkpoint's tensors. Without an index: all parts there are."""
+    for name in WEIGHTS:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            if not name.endswith(".json"):
+                return [path]
+            index = data.read_json(folder, name)
+            files = sorted({os.path.join(folder, file) for file in index["weight_map"].values()})
+            for file in files:
+                if not os.path.isfile(file):
+                    raise UserError(f"{file}: named by {name}, but there is no such file")
+            return files
+    files = sorted(glob.glob(os.path.join(folder, "model-*.safetensors")))
+    files = files or sorted(glob.glob(os.path.join(folder, "pytorch_model-*.bin")))
+    if not files:
+        raise UserError(f"{folder}: got none of {', '.join(WEIGHTS)}, need weights")
+    return files
 
 
 def open_tensors(folders):
@@ -487,15 +540,7 @@ def open_tensors(folders):
     more."""
     tensors = {}
     for folder in folders:
-        index = data.read_json(folder, "model.safetensors.index.json", {"weight_map": {}})
-        files = sorted({os.path.join(folder, name) for name in index["weight_map"].values()})
-        files = files or sorted(glob.glob(os.path.join(folder, "model*.safetensors")))
-        files = files or sorted(glob.glob(os.path.join(folder, "pytorch_model*.bin")))
-        if not files:
-            raise UserError(f"{folder}: got no model*.safetensors or pytorch_model*.bin, need weights")
-        for file in files:
-            if not os.path.isfile(file):
-                raise UserError(f"{file}: named by model.safetensors.index.json, but there is no such file")
+        for file in weight_files(folder):
             found = open_pickled(file) if file.endswith(".bin") else slices(file)
             tensors.update({our_name(key): rows for key, rows in found.items() if not EXTRAS.search(key)})
     return tensors
@@ -543,6 +588,28 @@ def check_sizes(config, tensors, folders):
         if value != found:
             raise UserError(f"{' + '.join(folders)}: config.json gives {value} as {name}, the weights have "
                             f"{found}: need the config.json of these weights")
+
+
+def resolve_tied(config, tensors, world):
+    """One matrix where embedding and head are tied, whichever of the two is there; where both are and differ,
+    they are not tied, whatever config.json says (as in transformers). Changes config and tensors."""
+    embedding, head = VOCABULARY
+    if not config.tie_word_embeddings or head not in tensors:
+        return
+    if embedding in tensors and not world.on_rank0(equal_tensors, tensors[embedding], tensors[head]):
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+        if world.rank == 0:
+            print("config.json ties lm_head to the embedding, but their weights differ: they stay apart")
+        return
+    found = tensors.pop(head)
+    tensors.setdefault(embedding, found)
+
+
+def equal_tensors(a, b, rows=4096):
+    """Whether two tensors, or slices of safetensors files, hold the same values."""
+    n = tensor_shape(a)[0]
+    return tensor_shape(a) == tensor_shape(b) and all(
+        torch.equal(a[start:start + rows], b[start:start + rows]) for start in range(0, n, rows))
 
 
 @torch.no_grad()
@@ -616,14 +683,22 @@ def open_checkpoint(args, world, option="model"):
     try:
         config, folder, tower, folders = read_config(args, world)
         tensors = open_tensors(folders)
+        resolve_tied(config, tensors, world)
         check_sizes(config, tensors, folders)
-    except (TypeError, ZeroDivisionError, AttributeError) as error:  # values that no model has
-        raise UserError(f"{args.model or args.llm}: config.json cannot be used: {error}") from error
+    except (TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())  # values that no model has
+        raise UserError(f"{args.model or args.llm}: config.json cannot be used: {why}") from error
     sources = [*folders, args.tokenizer] if args.tokenizer else folders
     world.depends_on(f"the checkpoint of --{option}", world.on_rank0(fingerprint, sources))
     rendered = world.earlier.get(f"what the chat template of --{option} renders", [])
     processor, grown = data.load_processor(folder, config, args, rendered, tower)
     fresh = ("multi_modal_projector.", ".lora_") if args.llm else (".lora_",)
+    try:  # before any data is read
+        with torch.device("meta"):
+            model = VisionLLM(config)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
+    check_names(model, tensors, grown, fresh, folders)
     return Checkpoint(option, config, folders, tensors, processor, grown, fresh)
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig, Qwen2Config
 
 from data import UserError
 
@@ -46,7 +46,7 @@ ACTIVATIONS = {
 def activation(name):
     """The function a configuration's activation name stands for; UserError for one that is not here."""
     if name not in ACTIVATIONS:
-        raise UserError(f"got the activation {name!r}, need one of {sorted(ACTIVATIONS)} in config.json")
+        raise UserError(f"got the activation {name!r}, need one of {sorted(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -165,6 +165,8 @@ def rope_frequencies(config):
     are stretched by `factor`, those shorter than it over `high_freq_factor` are kept, those between are
     interpolated. """
     rope = config.rope_parameters
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise UserError(f"got partial_rotary_factor {rope['partial_rotary_factor']}, need 1")
     C = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequency = rope["rope_theta"] ** -(torch.arange(0, C, 2, dtype=torch.float32, device="cpu") / C)
     kind = rope.get("rope_type", "default")
@@ -173,7 +175,7 @@ def rope_frequencies(config):
     if kind == "linear":
         return frequency / rope["factor"]
     if kind != "llama3":
-        raise UserError(f"got rope_type {kind!r}, need default, linear or llama3 in config.json")
+        raise UserError(f"got rope_type {kind!r}, need default, linear or llama3")
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in that context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -225,12 +227,13 @@ def attend(q, k, v, mask):
 class LlamaAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, bias = config.hidden_size, config.attention_bias
+        D, bias = config.hidden_size, getattr(config, "attention_bias", False)  # Mistral has none
+        qkv_bias = bias or config.model_type == "qwen2"
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         C = getattr(config, "head_dim", None) or D // self.heads
-        self.q_proj = nn.Linear(D, self.heads * C, bias=bias)
-        self.k_proj = nn.Linear(D, self.kv_heads * C, bias=bias)
-        self.v_proj = nn.Linear(D, self.kv_heads * C, bias=bias)
+        self.q_proj = nn.Linear(D, self.heads * C, bias=qkv_bias)
+        self.k_proj = nn.Linear(D, self.kv_heads * C, bias=qkv_bias)
+        self.v_proj = nn.Linear(D, self.kv_heads * C, bias=qkv_bias)
         self.o_proj = nn.Linear(self.heads * C, D, bias=bias)
 
     def forward(self, x, rope, mask, cache=None):
@@ -246,7 +249,7 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        D, hidden, bias = config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False)
         self.activation = activation(config.hidden_act)
         self.gate_proj = nn.Linear(D, hidden, bias=bias)
         self.up_proj = nn.Linear(D, hidden, bias=bias)
@@ -480,31 +483,88 @@ class VisionLLM(nn.Module):
 
 # ---- checkpoints: their configurations and the names in them ----
 
-def llava_config(folder, raw, clip=None, projector=None):
-    """raw: the config.json in folder, of transformers' LLaVA; or, with the folder of its CLIP and the kind of
-    its projector, of an original LLaVA or a LLaMA. → LlavaConfig with image_seq_length set; image_token_index
-    None where the tokenizer has to say."""
+# model_type of a language model or an original LLaVA → transformers' configuration of the language model
+LANGUAGE_MODELS = {
+    "llama": LlamaConfig, "llava": LlamaConfig, "llava_llama": LlamaConfig,
+    "mistral": MistralConfig, "llava_mistral": MistralConfig,
+    "qwen2": Qwen2Config, "llava_qwen": Qwen2Config, "llava_qwen2": Qwen2Config}
+
+# settings of a config.json that change results → the values that are implemented; absent is always fine
+ANY_MODEL = {"quantization_config": (None,), "quantization": (None,), "compression_config": (None,)}
+LANGUAGE_MODEL = {**ANY_MODEL, "attention_dropout": (0,)}
+VISION_TOWER = {**ANY_MODEL, "attention_dropout": (0,), "num_channels": (3,)}
+ORIGINAL_LLAVA = {
+    "mm_vision_select_feature": ("patch", "cls_patch"), "mm_projector_type": ("linear", "mlp2x_gelu"),
+    "mm_use_im_start_end": (False, None), "mm_patch_merge_type": ("flat", None), "use_mm_proj": (True, None),
+    "image_aspect_ratio": ("square", "pad", None), "use_pos_skipping": (False, None), "s2": (False, None)}
+# of an original LLaVA: read elsewhere, or of no effect on results (rates of training, tiling, video)
+OTHER_MM = {
+    "mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_use_im_patch_token", "mm_projector_lr",
+    "mm_vision_tower_lr", "mm_tunable_parts", "mm_newline_position", "mm_spatial_pool_mode",
+    "mm_spatial_pool_stride", "image_grid_pinpoints", "image_crop_resolution", "image_split_resolution"}
+
+
+def check_settings(folder, settings, implemented):
+    """UserError for the first setting of a config.json whose value is not among the implemented ones."""
+    for key, values in implemented.items():
+        if key in settings and settings[key] not in values:
+            value = "" if isinstance(settings[key], dict) else f" {settings[key]!r}"
+            need = " or ".join(repr(value) for value in values if value is not None) or "a model without it"
+            raise UserError(f"{folder}/config.json: got {key}{value}, which is not implemented: need {need}")
+    code = [name for name in settings.get("auto_map") or () if name.startswith("AutoModel")]
+    if code:
+        raise UserError(f"{folder}/config.json: its auto_map names code of its own ({code[0]}), not run here")
+
+
+def llava_config(folder, raw, clip=None, raw_clip=None, projector=None):
+    """raw: the config.json in folder, of transformers' LLaVA; or, with the folder of its CLIP, the
+    config.json there and the kind of its projector, of an original LLaVA or a language model. → LlavaConfig
+    with image_seq_length set; image_token_index −1 where the tokenizer has to say. UserError names a setting
+    that is not implemented."""
+    where = f"{folder}/config.json"
     if clip is None:
+        check_settings(folder, raw, ANY_MODEL)
+        check_settings(folder, raw["text_config"], LANGUAGE_MODEL)
+        check_settings(folder, raw.get("vision_config") or {}, VISION_TOWER)
         config = LlavaConfig.from_pretrained(folder)
     else:
-        if projector not in ("mlp2x_gelu", "linear"):
-            raise UserError(f"{folder}: got the projector {projector!r}, need mlp2x_gelu or linear")
-        # an original LLaVA's config is that of its LLaMA plus mm_*; AutoConfig would take it for
+        check_settings(folder, raw, {**LANGUAGE_MODEL, **ORIGINAL_LLAVA})
+        for key in raw.keys() - ORIGINAL_LLAVA.keys() - OTHER_MM:
+            if key.startswith(("mm_", "image_", "vision_")) and raw[key] not in (None, False):
+                raise UserError(f"{where}: got {key} {raw[key]!r}, which is not implemented: need LLaVA-1.5")
+        check_settings(clip, raw_clip, ANY_MODEL)
+        check_settings(clip, raw_clip.get("vision_config", raw_clip), VISION_TOWER)
+        kind = raw_clip.get("model_type")
+        if kind not in ("clip", "clip_vision_model"):
+            raise UserError(f"{clip}/config.json: got model_type {kind!r}, need clip or clip_vision_model")
+        # an original LLaVA's config is that of its language model plus mm_*; AutoConfig would take it for
         # transformers'
         text = {key: value for key, value in raw.items() if key != "model_type" and not key.startswith("mm_")}
         classes = {"cls_patch": "full", "patch": "default"}[raw.get("mm_vision_select_feature", "patch")]
         config = LlavaConfig(
-            vision_config=CLIPVisionConfig.from_pretrained(clip), text_config=LlamaConfig(**text),
+            vision_config=CLIPVisionConfig.from_pretrained(clip),
+            text_config=LANGUAGE_MODELS[raw["model_type"]](**text),
             vision_feature_layer=raw.get("mm_vision_select_layer", -2),
             vision_feature_select_strategy=classes,
             projector_hidden_act="linear" if projector == "linear" else "gelu")
         config.mm_projector_type, config.image_token_index = projector, -1
+        width = raw.get("mm_hidden_size")
+        if width not in (None, config.vision_config.hidden_size):
+            raise UserError(f"{where}: got mm_hidden_size {width}, but the tower in {clip} is "
+                            f"{config.vision_config.hidden_size} wide: need the tower it was trained with")
     text, vision = config.text_config, config.vision_config
-    if (text.model_type, vision.model_type) != ("llama", "clip_vision_model"):
-        raise UserError(f"{folder}: got a {text.model_type} and a {vision.model_type}, need a llama and a "
-                         "clip_vision_model")
+    if text.model_type not in ("llama", "mistral", "qwen2") or vision.model_type != "clip_vision_model":
+        raise UserError(f"{where}: got a {text.model_type} and a {vision.model_type}, need a llama, mistral "
+                        "or qwen2, and a clip_vision_model")
+    # Mistral's window is that of every layer, Qwen2's of the layers that layer_types names
+    window = getattr(text, "sliding_window", None) if text.model_type != "llama" else None
+    if window and any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ["all"]):
+        raise UserError(f"{where}: got sliding_window {window} (a {text.model_type} has one unless the file "
+                        "says null), which is not implemented: need a model without it")
+    if isinstance(config.vision_feature_layer, list) and len(config.vision_feature_layer) == 1:
+        config.vision_feature_layer, = config.vision_feature_layer
     if not isinstance(config.vision_feature_layer, int):
-        raise UserError(f"{folder}: got vision_feature_layer {config.vision_feature_layer}, need one layer")
+        raise UserError(f"{where}: got vision_feature_layer {config.vision_feature_layer}, need one layer")
     tied = config.tie_word_embeddings or text.tie_word_embeddings
     config.tie_word_embeddings = text.tie_word_embeddings = tied
     patches = (vision.image_size // vision.patch_size) ** 2
@@ -554,19 +614,31 @@ def tensor_shape(tensor):
     return tuple(tensor.shape if torch.is_tensor(tensor) else tensor.get_shape())
 
 
+FLOATS = {"F16", "BF16", "F32", "F64", torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def tensor_dtype(tensor):
+    """The dtype of a tensor, or a safetensors slice's name for it."""
+    return tensor.dtype if torch.is_tensor(tensor) else tensor.get_dtype()
+
+
 def check_names(model, tensors, grown, fresh, folders):
     """Every parameter found among the tensors (name → tensor or safetensors slice), every tensor used, every
     shape equal; else a UserError that lists the difference. grown: (old, new) rows of a vocabulary that gets
     more than the folders hold; fresh: parts of the names that are drawn where no tensor is."""
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tensor_shape(tensor) for name, tensor in tensors.items()}
-    optional = {"language_model.lm_head.weight"} if model.config.text_config.tie_word_embeddings else set()
+    optional = set()
     if is_linear(model.config):  # the identity that transformers needs as a second layer
-        optional |= {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"}
+        optional = {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"}
     missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys() - optional
     missing = {name for name in missing if not any(part in name for part in fresh)}
     problems = [f"missing: {name} {wanted[name]}" for name in sorted(missing)]
     problems += [f"not known: {name} {found[name]}" for name in sorted(unknown)]
+    for name, tensor in tensors.items():
+        if tensor_dtype(tensor) not in FLOATS:
+            raise UserError(f"{' + '.join(folders)}: {name} is {tensor_dtype(tensor)}, as in quantised "
+                            "weights: need floating-point weights of 16 bits or more")
     for name in sorted(wanted.keys() & found.keys()):
         want = (grown[0], *wanted[name][1:]) if grown and name in VOCABULARY else wanted[name]
         if found[name] != want:

@@ -93,17 +93,16 @@ def test_a_llava_is_read_and_written_as_transformers_does(layout, place, world, 
     assert names == named(peer, HUB).keys()
 
 
-def original(folder, tokenizer, kind, projector="mlp2x_gelu"):
+def original(folder, tokenizer, kind, projector="mlp2x_gelu", peer=None):
     """An original LLaVA (config of its LLaMA with mm_*, weights in a .bin or safetensors) and its CLIP."""
     clip, llava = folder / "clip", folder / "llava"
     clip.mkdir()
     llava.mkdir()
     tiny.make_tokenizer(llava, specials=False)
-    peer = tiny.make_peer(tokenizer)
-    config = hf.LlamaConfig(**{**peer.config.text_config.to_dict(), "vocab_size": len(tokenizer) - 2})
-    config = {**config.to_dict(), "model_type": "llava", "mm_vision_tower": str(clip), "mm_hidden_size": 24,
-              "mm_projector_type": projector, "mm_vision_select_layer": -2,
-              "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad"}
+    peer = peer or tiny.make_peer(tokenizer)
+    config = {**peer.config.text_config.to_dict(), "vocab_size": len(tokenizer) - 2, "model_type": "llava",
+              "mm_vision_tower": str(clip), "mm_hidden_size": 24, "mm_projector_type": projector,
+              "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad"}
     (llava / "config.json").write_text(json.dumps(config))
     write_clip(clip, peer)
     tensors = named(peer, ORIGINAL)
