@@ -738,13 +738,13 @@ def picture_settings(folder, tower, size, image_mode):
         if os.environ.get("RANK", "0") == "0":
             print(f"{tower}: no preprocessor_config.json: images are resized and cropped to the image_size, "
                   f"{size}, and normalised with CLIP's mean and standard deviation", flush=True)
-    settings = DEFAULTS | {name: value for name, value in found.items() if value is not None}
+    settings = DEFAULTS | found
     own, tower_config = (read_json(place, "config.json", {}) for place in (folder, tower))
     kind = "image_processor_type"
-    if kind not in settings and "feature_extractor_type" in settings:
+    if settings.get(kind) is None and settings.get("feature_extractor_type"):
         kind = "feature_extractor_type"
-    name = settings.setdefault(kind, "LlavaImageProcessor" if tower_config.get("model_type") == "llava"
-                               else "CLIPImageProcessor")
+    name = settings.get(kind) or ("LlavaImageProcessor" if tower_config.get("model_type") == "llava"
+                                  else "CLIPImageProcessor")
     name = re.sub("(Fast|Pil)$", "", str(name).replace("FeatureExtractor", "ImageProcessor"))
     pads = settings["do_pad"] is True and name == "LlavaImageProcessor"  # CLIP's do_pad pads short batches
     pads |= "text_config" not in own and own.get("image_aspect_ratio") == "pad"
@@ -756,7 +756,7 @@ def picture_settings(folder, tower, size, image_mode):
              *picture_needs(settings, size, mode == "pad")]
     for setting, done, needed in needs:
         if not done:
-            default = " (the default)" if found.get(setting) is None else ""
+            default = "" if setting in found else " (the default)"
             raise UserError(f"{path}: got {setting} {shown(json.dumps(settings[setting]))}{default}, "
                             f"need {needed}")
     resize, _ = edge_length(settings["size"])
@@ -771,7 +771,8 @@ def picture_needs(settings, size, pad):
     factor, resample = settings["rescale_factor"], settings["resample"]
     return [
         *((name, settings[name] is True, "true") for name in ("do_resize", "do_rescale", "do_normalize")),
-        *((name, type(settings[name]) is bool, "true or false") for name in ("do_pad", "default_to_square")),
+        *((name, settings[name] is None or isinstance(settings[name], bool), "true or false")
+          for name in ("do_pad", "default_to_square")),
         ("size", resize and resize >= size and (pad or not squashes),
          f'{{"shortest_edge": N}} with N of at least {size}, the tower\'s image_size'),
         ("do_center_crop", settings["do_center_crop"] is True or uncropped, "true"),
