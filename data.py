@@ -738,7 +738,7 @@ def picture_settings(folder, tower, size, image_mode):
         if os.environ.get("RANK", "0") == "0":
             print(f"{tower}: no preprocessor_config.json: images are resized and cropped to the image_size, "
                   f"{size}, and normalised with CLIP's mean and standard deviation", flush=True)
-    settings = DEFAULTS | found
+    settings = DEFAULTS | found  # null is no absence: transformers' processors keep it
     own, tower_config = (read_json(place, "config.json", {}) for place in (folder, tower))
     kind = "image_processor_type"
     if settings.get(kind) is None and settings.get("feature_extractor_type"):
@@ -746,7 +746,7 @@ def picture_settings(folder, tower, size, image_mode):
     name = settings.get(kind) or ("LlavaImageProcessor" if tower_config.get("model_type") == "llava"
                                   else "CLIPImageProcessor")
     name = re.sub("(Fast|Pil)$", "", str(name).replace("FeatureExtractor", "ImageProcessor"))
-    pads = settings["do_pad"] is True and name == "LlavaImageProcessor"  # CLIP's do_pad pads short batches
+    pads = settings["do_pad"] is True and name == "LlavaImageProcessor"  # CLIP's evens out a batch
     pads |= "text_config" not in own and own.get("image_aspect_ratio") == "pad"
     mode = image_mode if image_mode != "auto" else "pad" if pads else "crop"
     foreign = [name for name, value in found.items()
