@@ -511,26 +511,33 @@ def picture_error(path):
     return None
 
 
-def to_pixels(picture, size, mode="crop", mean=CLIP_MEAN, std=CLIP_STD):
-    """RGB image → [3, S, S] fp32, as CLIPImageProcessor does it: shorter side to S (bicubic), centre crop,
-    normalised; mode `pad` first pads to a square with the mean colour, as LLaVA-1.5 does."""
-    background = tuple(int(255 * m) for m in mean)
+# Pillow's number of a filter → how many pixels it reaches, and the weight of a pixel at distance x below that
+FILTERS = {
+    2: (1, lambda x: 1 - x),  # bilinear
+    3: (2, lambda x: np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5))}
+BICUBIC = 3
+
+
+def to_pixels(picture, size, mode="crop", mean=CLIP_MEAN, std=CLIP_STD, resize=None, resample=BICUBIC):
+    """RGB image → [3, S, S] fp32, as CLIPImageProcessor does it: shorter edge to `resize` pixels (None: S),
+    centre crop of S, normalised; mode `pad` first pads to a square with the mean colour, as LLaVA-1.5 does.
+    resample: Pillow's number of the filter, one of FILTERS."""
+    background, resize = tuple(int(255 * m) for m in mean), resize or size
     short, long = sorted(picture.size)
-    if long > 2 * short and (mode == "pad" or short < size):
-        array = strip_pixels(picture, size, background if mode == "pad" else None)
+    if long > 2 * short and (mode == "pad" or short < resize):
+        array = strip_pixels(picture, size, resize, resample, background if mode == "pad" else None)
     else:
         if mode == "pad":
             square = Image.new("RGB", (long, long), background)
             square.paste(picture, ((long - picture.width) // 2, (long - picture.height) // 2))
             picture, short = square, long
-        edges = [int(size * edge / short) for edge in picture.size]
-        picture = picture.resize(edges, Image.Resampling.BICUBIC)
+        picture = picture.resize([int(resize * edge / short) for edge in picture.size], resample)
         left, top = (picture.width - size) // 2, (picture.height - size) // 2
         array = np.asarray(picture.crop((left, top, left + size, top + size)))  # [S, S, 3] bytes
     return torch.from_numpy(np.stack([values[array[..., c]] for c, values in enumerate(levels(mean, std))]))
 
 
-def strip_pixels(image, size, background):
+def strip_pixels(image, size, resize, resample, background):
     """What to_pixels makes of a long narrow image, cropped or (background given) padded, as [S, S, 3] bytes:
     the enlarged image and the padded square, of which little is seen, are not computed."""
     short, long = sorted(image.size)
@@ -540,28 +547,25 @@ def strip_pixels(image, size, background):
         image = image.crop((*starts, *(min(edge, start + short + 16) for edge, start in zip(edges, starts))))
     array = np.asarray(image).swapaxes(0, 1)
     for edge, start in zip(edges, starts):  # the horizontal axis first: Pillow rounds to bytes in between
-        if background is None:
-            resized = int(size * edge / short)
-            array = resample(array, start, edge, resized, (resized - size) // 2, size, 0)
-        else:
-            array = resample(array, (long - edge) // 2, long, size, 0, size, background)
-        array = array.swapaxes(0, 1)
+        total, resized = edge, int(resize * edge / short)
+        if background is not None:
+            start, total, resized = (long - edge) // 2, long, resize
+        array = resample_axis(array, start, total, resized, size, resample, background or 0).swapaxes(0, 1)
     return array.swapaxes(0, 1)
 
 
-def resample(pixels, start, total, resized, first, count, background):
-    """Pillow's bicubic resize of an axis from `total` pixels to `resized`, bit for bit (its Resample.c), but
-    of `count` outputs only: [n, L, 3] → [count, L, 3] bytes. The n pixels lie at `start` of the axis; around
-    them is the background."""
+def resample_axis(pixels, start, total, resized, count, resample, background):
+    """Pillow's resize of an axis from `total` pixels to `resized`, bit for bit (its Resample.c), but of the
+    middle `count` outputs only: [n, L, 3] → [count, L, 3] bytes. The n pixels lie at `start` of the axis;
+    around them is the background."""
     scale, outputs = total / resized, np.empty((count, *pixels.shape[1:]), dtype=np.uint8)
-    stretch = max(scale, 1)
+    stretch, (reach, weight_at) = max(scale, 1), FILTERS[resample]
     for output in range(count):
-        center = (first + output + 0.5) * scale
-        low, high = max(0, int(center - 2 * stretch + 0.5)), min(total, int(center + 2 * stretch + 0.5))
-        at = np.arange(low, high)
+        center = ((resized - count) // 2 + output + 0.5) * scale
+        low, high = int(center - reach * stretch + 0.5), int(center + reach * stretch + 0.5)
+        at = np.arange(max(0, low), min(total, high))
         x = abs(at - center + 0.5) * (1 / stretch)
-        near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
-        weight = np.where(x < 1, near, np.where(x < 2, far, 0))
+        weight = np.where(x < reach, weight_at(x), 0)
         weight /= weight.cumsum()[-1]
         weight = np.trunc(weight * 2**22 + np.copysign(0.5, weight))  # Pillow computes in fixed point
         inside = (at >= start) & (at < start + len(pixels))
@@ -611,6 +615,8 @@ class Processor:
     mode: str  # crop or pad
     mean: tuple
     std: tuple
+    resize: int  # the shorter edge before S is cropped
+    resample: int  # Pillow's filter
     pad: int
     stop: frozenset  # ids that end an answer
     banned: frozenset  # ids that are never generated
@@ -649,14 +655,14 @@ class Processor:
     @property
     def pictures(self):
         """How it makes pixels: equal ones make equal pixels."""
-        return self.size, self.image_tokens, self.mode, self.mean, self.std
+        return self.image_tokens, self.size, self.mode, self.mean, self.std, self.resize, self.resample
 
     def text(self, ids):
         """Sampled or given ids as text, without what ends them."""
         return self.tokenizer.decode([i for i in ids if i not in self.stop], skip_special_tokens=True).strip()
 
     def pixels(self, path):
-        return to_pixels(read_picture(path), self.size, self.mode, self.mean, self.std)
+        return to_pixels(read_picture(path), *self.pictures[1:])
 
     def length(self, ids):
         """How many tokens ids take, I for an image."""
@@ -703,25 +709,111 @@ def load_processor(folder, config, args, rendered=(), tower=None):
     eos = read_json(folder, "generation_config.json", {}).get("eos_token_id")
     stop = template.stop_ids() | {tokenizer.eos_token_id} | set(eos if isinstance(eos, list) else [eos])
     banned = {image_token, tokenizer.pad_token_id, *range(len(tokenizer), text.vocab_size)} - stop
-    picture = picture_settings(folder)
-    mode = args.image_mode if args.image_mode != "auto" else picture["mode"]
+    size = config.vision_config.image_size
+    pictures = picture_settings(folder, tower or folder, size, args.image_mode)
     tokenizer.chat_template = template.jinja
     return Processor(
-        tokenizer, template, image_token, config.image_seq_length, config.vision_config.image_size, mode,
-        picture["mean"], picture["std"], tokenizer.pad_token_id, frozenset(stop - {None}), frozenset(banned),
-        args.max_len), grown
+        tokenizer, template, image_token, config.image_seq_length, size, *pictures, tokenizer.pad_token_id,
+        frozenset(stop - {None}), frozenset(banned), args.max_len), grown
 
 
-def picture_settings(folder):
-    """How a checkpoint wants its pictures: preprocessor_config.json, else an original LLaVA's
-    image_aspect_ratio."""
-    settings = {}
-    for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
-        found = read_json(folder, name, {})
-        settings.update(found.get("image_processor", found))
-    pad = settings.get("do_pad") or settings.get("image_aspect_ratio") == "pad"
-    return {"mode": "pad" if pad else "crop", "mean": tuple(settings.get("image_mean") or CLIP_MEAN),
-            "std": tuple(settings.get("image_std") or CLIP_STD)}
+# transformers' image processors that take the same steps with the same defaults
+PIPELINES = "CLIPImageProcessor", "BitImageProcessor", "LlavaImageProcessor"
+DEFAULTS = {
+    "do_resize": True, "size": {"shortest_edge": 224}, "default_to_square": False, "resample": BICUBIC,
+    "do_center_crop": True, "crop_size": 224, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "do_pad": False, "pad_size": None,
+    "do_convert_rgb": True}  # the last: images are RGB in any case
+FOREIGN = re.compile(r"do_\w+|auto_map|crop_pct|crop_to_patches|image_grid_pinpoints|keep_aspect_ratio|"
+                     r"rescale_offset|size_divisor|use_square_size")  # of other pipelines
+
+
+def picture_settings(folder, tower, size, image_mode):
+    """How a checkpoint wants its images → mode, mean, std, the shorter edge before the crop and Pillow's
+    filter: what transformers' AutoImageProcessor reads in the tower's folder. An original LLaVA's own folder
+    may say that it pads; --image_mode overrules both. UserError: a setting that to_pixels does not do."""
+    path, found = image_processor_file(tower)
+    if found is None:
+        found = {"size": size, "crop_size": size}
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{tower}: no preprocessor_config.json: images are resized and cropped to the image_size, "
+                  f"{size}, and normalised with CLIP's mean and standard deviation", flush=True)
+    settings = DEFAULTS | found  # null is no absence: transformers' processors keep it
+    own, tower_config = (read_json(place, "config.json", {}) for place in (folder, tower))
+    kind = "image_processor_type"
+    if settings.get(kind) is None and settings.get("feature_extractor_type"):
+        kind = "feature_extractor_type"
+    name = settings.get(kind) or ("LlavaImageProcessor" if tower_config.get("model_type") == "llava"
+                                  else "CLIPImageProcessor")
+    name = re.sub("(Fast|Pil)$", "", str(name).replace("FeatureExtractor", "ImageProcessor"))
+    pads = settings["do_pad"] is True and name == "LlavaImageProcessor"  # CLIP's evens out a batch
+    pads |= "text_config" not in own and own.get("image_aspect_ratio") == "pad"
+    mode = image_mode if image_mode != "auto" else "pad" if pads else "crop"
+    foreign = [name for name, value in found.items()
+               if value and name not in DEFAULTS and FOREIGN.fullmatch(name)]
+    needs = [(kind, name in PIPELINES, f"one of {', '.join(PIPELINES)}"),
+             *((setting, False, "none: it belongs to another pipeline") for setting in foreign),
+             *picture_needs(settings, size, mode == "pad")]
+    for setting, done, needed in needs:
+        if not done:
+            default = "" if setting in found else " (the default)"
+            raise UserError(f"{path}: got {setting} {shown(json.dumps(settings[setting]))}{default}, "
+                            f"need {needed}")
+    resize, _ = edge_length(settings["size"])
+    return mode, tuple(settings["image_mean"]), tuple(settings["image_std"]), resize, settings["resample"]
+
+
+def picture_needs(settings, size, pad):
+    """→ (a setting of an image processor, whether to_pixels does it, what is needed otherwise), of each."""
+    resize, squashes = edge_length(settings["size"], settings["default_to_square"])
+    crop = edge_length(settings["crop_size"], True)
+    uncropped = settings["do_center_crop"] is False and pad and resize == size  # a square of the right size
+    factor, resample = settings["rescale_factor"], settings["resample"]
+    return [
+        *((name, settings[name] is True, "true") for name in ("do_resize", "do_rescale", "do_normalize")),
+        *((name, settings[name] is None or isinstance(settings[name], bool), "true or false")
+          for name in ("do_pad", "default_to_square")),
+        ("size", resize and resize >= size and (pad or not squashes),
+         f'{{"shortest_edge": N}} with N of at least {size}, the tower\'s image_size'),
+        ("do_center_crop", settings["do_center_crop"] is True or uncropped, "true"),
+        ("crop_size", uncropped or crop == (size, True), f"{size}, the tower's image_size"),
+        ("pad_size", settings["pad_size"] is None, "null"),
+        ("resample", type(resample) is int and resample in FILTERS, "2 (bilinear) or 3 (bicubic)"),
+        ("rescale_factor", isinstance(factor, float) and abs(255 * factor - 1) < 1e-9, f"1/255 ({1 / 255})"),
+        ("image_mean", are_three(settings["image_mean"], 0, 1), "three numbers from 0 to 1"),
+        ("image_std", are_three(settings["image_std"], 1e-6, 1e6), "three numbers above 0")]
+
+
+def image_processor_file(folder):
+    """The file in which transformers finds a folder's image settings, and them; None where there are none."""
+    name, found = "processor_config.json", read_json(folder, "processor_config.json", {})
+    if isinstance(found, dict):
+        found = found.get("image_processor")
+    if found is None:
+        name, found = "preprocessor_config.json", read_json(folder, "preprocessor_config.json")
+    path = os.path.join(folder, name)
+    if not isinstance(found, dict | None):
+        raise UserError(f"{path}: got {shown(found)}, need a dictionary of image settings")
+    return path, found
+
+
+def edge_length(value, square=False):
+    """A size as transformers spells it → pixels of an edge (None: no number of pixels, or unequal edges), and
+    whether both edges get that many, not the shorter one alone. square: whether a mere number means both."""
+    edges = [value]
+    if isinstance(value, dict):
+        square = value.keys() != {"shortest_edge"}
+        edges = list(value.values()) if value.keys() in ({"shortest_edge"}, {"height", "width"}) else [None]
+    elif isinstance(value, list) and len(value) == 2:
+        edges, square = value, True
+    good = all(type(edge) is int and 0 < edge <= LONGEST_EDGE and edge == edges[0] for edge in edges)
+    return edges[0] if good else None, square
+
+
+def are_three(values, low, high):
+    """Whether a setting is three numbers in this range."""
+    return isinstance(values, list | tuple) and len(values) == 3 and all(
+        type(value) in (int, float) and low <= value <= high for value in values)
 
 
 def save_processor(processor, config, folder):
@@ -732,7 +824,7 @@ def save_processor(processor, config, folder):
     preprocessor = {
         "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
         "processor_class": "LlavaProcessor", "do_convert_rgb": True, **({"do_pad": True} if pad else {}),
-        "do_resize": True, "size": {"shortest_edge": S}, "resample": int(Image.Resampling.BICUBIC),
+        "do_resize": True, "size": {"shortest_edge": processor.resize}, "resample": processor.resample,
         "do_center_crop": True, "crop_size": {"height": S, "width": S},
         "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": processor.mean, "image_std": processor.std}

@@ -814,12 +814,13 @@ def noise(width, height, seed=0):
     return Image.fromarray((np.random.RandomState(seed).rand(height, width, 3) * 255).astype(np.uint8))
 
 
-def peer_pixels(picture, size, mode):
+def peer_pixels(picture, size, mode, resize=None, resample=data.BICUBIC):
     """What transformers makes of a picture."""
     kind = {"crop": CLIPImageProcessorPil, "pad": LlavaImageProcessorPil}[mode]
     processor = kind(
-        size={"shortest_edge": size},
+        size={"shortest_edge": resize or size},
         crop_size={"height": size, "width": size},
+        resample=resample,
         do_convert_rgb=True,
         **({"do_pad": True} if mode == "pad" else {}),
     )
@@ -842,36 +843,39 @@ SIZES = [
 ]
 
 
+@pytest.mark.parametrize("resample", data.FILTERS)
 @pytest.mark.parametrize("mode", ["crop", "pad"])
-@pytest.mark.parametrize("size", [24, 56])
-def test_pixels_equal_transformers(mode, size):
+@pytest.mark.parametrize("size, resize", [(24, 24), (56, 56), (24, 39)])
+def test_pixels_equal_transformers(mode, size, resize, resample):
     """Every shape of picture gives transformers' pixels."""
     for width, height in SIZES:
         picture = noise(width, height)
-        ours, peer = data.to_pixels(picture, size, mode), peer_pixels(picture, size, mode)
+        ours = data.to_pixels(picture, size, mode, resize=resize, resample=resample)
+        peer = peer_pixels(picture, size, mode, resize, resample)
         assert ours.dtype == torch.float32 and ours.shape == (3, size, size) and ours.is_contiguous()
         torch.testing.assert_close(
             ours, peer, rtol=0, atol=1e-6, msg=lambda m, s=(width, height): f"{s}: {m}"
         )
 
 
-def pixels_by_pillow(image, size, mode):
+def pixels_by_pillow(image, size, mode, resize, resample):
     """to_pixels from its definition, whatever memory that takes."""
     if mode == "pad":
         square = Image.new("RGB", (max(image.size),) * 2, (122, 116, 104))
         square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
         image = square
-    edges = [int(size * edge / min(image.size)) for edge in image.size]
-    image = image.resize(edges, Image.Resampling.BICUBIC)
+    edges = [int(resize * edge / min(image.size)) for edge in image.size]
+    image = image.resize(edges, resample)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     array = np.asarray(image.crop((left, top, left + size, top + size)))
     return torch.from_numpy(np.stack([data.levels(data.CLIP_MEAN, data.CLIP_STD)[c][array[..., c]]
                                       for c in range(3)]))
 
 
+@pytest.mark.parametrize("resample", data.FILTERS)
 @pytest.mark.parametrize("mode", ["crop", "pad"])
-@pytest.mark.parametrize("size", [7, 24, 56])
-def test_pixels_of_narrow_images(mode, size):
+@pytest.mark.parametrize("size, resize", [(7, 7), (24, 24), (24, 37), (56, 56)])
+def test_pixels_of_narrow_images(mode, size, resize, resample):
     """Every bit is Pillow's for every aspect ratio, odd and even, enlarged and reduced, wide and tall; and
     transformers' pixels."""
     for short in (1, 2, 3, 5, 23, 24, 25, 57, 80):
@@ -881,10 +885,12 @@ def test_pixels_of_narrow_images(mode, size):
                 image = noise(*edges, seed=short + long)
                 if short % 2:
                     image = image.point(lambda value: 255 * (value > 127))  # overshoots at both ends
-                ours = data.to_pixels(image, size, mode)
-                assert torch.equal(ours, pixels_by_pillow(image, size, mode)), (edges, size)
+                ours = data.to_pixels(image, size, mode, resize=resize, resample=resample)
+                expected = pixels_by_pillow(image, size, mode, resize, resample)
+                assert torch.equal(ours, expected), (edges, size)
                 if size == 24 and short < 24:
-                    torch.testing.assert_close(ours, peer_pixels(image, size, mode), rtol=0, atol=1e-6)
+                    peer = peer_pixels(image, size, mode, resize, resample)
+                    torch.testing.assert_close(ours, peer, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
@@ -1079,6 +1085,8 @@ def picture_processor(max_len=100):
         "crop",
         data.CLIP_MEAN,
         data.CLIP_STD,
+        S,
+        data.BICUBIC,
         PAD,
         frozenset(),
         frozenset(),
@@ -1911,31 +1919,32 @@ def test_processor_errors(folders, tmp_path):
     )  # --tokenizer overrides the folder
 
 
+def pad_settings(**changes):
+    return {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "image_mean": [0.5] * 3,
+            "crop_size": S, **changes}
+
+
 @pytest.mark.parametrize(
     "files, mode, mean",
     [
         ({}, "crop", data.CLIP_MEAN),
         ({"config.json": {"image_aspect_ratio": "pad"}}, "pad", data.CLIP_MEAN),  # original LLaVA
         ({"config.json": {"image_aspect_ratio": "square"}}, "crop", data.CLIP_MEAN),
-        (
-            {"preprocessor_config.json": {"do_pad": True, "image_mean": [0.5, 0.5, 0.5]}},
-            "pad",
-            (0.5, 0.5, 0.5),
-        ),
-        ({"preprocessor_config.json": {"do_pad": False}}, "crop", data.CLIP_MEAN),
-        (
-            {"processor_config.json": {"image_processor": {"do_pad": True, "image_mean": [0.5, 0.5, 0.5]}}},
-            "pad",
-            (0.5, 0.5, 0.5),
-        ),
+        ({"config.json": {"image_aspect_ratio": "pad", "text_config": {}}}, "crop", data.CLIP_MEAN),
+        ({"preprocessor_config.json": pad_settings()}, "pad", (0.5,) * 3),
+        ({"preprocessor_config.json": pad_settings(do_pad=False)}, "crop", (0.5,) * 3),
+        ({"processor_config.json": {"image_processor": pad_settings()}}, "pad", (0.5,) * 3),
+        ({"processor_config.json": {"image_processor": pad_settings()},
+          "preprocessor_config.json": pad_settings(do_pad=False)}, "pad", (0.5,) * 3),
     ],
 )
-def test_picture_settings(folders, tmp_path, files, mode, mean):
+def test_picture_settings(folders, tmp_path, capsys, files, mode, mean):
     """--image_mode auto and the normalisation come from the checkpoint; crop and pad overrule it."""
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     processor = load(tmp_path, tokenizer=folders["tiny2"])
     assert (processor.mode, processor.mean) == (mode, mean)
+    assert ("no preprocessor_config.json" in capsys.readouterr().out) == (set(files) <= {"config.json"})
     for mode in ("crop", "pad"):
         assert load(tmp_path, tokenizer=folders["tiny2"], image_mode=mode).mode == mode
 

@@ -645,7 +645,8 @@ def test_collate_is_the_definition(tmp_path):
     a, b = (str(tmp_path / f"{name}.png") for name in "ab")
     processor = data.Processor(
         tokenizer=None, template=None, image_token=IMAGE, image_tokens=PATCHES, size=8, mode="crop",
-        mean=data.CLIP_MEAN, std=data.CLIP_STD, pad=0, stop=frozenset({2}), banned=frozenset(), max_len=100)
+        mean=data.CLIP_MEAN, std=data.CLIP_STD, resize=8, resample=data.BICUBIC, pad=0, stop=frozenset({2}),
+        banned=frozenset(), max_len=100)
     rows, images = [LATER, MANY[2], TEXT], [[b], [a, b], []]
 
     def short(ids):  # one image token a picture, as examples hold them
