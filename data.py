@@ -163,12 +163,12 @@ SIDES = "chosen|reject(ed)?|(dis)?prefer(red)?|accepted|winn(er|ing)|los(er|ing)
 ANSWERS = "response|answer|output|completion|candidate|generation"
 ELSEWHERE = {  # names of other layouts, in lower case without separators: where the content belongs
     f"(image|img|picture|photo|pic){FILES}|pixelvalues": "put image files into the record's `image`",
-    f"(video|audio){FILES}": "videos and sound cannot be expressed: remove it",
+    f"(video|audio|speech|sound){FILES}": "videos and sound cannot be expressed: remove it",
     "sys(tem)?(prompt|message|msg|instruction|text)?s?": 'make it a first turn from "system"',
     f"chosen|reject(ed)?|winner|loser|({SIDES})({ANSWERS}|message|text|caption)s?|({ANSWERS})(s?[0-9]+|[ab])|"
     "(response|completion|candidate)s|(dis)?prefer(red|ences?)(value|label)?s?|ranking|kto(tag|label)s?":
         "make the last gpt value a list of answers, best first",
-    "loss(es|mask|weight)?s?|(sample|token|turn)?weights?|train(able|ing|detail)?":
+    "loss(es|mask|weight)?s?|mask(ed)?|(sample|token|turn)?weights?|train(able|ing|detail)?":
         "weights and masks cannot be expressed: remove it",
     "messages|history|tools|functions|(tool|function)calls?":
         'write it into the turns of "conversations", or remove it'}
@@ -202,7 +202,7 @@ def images_and_turns(value, depth=8):
 def check_fields(fields, read, answers=1, image=None):
     """UserError for a field of a record or of a turn that is not among those `read`, where other layouts mean
     its content to be seen or learnt. answers: how many the record has. image: what its own field holds; the
-    same names once more are no loss."""
+    same names once more are no loss, nor is a URL that says where it is from."""
     own = image if isinstance(image, list) else [image, *str(image).split(",")]
     own = {name.strip() for name in own if isinstance(name, str)}
     own |= {os.path.splitext(os.path.basename(name))[0] for name in own}
@@ -216,7 +216,8 @@ def check_fields(fields, read, answers=1, image=None):
                 and any(isinstance(item, bool) for item in found)):
             where = elsewhere("ranking")
         elif not where:
-            found = [*images_and_turns(value)]
+            found = [item for item in images_and_turns(value)
+                     if not (image and isinstance(item, str) and re.match("https?://", item))]
             turn = any(isinstance(item, dict) and item.keys() & {"from", "role"} for item in found)
             where = elsewhere("messages" if turn else "images")
         if not all(isinstance(item, str) and item.strip() in own for item in found):

@@ -1727,7 +1727,7 @@ ELSEWHERE = [  # fields of other layouts, and where the message says that their 
     *[({name: "x"}, IMAGES) for name in (
         "images", "img", "image_path", "imagePaths", "image_file", "image_url", "image_1", "photo", "Image")],
     *[({"a": value}, IMAGES) for value in (
-        "b.png", "x/B.JPG", ["a.png", "b.webp"], {"b": ["c.jpeg"]}, "https://x.org/c.jpg?w=9", JPEG, [JPEG],
+        "b.png", "x/B.JPG", ["a.png", "b.webp"], {"b": ["c.jpeg"]}, JPEG, [JPEG],
         "data:image/png;base64,iVBO", {"bytes": "iVBO", "path": None}, [{"path": "a"}])],
     ({"pixel_values": [[0.5]]}, IMAGES), ({"images": [None, "b.png"]}, IMAGES),
     *[({name: ["x"]}, "videos and sound") for name in ("video", "videos", "video_path", "audio")],
@@ -1787,6 +1787,10 @@ def test_the_same_image_once_more_is_allowed(images, name):
     for value in ("sub/c.png", ["sub/c.png"], "c"):
         data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **{name: value}), images)
     data.read_row(make_row(HUMAN, GPT, image="a.png,b.png", **{name: ["a.png", "b.png"]}), images)
+    source = {"url": "https://x.org/b.jpg?w=9"}  # where an image is from, but not in its place
+    data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **source), images)
+    with pytest.raises(data.UserError, match="got the field 'url'"):
+        data.read_row(make_row(HUMAN, GPT, **source), images)
     for value in ("b.png", "masks/sub/c.png", ["sub/c.png", "b.png"], "c.jpg"):
         with pytest.raises(data.UserError, match=f"got the field '{name}'"):
             data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **{name: value}), images)
