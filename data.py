@@ -153,19 +153,95 @@ class Conversation:
     answers: list
     images: list  # paths below the picture folder
     margin: float = 0.0  # by how much the first of two answers is better, where the row says so
+    file: tuple = ("", 0)  # it comes from: path, and the index of that file's first record
+
+
+CONVERT = "examples/convert.py converts other layouts"
+RECORD_FIELDS, TURN_FIELDS = ("id", "image", "conversations", "margin"), ("from", "value")
+FILES = "s?[0-9]*(path|file|name|url|uri|link|data|bytes|base64|b64|list|tensor|feature|embed)*s?[0-9]*"
+SIDES = "chosen|reject(ed)?|(dis)?prefer(red)?|accepted|winn(er|ing)|los(er|ing)|best|worst"
+ANSWERS = "response|answer|output|completion|candidate|generation"
+ELSEWHERE = {  # names of other layouts, in lower case without separators: where the content belongs
+    f"(image|img|picture|photo|pic){FILES}|pixelvalues": "put image files into the record's `image`",
+    f"(video|audio|speech|sound){FILES}": "videos and sound cannot be expressed: remove it",
+    "sys(tem)?(prompt|message|msg|instruction|text)?s?": 'make it a first turn from "system"',
+    f"chosen|reject(ed)?|winner|loser|({SIDES})({ANSWERS}|message|text|caption)s?|({ANSWERS})(s?[0-9]+|[ab])|"
+    "(response|completion|candidate)s|(dis)?prefer(red|ences?)(value|label)?s?|ranking|kto(tag|label)s?":
+        "make the last gpt value a list of answers, best first",
+    "loss(es|mask|weight)?s?|mask(ed)?|(sample|token|turn)?weights?|train(able|ing|detail)?":
+        "weights and masks cannot be expressed: remove it",
+    "messages|history|tools|functions|(tool|function)calls?":
+        'write it into the turns of "conversations", or remove it'}
+IMAGE_DATA = r"data:[\w/.+-]*[;,]|(?:/9j/|iVBORw0K|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/=\s]{60,}\Z"
+NO_PATH = re.compile(rf"[A-Za-z]+://|{IMAGE_DATA}")
+IMAGE_TEXT = re.compile(IMAGE_DATA + r"|[^\n]{0,2000}\.(?i:jpe?g|jfif|png|webp|gif|bmp|tiff?|heic|avif|mp4|"
+                        r"avi|mov|mkv|webm|wav|mp3|flac)(?:[?#]\S*)?\s*\Z")
+
+
+@functools.lru_cache(maxsize=1024)
+def elsewhere(name):
+    """Where the content of a field with a name of other layouts belongs, or None."""
+    name = re.sub("[^a-z0-9]", "", name.lower())
+    return next((where for names, where in ELSEWHERE.items() if re.fullmatch(names, name)), None)
+
+
+def images_and_turns(value, depth=8):
+    """The images (texts that name or are one, dictionaries) and the turns in the value of a field."""
+    if isinstance(value, str) and IMAGE_TEXT.match(value):
+        yield value
+    elif isinstance(value, dict):
+        turn = {"from", "value"} <= value.keys() or {"role", "content"} <= value.keys()
+        if turn or "bytes" in value or value.keys() == {"path"}:
+            yield value
+            return
+        value = [*value.values()]
+    for item in value if isinstance(value, list) and depth else []:
+        yield from images_and_turns(item, depth - 1)
+
+
+def check_fields(fields, read, answers=1, image=None):
+    """UserError for a field of a record or of a turn that is not among those `read`, where other layouts mean
+    its content to be seen or learnt. answers: how many the record has. image: what its own field holds; the
+    same names once more are no loss, nor is a URL that says where it is from."""
+    own = image if isinstance(image, list) else [image, *str(image).split(",")]
+    own = {name.strip() for name in own if isinstance(name, str)}
+    own |= {os.path.splitext(os.path.basename(name))[0] for name in own}
+    for name, value in fields.items():
+        found = value if isinstance(value, list) else [value]
+        if name in read or all(item is None or item in ("", [], {}) for item in found):
+            continue
+        where = elsewhere(name)
+        if not where and re.search("label|score|reward|rating|rank", name.lower()) and (
+                len(found) == answers > 1 or name.lower() in ("label", "labels")
+                and any(isinstance(item, bool) for item in found)):
+            where = elsewhere("ranking")
+        elif not where:
+            found = [item for item in images_and_turns(value)
+                     if not (image and isinstance(item, str) and re.match("https?://", item))]
+            turn = any(isinstance(item, dict) and item.keys() & {"from", "role"} for item in found)
+            where = elsewhere("messages" if turn else "images")
+        if not all(isinstance(item, str) and item.strip() in own for item in found):
+            raise UserError(f"got the field '{shown(name, 80)}' ({shown(value, 120)}), but only "
+                            f"{', '.join(f'`{one}`' for one in read)} are read: {where}; {CONVERT}")
 
 
 def read_row(row, images_dir, need_answers=1):
     """A row → Conversation; UserError says what is wrong with it (the caller adds which row it is)."""
     turns = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns:
-        raise UserError('need {"id", "image", "conversations": [{"from", "value"}, …]} with a turn or more')
+        got = f"the fields {shown(', '.join(row))}" if isinstance(row, dict) else f"'{shown(row)}'"
+        raise UserError(f'got {got}, need {{"id", "image", "conversations": [{{"from", "value"}}, …]}} with '
+                        f"a turn or more; {CONVERT}")
+    last = turns[-1].get("value") if isinstance(turns[-1], dict) else None
+    check_fields(row, RECORD_FIELDS, len(last) if isinstance(last, list) else 1, row.get("image"))
     if type(row.get("id")) not in (str, int, type(None)):
         raise UserError(f"got the id {BRIEF.repr(row['id'])}, need a text or a whole number")
     roles, contents = [], []
     for turn in turns:
         if not isinstance(turn, dict) or "value" not in turn:
-            raise UserError(f"got the turn '{shown(turn)}'" ', need {"from", "value"}')
+            raise UserError(f"got the turn '{shown(turn)}'" f', need {{"from", "value"}}; {CONVERT}')
+        if len(turn) > 2:
+            check_fields(turn, TURN_FIELDS)
         roles.append(turn.get("from"))
         contents.append(turn["value"])
     body = roles[1:] if roles[0] == "system" else roles
@@ -177,7 +253,8 @@ def read_row(row, images_dir, need_answers=1):
         roles, last = roles[:-1], contents.pop()
         answers = last if isinstance(last, list) else [last]
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-            raise UserError(f"got the answer '{shown(last)}', need text, or a list of texts, none empty")
+            raise UserError(f"got the answer '{shown(last)}', need text, or a list of texts, none empty"
+                            + (f"; {CONVERT}" if any(isinstance(a, dict) for a in answers) else ""))
     elif need_answers:
         raise UserError("got no answer: the last turn is human; training needs a final gpt turn")
     if len(answers) < need_answers:
@@ -189,7 +266,8 @@ def read_row(row, images_dir, need_answers=1):
         raise UserError(f"got the margin {BRIEF.repr(margin)}, {len(answers)} answers; need a number from "
                         "0, and two")
     if not all(isinstance(c, str) for c in contents):
-        raise UserError("got a turn whose value is not text; only the last gpt turn may be a list")
+        raise UserError("got a turn whose value is not text; only the last gpt turn may be a list"
+                        f"; {CONVERT}")
     if not all(c.strip() for role, c in zip(roles, contents) if role == "gpt"):
         raise UserError("got an empty gpt turn, need text")
     images = shared_list(tuple(image_list(row.get("image"), images_dir)))
@@ -214,11 +292,12 @@ def image_list(value, images_dir):
     """A row's `image` (path, list, comma-joined paths, null) → paths that exist below images_dir; else
     UserError."""
     names = value if isinstance(value, list) else [value] if value else []
-    if isinstance(value, str) and "," in value and not os.path.isfile(os.path.join(images_dir, value)):
+    joined = isinstance(value, str) and "," in value and not NO_PATH.match(value)
+    if joined and not os.path.isfile(os.path.join(images_dir, value)):
         names = [name.strip() for name in value.split(",")]
     for name in names:
-        if not isinstance(name, str) or not name:
-            raise UserError(f"got the image {BRIEF.repr(name)}, need a path")
+        if not isinstance(name, str) or not name or NO_PATH.match(name):
+            raise UserError(f"got the image {BRIEF.repr(name)}, need a path of a file; {CONVERT}")
     return [find_image(name, images_dir) for name in names]
 
 
@@ -590,18 +669,20 @@ def levels(mean, std):
 class Example:
     """A tokenised row. ids are int32 arrays with one image token a picture; answers may be none (a
     prompt)."""
-    index: int  # of its row in the file
+    index: int  # of its row in the files that an option names, one behind another
     id: str
     prompt: np.ndarray  # [P]
     answers: list  # of [n]
     kept: list  # of [n] bool: the answer's tokens that are predicted
     images: list  # paths
     margin: float = 0.0
+    file: tuple = ("", 0)  # as a Conversation's
 
     @property
     def name(self):
         """For messages."""
-        return f"row {self.index} (id {shown(self.id)})"
+        path, first = self.file
+        return f"{path}{': ' if path else ''}row {self.index - first} (id {shown(self.id)})"
 
 
 @dataclasses.dataclass
@@ -633,7 +714,7 @@ class Processor:
         P = coded[0][1].index(True)
         prompt, cut = coded[0][0][:P], False
         example = Example(index, conversation.id, np.array(prompt, dtype=np.int32), [], [],
-                          conversation.images, conversation.margin)
+                          conversation.images, conversation.margin, conversation.file)
         room, shown = self.max_len - self.length(prompt), prompt.count(self.image_token)
         if room <= 0:
             return None, False

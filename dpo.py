@@ -192,7 +192,7 @@ def parse_args():
     add("--sft_coef", type=float, default=0.0, help="weight of the best answers' own loss, as sft.py's")
     add("--ref_model", help="a reference other than the policy before its first step")
     args = fsdp.parse(parser, data_file="pairs.json", shapes=dict(
-        eval_data=os.path.join(fsdp.WORLD, "test_pairs.json"), batch_size=64, micro_batch=64, lr=3e-4,
+        eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=3e-4,
         warmup=10, adam_beta2=0.98, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
     if args.beta <= 0:
         parser.error(f"got --beta {args.beta}, need more than 0")

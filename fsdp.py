@@ -75,8 +75,8 @@ def arguments(parser, training=True):
     add("--dtype", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
         help="of computation and export (default: bf16 on GPUs, fp32 on CPUs)")
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="rows: .json, .jsonl or .txt (README: data format)")
-    add("--images", help="folder that the rows' picture paths start from (default: the folder of --data)")
+    add("--data", nargs="+", help="files of records: .json, .jsonl or .txt (README: data format)")
+    add("--images", help="folder that the image paths of all files start from (default: each file's own)")
     add("--max_len", type=int, default=2048, help="longest prompt and answer, in tokens; pictures count")
     add("--skip_bad_rows", action="store_true", help="report bad rows and leave them out")
     add("--workers", type=int, default=2, help="threads per rank that decode images ahead (0: none)")
@@ -91,7 +91,7 @@ def arguments(parser, training=True):
     if not training:
         return
     add("--save_every", type=int, default=500, help="steps between checkpoints (0: only at the end)")
-    add("--eval_data", help="held-out rows")
+    add("--eval_data", nargs="+", help="files of held-out records")
     add("--eval_every", type=int, default=500, help="steps between evaluations (0: only at the end)")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project too (pip install wandb)")
     add = parser.add_argument_group("optimisation").add_argument
@@ -126,8 +126,8 @@ def parse(parser, data_file, shapes, argv=None):
     in `shapes` become the defaults, and it is made on first use."""
     args = parser.parse_args(argv)
     if not (args.model or args.llm):
-        parser.set_defaults(**{"model": os.path.join(WORLD, "model"), "data": os.path.join(WORLD, data_file),
-                               "images": os.path.join(WORLD, "images"), **shapes})
+        parser.set_defaults(**{"model": os.path.join(WORLD, "model"),
+                               "data": [os.path.join(WORLD, data_file)], **shapes})
         args = parser.parse_args(argv)
     if bool(args.llm) != bool(args.clip) and not args.model:
         parser.error("--llm and --clip go together: a LLaMA and the CLIP tower for its fresh projector")
@@ -138,7 +138,6 @@ def parse(parser, data_file, shapes, argv=None):
         parser.error("got --model and --llm: give a whole LLaVA, or a LLaMA with --clip")
     if not args.data:
         parser.error("--data is needed with --model: a file of rows (README: data format)")
-    args.images = args.images or os.path.dirname(os.path.abspath(args.data))
     if getattr(args, "save_adapter", False) and not (args.lora_rank and args.model):
         parser.error("got --save_adapter, need --lora_rank, and --model: the adapter is put on that LLaVA")
     name = os.path.splitext(os.path.basename(parser.prog))[0]
@@ -225,7 +224,8 @@ def launch(args):
     if shutil.which("git"):
         git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
         commit = git.stdout.strip() or None
-    if args.images == os.path.join(WORLD, "images") and os.environ.get("RANK", "0") == "0":
+    paths = [getattr(args, "model", None), *(getattr(args, "data", None) or [])]
+    if os.environ.get("RANK", "0") == "0" and any(path and folder_of(path) == WORLD for path in paths):
         make_shapes()
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
@@ -247,6 +247,10 @@ def launch(args):
     mesh = mesh if args.replicas > 1 else mesh["shard"]
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
     return World(dist.get_rank(), size, device, mesh, commit)
+
+
+def folder_of(path):
+    return os.path.dirname(os.path.abspath(path))
 
 
 def make_shapes():
@@ -638,29 +642,43 @@ def fill(model, tensors, grown, seed):
 
 # ---- reading data ----
 
-def read_conversations(path, args, world, need_answers):
-    """A data file → its rows and the (index, Conversation) pairs of the good ones; every image is decoded
-    once, and not again when the run is resumed."""
-    rows, read = data.load_rows(path), f"{path} (records with {need_answers} or more answers)"
-    what = f"which images can be read of {read}"
-    conversations, bad, unreadable = data.check_rows(
-        rows, args.images, path, need_answers, args.skip_bad_rows, world, world.earlier.get(what))
-    world.depends_on(read, data.digest(conversations, args.images))
-    world.depends_on(what, unreadable)
-    if world.rank == 0 and bad:
-        print(f"{path}: {bad} of {len(rows)} rows are bad and left out", flush=True)
+def images_folder(path, args):
+    """The folder that image paths in a data file start from."""
+    folder = folder_of(path)
+    return args.images or (os.path.join(WORLD, "images") if folder == WORLD else folder)
+
+
+def read_conversations(paths, args, world, need_answers):
+    """Data files → their records, one file behind another, and the (index, Conversation) pairs of the good
+    ones; every image is decoded once, and not again when the run is resumed."""
+    rows, conversations = data.Records([]), []
+    for path in paths:
+        records, first, images = data.load_rows(path), len(rows), images_folder(path, args)
+        read = f"{path} (records with {need_answers} or more answers)"
+        what = f"which images can be read of {read}"
+        good, bad, unreadable = data.check_rows(
+            records, images, path, need_answers, args.skip_bad_rows, world, world.earlier.get(what))
+        world.depends_on(read, data.digest(good, images))
+        world.depends_on(what, unreadable)
+        if world.rank == 0 and bad:
+            print(f"{path}: {bad} of {len(records)} rows are bad and left out", flush=True)
+        file = path, first
+        for index, conversation in good:
+            conversation.file = file
+            conversations.append((first + index, conversation))
+        rows.texts += records.texts
     return rows, conversations
 
 
-def read_examples(path, which, processor, args, world):
-    """A data file → Examples (see data.build_examples), with a word on what was left out or cut."""
-    rows, conversations = read_conversations(path, args, world, data.ANSWERS_NEEDED[which])
+def read_examples(paths, which, processor, args, world):
+    """Data files → Examples (see data.build_examples), with a word on what was left out or cut."""
+    rows, conversations = read_conversations(paths, args, world, data.ANSWERS_NEEDED[which])
     total = len(rows)
     del rows  # before the examples need memory
     examples, counts = data.build_examples(conversations, processor, which)
     if world.rank == 0 and any(counts.values()):
-        print(f"{path}: --max_len {args.max_len} leaves out {counts['too_long']} of {total} rows, whose "
-              f"prompt alone is longer, and cuts the answers of {counts['cut']}", flush=True)
+        print(f"{', '.join(paths)}: --max_len {args.max_len} leaves out {counts['too_long']} of {total} "
+              f"rows, whose prompt alone is longer, and cuts the answers of {counts['cut']}", flush=True)
     return examples
 
 
@@ -917,7 +935,7 @@ def check_out_file(args, world):
         if os.path.isdir(args.out):
             raise UserError(f"got --out {args.out}, which is a folder, need a .jsonl file")
         there, about = os.path.isfile(args.out), f"{args.out}.args.json"
-        if there and os.path.isfile(args.data) and os.path.samefile(args.out, args.data):
+        if there and any(os.path.isfile(path) and os.path.samefile(args.out, path) for path in args.data):
             raise UserError(f"got --out {args.out}, which is --data too: choose another")
         if there and not (args.overwrite or args.resume):
             raise UserError(f"got --out {args.out}, which exists: --resume continues it, --overwrite "
@@ -972,11 +990,17 @@ def earlier_args(path, args):
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or remove it, and --resume goes on with "
                         "the options given now") from error
-    differ = [f"--{key} {earlier.get(key)} then, {value} now" for key, value in vars(args).items()
+    differ = [f"--{key} {as_given(earlier.get(key))} then, {as_given(value)} now"
+              for key, value in vars(args).items()
               if key not in FREE and earlier.get(key, value) != value]
     if differ:
         raise UserError(f"cannot resume {args.out}: got {'; '.join(differ)}; use the old values")
     return earlier
+
+
+def as_given(value):
+    """An option's value as on the command line."""
+    return " ".join(value) if isinstance(value, list) else value
 
 
 def write_args(path, args, world):
@@ -1005,7 +1029,8 @@ def begin_run(args, world, *checkpoints):
             shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
         write_args(os.path.join(args.out, "args.json"), args, world)
         os.makedirs(folder, exist_ok=True)
-        print(*(f"--{key} {value}" for key, value in vars(args).items() if value not in (None, False)))
+        given = {key: value for key, value in vars(args).items() if value not in (None, False)}
+        print(*(f"--{key} {as_given(value)}" for key, value in given.items()))
     world.on_rank0(begin)
 
 

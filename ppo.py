@@ -106,7 +106,7 @@ def adapted_beta(beta, kl, target, horizon, answers):
 class Judge:
     """What scores whole answers: a reward model, or a function of (row, texts) → scores."""
     function: object = None
-    rows: list = None  # of the data file, for the function
+    rows: list = None  # of the data files, for the function
     model: object = None
     processor: object = None  # the reward model's own, with its template
     prompts: dict = None  # index of a row → its prompt as the reward model reads it
@@ -388,7 +388,7 @@ def parse_args():
     add("--clip_range", type=float, default=0.2, help="ε of the policy's ratio")
     add("--value_clip", type=float, default=0.2, help="ε of the critic's values")
     add("--entropy_coef", type=float, default=0.0, help="weight of an entropy bonus")
-    add("--ptx_data", help="rows of supervised fine-tuning, mixed into the policy's loss")
+    add("--ptx_data", nargs="+", help="files of SFT records, mixed into the policy's loss")
     add("--ptx_coef", type=float, default=1.0, help="weight of their loss a token")
     add("--kl_stop", type=float, default=0.0, help="end an iteration's updates at this approxkl (0: never)")
     add("--critic_lr", type=float, help="the critic's peak rate (default: --lr)")
@@ -396,7 +396,7 @@ def parse_args():
     add("--save_rollouts", action="store_true", help="keep all sampled answers, OUT/rollouts/ITERATION.jsonl")
     add("--show_every", type=int, default=10, help="iterations between shown answers (0: never)")
     args = fsdp.parse(parser, data_file="prompts.json", shapes=dict(
-        eval_data=os.path.join(fsdp.WORLD, "test.json"), batch_size=128, micro_batch=128, rollout_batch=128,
+        eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=128, micro_batch=128, rollout_batch=128,
         max_steps=40, max_new=28, lr=2e-4, critic_lr=3e-4, ppo_epochs=2, critic_warmup=2,
         missing_eos_score=-3.0, normalize_scores=True, **fsdp.left_by("sft"),
         **fsdp.left_by("rm", "reward_model")))
@@ -415,11 +415,11 @@ def parse_args():
     return args
 
 
-def read_prompts(path, judge, processor, args, world):
-    """A data file → its prompts as Examples, and the Judge that knows its rows."""
-    if not path:
+def read_prompts(paths, judge, processor, args, world):
+    """Data files → their prompts as Examples, and the Judge that knows their rows."""
+    if not paths:
         return [], judge
-    rows, conversations = fsdp.read_conversations(path, args, world, 0)
+    rows, conversations = fsdp.read_conversations(paths, args, world, 0)
     examples, _ = data.build_examples(conversations, processor, "prompt")
     prompts = {}
     if judge.processor:
@@ -428,7 +428,7 @@ def read_prompts(path, judge, processor, args, world):
         examples = [example for example in examples if example.index in prompts]
     if world.rank == 0 and len(examples) < len(conversations):
         left_out = len(conversations) - len(examples)
-        print(f"{path}: --max_len {args.max_len} leaves out {left_out} prompts", flush=True)
+        print(f"{', '.join(paths)}: --max_len {args.max_len} leaves out {left_out} prompts", flush=True)
     return examples, dataclasses.replace(judge, rows=rows, prompts=prompts)
 
 
@@ -508,7 +508,7 @@ def main():
     training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
     models = [model for model in (policy, reference, critic, judge.model) if model]
     if by_rule:  # it may read any field of a record
-        for path in filter(None, (args.reward_model.rpartition(":")[0], args.data, args.eval_data)):
+        for path in (args.reward_model.rpartition(":")[0], *args.data, *(args.eval_data or [])):
             world.depends_on(f"the file {path}", world.on_rank0(fsdp.file_digest, path))
     fsdp.begin_run(args, world, checkpoint, *([] if by_rule else [reward_checkpoint]))
     done = fsdp.load_checkpoint(args, world, training, policy_adam, critic_adam)

@@ -7,7 +7,8 @@ r"""Answers of a vision-LLM to the rows of a data file, in their order, as JSON 
     torchrun --nproc_per_node=8 predict.py --model out --data rows.json --images pictures \
         --out answers.jsonl
 
-Each line is {"id", "image", "prompt", "answer", "label"?}; with --num_samples K also
+Each line is {"id", "image", "prompt", "answer", "label"?} and the record's other fields (question_id,
+category, …), whose `label` replaces the one from the final gpt turn; with --num_samples K also
 "answers": [{"text", "logprob", "reward"?}], "answer" being the best rewarded; with --score no answer but
 "answers": [{"text", "logprob", "tokens", "reward"?}]. A log-probability is the sum over the answer's tokens,
 its end token included, in nats at temperature 1. A row whose prompt does not fit --max_len has the answer
@@ -83,6 +84,9 @@ def check_answers(examples, answers):
                         "finite number: weights are not finite, or --dtype overflows")
 
 
+OWN = {"id", "image", "conversations", "prompt", "answer", "answers"}  # what is not copied from a record
+
+
 class Writer:
     """OUT on rank 0: lines in the order of the data, each written when all before it are. With --resume the
     lines that are there stay up to the first that is not of its record, and `done` counts them."""
@@ -98,7 +102,7 @@ class Writer:
                         line, expected = json.loads(text), self.start_of_line(*conversation)
                         if not text.endswith(b"\n") or any(line[key] != expected[key] for key in expected):
                             break
-                        self.count(line)
+                        self.count(line, conversation[1])
                     except (ValueError, TypeError, KeyError):  # what a crash left
                         break
                     kept += len(text)
@@ -108,13 +112,16 @@ class Writer:
         self.file.truncate(kept)
 
     def start_of_line(self, index, conversation):
-        row = self.rows[index]
+        text = json.dumps(self.rows[index], ensure_ascii=False).encode(errors="replace")
+        row = json.loads(text, parse_constant=lambda name: None)  # NaN is not JSON
+        others = {key: value for key, value in row.items()
+                  if key not in OWN and (key != "label" or value is not None)}
         return {"id": row.get("id", index), "image": row.get("image"),
-                "prompt": self.processor.template.render(conversation)}
+                "prompt": self.processor.template.render(conversation), **others}
 
-    def count(self, line):
+    def count(self, line, conversation):
         self.done += 1
-        if "label" in line:
+        if "answer" in line and conversation.answers and isinstance(line.get("label"), str):
             self.labelled, self.right = self.labelled + 1, self.right + (line["answer"] == line["label"])
 
     def write(self, found, end):
@@ -126,11 +133,11 @@ class Writer:
                 best = max(answers, key=lambda answer: answer.get("reward", 0)) if answers else {"text": None}
                 line["answer"] = best["text"]
                 if conversation.answers:
-                    line["label"] = conversation.answers[0]
+                    line.setdefault("label", conversation.answers[0])
             if self.args.score or self.args.num_samples > 1 or self.args.reward_model:
                 line["answers"] = answers
             self.file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-            self.count(line)
+            self.count(line, conversation)
         self.file.flush()
 
 

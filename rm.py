@@ -101,7 +101,7 @@ def parse_args():
     add("--center_coef", type=float, default=0.0, help="c: weight of a row's mean score, squared")
     add("--center_rows", type=int, default=2048, help="rows (whole steps) whose mean reward becomes 0")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(
-        eval_data=os.path.join(fsdp.WORLD, "test_pairs.json"), batch_size=64, micro_batch=64, lr=7e-4,
+        eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=7e-4,
         warmup=60, adam_beta2=0.98, max_steps=350, **fsdp.left_by("sft")))
 
 

@@ -73,7 +73,7 @@ def parse_args():
     add("--train", help="any of projector,llm,vision (default: projector,llm; with --lora_rank llm)")
     add("--projector_lr", type=float, help="the projector's own peak rate (default: --lr)")
     return fsdp.parse(parser, data_file="sft.json", shapes=dict(
-        eval_data=os.path.join(fsdp.WORLD, "test.json"), batch_size=64, micro_batch=64, lr=2e-3, warmup=40,
+        eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=64, micro_batch=64, lr=2e-3, warmup=40,
         adam_beta2=0.98, max_steps=350))
 
 

@@ -1622,6 +1622,7 @@ def test_bad_files(tmp_path, case):
 
 
 DEEP = json.loads("[" * 900 + "]" * 900)
+CONVERTS = "examples/convert.py converts other layouts"
 HUMAN, GPT, NEED = ("human", "Hi"), ("gpt", "Hello"), r'need \{"id", "image", "conversations"'
 BAD_ROWS = {  # case: (row, essential words of the error)
     "not an object": ([1, 2], NEED),
@@ -1665,6 +1666,18 @@ BAD_ROWS = {  # case: (row, essential words of the error)
     "deep": (make_row(HUMAN, ("gpt", DEEP)), r"got the answer '\[+\.\.\.\]+'"),
     "deep turn": ({"id": 7, "conversations": [DEEP]}, r"got the turn '\[+\.\.\.\]+'"),
     "terminal escapes": (make_row(HUMAN, GPT, image="\x1b[2J\x07.png"), r"/\\x1b\[2J\\x07\.png "),
+    "another layout": ({"id": 7, "prompt": "Hi", "chosen": "a", "rejected": "b"},
+                       f"the fields id, prompt, chosen, rejected, {NEED}.*{CONVERTS}"),
+    "content parts": (make_row(("human", [{"type": "image"}, {"type": "text", "text": "?"}]), GPT), CONVERTS),
+    "content parts as an answer": (make_row(HUMAN, ("gpt", [{"type": "text", "text": "Hi"}])), CONVERTS),
+    "a placeholder for the images of another layout": (
+        make_row(("human", "<image>\nHi"), GPT, images=["a.png"]), "got the field 'images'"),
+    "output_1 in place of an answer": (make_row(HUMAN, output_1="a"), "got the field 'output_1'"),
+    "a JPEG in base64": (make_row(HUMAN, GPT, image="/9j/" + "Q" * 9999),
+                         f"'/9j/.{{,99}}, need a path.*{CONVERTS}"),
+    "a data URL": (make_row(HUMAN, GPT, image=["data:image/png;base64,iVBO"]), "'data:.*, need a path"),
+    "a URL": (make_row(HUMAN, GPT, image="https://x.org/a.png"), "'https:.*, need a path"),
+    "an image as bytes": (make_row(HUMAN, GPT, image={"bytes": "Q" * 9999}), "{'bytes': .{,99}, need a path"),
     "base64 as an image": (make_row(HUMAN, GPT, image="QUJD" * 9999), "such picture: .{,240} .see"),
     "too many placeholders": (
         make_row(("human", "<image> <image>"), GPT, image="a.png"),
@@ -1714,6 +1727,81 @@ def test_bad_rows(images, capsys, case):
     assert "row 1 " in said[0] and "row 3 " in said[1]
     with pytest.raises(ValueError, match=r"rows\.json: all 1 rows are bad, need at least one good row"):
         data.check_rows([row], images, "rows.json", skip_bad_rows=True)
+
+
+IMAGES, SYSTEM, RANKING = "record's `image`", 'a first turn from "system"', "a list of answers, best first"
+TURN, JPEG = {"from": "gpt", "value": "Yo"}, "/9j/" + "Q" * 200
+ELSEWHERE = [  # fields of other layouts, and where the message says that their content belongs
+    *[({name: "x"}, IMAGES) for name in (
+        "images", "img", "image_path", "imagePaths", "image_file", "image_url", "image_1", "photo", "Image")],
+    *[({"a": value}, IMAGES) for value in (
+        "b.png", "x/B.JPG", ["a.png", "b.webp"], {"b": ["c.jpeg"]}, JPEG, [JPEG],
+        "data:image/png;base64,iVBO", {"bytes": "iVBO", "path": None}, [{"path": "a"}])],
+    ({"pixel_values": [[0.5]]}, IMAGES), ({"images": [None, "b.png"]}, IMAGES),
+    *[({name: ["x"]}, "videos and sound") for name in ("video", "videos", "video_path", "audio")],
+    *[({name: "Be kind."}, SYSTEM) for name in ("system", "system_prompt", "System Message")],
+    *[({name: "x"}, RANKING) for name in (
+        "chosen", "rejected", "rejected_response", "reject_answer", "output_1", "response_0", "answer_b",
+        "preference", "preference_values", "ranking", "kto_tag", "winner", "candidates")],
+    ({"output_2": TURN}, RANKING), ({"label": False}, RANKING), ({"labels": [True, False]}, RANKING),
+    *[({name: value}, "weights and masks") for name in ("loss", "weight", "train", "loss_mask")
+      for value in (False, 0, 1.5)],
+    ({"messages": [{"role": "user", "content": "Hi"}]}, "turns of"), ({"a": [TURN]}, "turns of"),
+    ({"history": [["Hi", "Yo"]]}, "turns of"), ({"tools": "[]"}, "turns of")]
+
+
+@pytest.mark.parametrize("fields, where", ELSEWHERE, ids=lambda value: str(value)[:40])
+def test_fields_of_other_layouts_are_refused(images, fields, where):
+    """In a record and in a turn: nothing of them would be learnt. The message says where the content
+    belongs."""
+    (name, _), = fields.items()
+    turns = [{"from": "human", "value": "Hi", **fields}, TURN]
+    for place, row in {"image": make_row(HUMAN, GPT, image="sub/c.png", **fields),
+                       "value": {"conversations": turns}}.items():
+        with pytest.raises(data.UserError) as error:
+            data.read_row(row, images)
+        assert f"got the field '{name}'" in str(error.value) and f"`{place}`" in str(error.value)
+        assert where in str(error.value) and CONVERTS in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_list_beside_as_many_answers_is_their_ranking(images):
+    """Scores in another order than best first would be ignored."""
+    with pytest.raises(data.UserError, match=RANKING):
+        data.read_row(make_row(HUMAN, ("gpt", ["a", "b"]), gpt4_scores=[1, 2]), images)
+    for scores, answers in ([1, 2], ["a", "b", "c"]), ([1], "a"):
+        data.read_row(make_row(HUMAN, ("gpt", answers), gpt4_scores=scores), images)
+
+
+COLUMNS = {
+    "question_id": 3, "source": "coco/train2017", "category": "conv", "label": "B", "labels": [17, 18],
+    "idx": 0, "model": "gpt-4", "dataset": "llava.v1", "origin": "a/b.json", "split": "train", "score": 0.3,
+    "image_id": 42, "image_size": [640, 480], "video_id": "v1", "bbox": [[1, 2, 3, 4]], "tags": ["a", "b"],
+    "meta": {"a": {"b": 1}}, "question": "What?", "answer": "no", "answers": ["no", "no"],
+    "url": "https://x.org/page", "caption": "A cat.", "deep": DEEP, "nan": float("nan"),
+    "images": [], "system": "", "video": None, "chosen": [None], "preference": {}}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_other_columns_are_allowed(images, name):
+    """Of records and of turns."""
+    row = make_row(HUMAN, GPT, image="sub/c.png", **{name: COLUMNS[name]})
+    row["conversations"][0][name] = COLUMNS[name]
+    assert data.read_row(row, images) == data.read_row(make_row(HUMAN, GPT, image="sub/c.png"), images)
+
+
+@pytest.mark.parametrize("name", ["image_path", "images", "column"])
+def test_the_same_image_once_more_is_allowed(images, name):
+    """Nothing is lost then; another image is an error."""
+    for value in ("sub/c.png", ["sub/c.png"], "c"):
+        data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **{name: value}), images)
+    data.read_row(make_row(HUMAN, GPT, image="a.png,b.png", **{name: ["a.png", "b.png"]}), images)
+    source = {"url": "https://x.org/b.jpg?w=9"}  # where an image is from, but not in its place
+    data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **source), images)
+    with pytest.raises(data.UserError, match="got the field 'url'"):
+        data.read_row(make_row(HUMAN, GPT, **source), images)
+    for value in ("b.png", "masks/sub/c.png", ["sub/c.png", "b.png"], "c.jpg"):
+        with pytest.raises(data.UserError, match=f"got the field '{name}'"):
+            data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **{name: value}), images)
 
 
 def test_rows_without_answer(images):

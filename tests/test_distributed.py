@@ -332,6 +332,41 @@ def test_each_image_passes_the_tower_once(script, options, passes, world, tmp_pa
     assert seen == passes
 
 
+# ---- several data files ----
+
+SEVERAL = {"sft": " --max_steps 2 --batch_size 5 --lr 1e-2 --eval_data FILES",
+           "ppo": PPO + " --eval_data FILES", "predict": " --num_samples 2"}
+
+
+@pytest.mark.parametrize("script", SEVERAL)
+def test_files_in_two_folders_are_one_file(script, folder, tmp_path):
+    """With images of equal names and other content in each folder, and no --images: the run is that of a
+    merged file."""
+    records, files = json.loads((folder / f"{DATA[script]}.json").read_text()), []
+    for k, part in enumerate((records[:4], records[4:])):
+        (tmp_path / f"{k}").mkdir()
+        for i in range(6):
+            tiny.shutil.copy(folder / "images" / f"p{i}.png", tmp_path / f"{k}" / f"p{(i + k) % 6}.png")
+        text = re.sub(r"p(\d)\.png", lambda found, k=k: f"p{(int(found[1]) + k) % 6}.png", json.dumps(part))
+        files.append(tmp_path / f"{k}" / "rows.json")
+        files[k].write_text(text)
+    options = FILES[script].replace("--images images", "") + SEVERAL[script] + " --data FILES"
+    several, merged = tmp_path / "several", tmp_path / "merged"
+    for out, names, more in ((several, f"{files[0]} {files[1]}", ""),
+                             (merged, f"{DATA[script]}.json", " --images images")):
+        done = fork(script, *(options.replace("FILES", names) + more).split(), "--out", out)
+        assert done.code == 0, done.err
+    if script != "predict":
+        assert_same_log(tiny.log(several), tiny.log(merged))
+        return
+    ours, theirs = ([{**json.loads(line), "image": None} for line in out.read_text().splitlines()]
+                    for out in (several, merged))
+    assert ours == theirs and len(ours) == len(records)
+    words = options.replace("FILES", f"{files[0]} {files[1]}").split()
+    done = fork(script, *words, "--out", files[1], "--overwrite")
+    assert done.code == 2 and f"got --out {files[1]}, which is --data too" in done.error
+
+
 # ---- killed and resumed ----
 
 SAVED = " --save_every 1 --lr 1e-2 --batch_size 4 --micro_batch 2"
@@ -538,7 +573,8 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--data {}/not.json": "not.json: not JSON",
         "--data {}/cut.json --images {}/images": "(id row 10): cannot read the ",
         "--data {}/prompt.json": "(id row 10): got no answer",
-        "--eval_data {}/prompt.json": "prompt.json: row 10 (id row 10): got no answer",
+        "--data rows.json {}/prompt.json": "prompt.json: row 10 (id row 10): got no answer",
+        "--eval_data rows.json {}/prompt.json": "prompt.json: row 10 (id row 10): got no answer",
         "--max_len 20": "fits --max_len 20: raise it",
         "--train projector,llama": "got --train projector,llama, need any of projector,llm,vision",
         "--train=": "need any of projector,llm,vision",

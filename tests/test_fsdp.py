@@ -598,7 +598,7 @@ def test_a_resume_notices_what_has_changed(change, place, tmp_path):
     which are not. A copy is the same, and so are records written in another way."""
     folder = tmp_path / "place"
     tiny.shutil.copytree(place, folder)
-    argv = ["--eval_data", folder / "pairs.json", "--max_steps", 1]
+    argv = ["--eval_data", folder / "text.json", folder / "pairs.json", "--max_steps", 1]
     assert sft(folder, tmp_path / "out", *argv).code == 0
     spoil, said = CHANGES[change]
     spoil(folder)
@@ -611,20 +611,62 @@ def test_a_resume_notices_what_has_changed(change, place, tmp_path):
 
 
 @pytest.mark.parametrize("what, old, new", [
-    ("rewards.py", "1.0 *", "2.0 *"), ("rows.json", '"gold": 1', '"gold": 2')])
+    ("rewards.py", "1.0 *", "2.0 *"), ("rows.json", '"gold": 1', '"gold": 2'),
+    ("more.json", '"gold": 1', '"gold": 2')])
 def test_a_resume_notices_what_a_reward_function_reads(what, old, new, place, tmp_path):
     """It may read any field of a record; its own code counts, too."""
-    tiny.write_rows(tmp_path / "rows.json", [{**row, "gold": 1} for row in tiny.ONE_TURN])
+    for name in ("rows", "more"):
+        tiny.write_rows(tmp_path / f"{name}.json", [{**row, "gold": 1} for row in tiny.ONE_TURN])
     (tmp_path / "rewards.py").write_text(
         "def gold(record, texts):\n    return [1.0 * record['gold']] * len(texts)\n")
-    argv = ["--model", place / "model", "--data", tmp_path / "rows.json", "--images", place / "images",
-            "--out", tmp_path / "out", "--reward_model", f"{tmp_path}/rewards.py:gold", *EARLIER,
-            "--critic", "policy", "--rollout_batch", 4, "--max_new", 4, "--max_steps", 1]
+    argv = ["--model", place / "model", "--data", tmp_path / "rows.json", tmp_path / "more.json",
+            "--images", place / "images", "--out", tmp_path / "out", "--reward_model",
+            f"{tmp_path}/rewards.py:gold", *EARLIER, "--critic", "policy", "--rollout_batch", 4, "--max_new",
+            4, "--max_steps", 1]
     assert tiny.fork("ppo", *argv).code == 0
     assert tiny.fork("ppo", *argv, "--resume").code == 0
     edit(tmp_path / what, old, new)
     done = tiny.fork("ppo", *argv, "--resume")
     assert done.code == 2 and f"cannot resume: the file {tmp_path / what} changed" in done.error, done.err
+
+
+def test_several_files_are_read_as_one(place, world, tmp_path, capsys):
+    """Indices go on from file to file; paths of images start from their own file's folder, and bad records
+    are counted, and records named, by file."""
+    for name, records in {"a": [MIXED[0], {}, MIXED[1]], "b": [{}, {}, MIXED[6]]}.items():
+        tiny.make_images(tmp_path / name)
+        tiny.write_rows(tmp_path / name / "rows.json", records)
+    paths = [str(tmp_path / name / "rows.json") for name in "ab"]
+    args = options(data=paths, model=str(place / "model"), skip_bad_rows=True)
+    records, conversations = fsdp.read_conversations(paths, args, world, 1)
+    assert len(records) == 6 and records[5] == MIXED[6]
+    assert [(index, c.images) for index, c in conversations] == [
+        (0, [f"{tmp_path}/a/p0.png"]), (2, []), (5, [f"{tmp_path}/b/p5.png"])]
+    examples, _ = data.build_examples(conversations, fsdp.open_checkpoint(args, world).processor, "turns")
+    assert [(e.index, e.name) for e in examples] == [
+        (0, f"{paths[0]}: row 0 (id row 0)"), (2, f"{paths[0]}: row 2 (id row 1)"),
+        (5, f"{paths[1]}: row 2 (id row 6)")]
+    said = capsys.readouterr().out
+    assert f"{paths[0]}: 1 of 3 rows are bad" in said and f"{paths[1]}: 2 of 3 rows are bad" in said
+
+
+def test_the_shapes_have_a_folder_of_their_own(monkeypatch, tmp_path):
+    """A data file of the shapes data set needs no --images, nor does one that lies elsewhere; --images is for
+    both. The data set is created where a run without --model reads any of it."""
+    monkeypatch.setattr(fsdp, "WORLD", str(tmp_path / "shapes"))
+    monkeypatch.setattr(fsdp, "left_by", lambda *_: {})
+    args = tiny.arguments("sft", "--data", tmp_path / "own" / "rows.json")
+    (file,), (held_out,) = args.data, args.eval_data
+    assert fsdp.images_folder(file, args) == str(tmp_path / "own")
+    assert fsdp.images_folder(held_out, args) == str(tmp_path / "shapes" / "images")
+    args.images = "elsewhere"
+    assert {fsdp.images_folder(path, args) for path in (file, held_out)} == {"elsewhere"}
+    created = []
+    monkeypatch.setattr(fsdp, "make_shapes", lambda: created.append(1) or 1 / 0)
+    for argv in [], ["--data", "rows.json"], ["--model", "x", "--data", tmp_path / "shapes" / "test.json"]:
+        with pytest.raises(ZeroDivisionError):
+            fsdp.launch(tiny.arguments("sft", *argv))
+    assert len(created) == 3
 
 
 def on(date, stop=False):

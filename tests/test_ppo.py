@@ -1092,6 +1092,14 @@ def test_a_prompt_that_comes_twice_is_answered_anew(place, world, tmp_path, monk
     assert any(first != second for first, second in found.values())
 
 
+def test_a_reward_function_gets_its_record_of_any_file(place, world, monkeypatch):
+    """Of several files: the record of the prompt's index."""
+    args = tiny.arguments("ppo", *files(place), "--data", place / "rows.json", place / "turns.json")
+    processor = fsdp.open_checkpoint(args, world).processor
+    examples, judge = ppo.read_prompts(args.data, ppo.Judge(function=id), processor, args, world)
+    assert [judge.rows[e.index] for e in examples] == tiny.ONE_TURN + tiny.MIXED
+
+
 def test_the_reference_keeps_its_projector_under_lora(place, world, tmp_path, monkeypatch):
     """--lora_rank --train projector,llm: the reference of the second iteration is that of the first."""
     seen, look = [], ppo.forward_passes

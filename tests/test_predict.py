@@ -145,6 +145,32 @@ def test_a_row_without_room_has_no_answer(predict, place):
     assert [line["answers"] is None for line in scored] == [False, True, False]
 
 
+def test_a_records_other_fields_come_along(predict, place, tmp_path):
+    """question_id, category, …; its own label goes before the gpt turn's, and only a text can be matched.
+    Each line is JSON, and --resume knows it."""
+    first = lines(predict("--micro_batch", 4)[1])
+    more = [{"question_id": 3, "category": ["a"], "answer": "no", "prompt": "x", "label": first[0]["answer"]},
+            {"label": "never said"}, {"label": 5}, {"label": None, "score": float("nan"), "text": "\ud83d"}]
+    records = [{**row, **fields} for row, fields in zip(ONE_TURN, more)]
+    records[1] = {**records[1], "conversations": records[1]["conversations"][:1]}  # a prompt: not matched
+    tiny.write_rows(place / "more.json", records)
+    done, text = predict("--micro_batch", 4, data="more.json")
+    found = lines(text)
+    assert [line["answer"] for line in found] == [line["answer"] for line in first[:4]]
+    assert found[0] == {**first[0], "question_id": 3, "category": ["a"], "label": first[0]["answer"]}
+    assert [line["label"] for line in found] == [first[0]["answer"], "never said", 5, first[3]["label"]]
+    assert found[3]["score"] is None and found[3]["text"] == "?" and "NaN" not in text
+    right = (1 + (first[3]["answer"] == first[3]["label"])) / 2
+    assert f"4 rows, 0 too long, 0 cut, exact match {right:.4f} of 2" in done.out
+    assert lines(predict("--score", data="rows.json")[1])[0].keys() == {"id", "image", "prompt", "answers"}
+    argv = ["--model", place / "model", "--data", place / "more.json", "--images", place / "images", "--out",
+            tmp_path / "out.jsonl", "--max_new", 20, "--micro_batch", 4]
+    assert fork("predict", *argv).code == 0
+    done = fork("predict", *argv, "--resume")
+    assert done.code == 0 and "answered again" not in done.out
+    assert (tmp_path / "out.jsonl").read_text() == text
+
+
 def test_rows_without_an_answer_have_no_label(predict, place):
     """Prompts alone are answered; there is no label and no exact match then."""
     prompts = [{**row, "conversations": row["conversations"][:1]} for row in ONE_TURN]
