@@ -33,7 +33,8 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 IMAGE = "<image>"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -282,6 +283,16 @@ def words_are_apart(tokenizer):
             and not any("▁" in token.lstrip("▁") for token in bpe["vocab"]))
 
 
+TURN = ("human", "gpt")
+
+
+def any_token(tokens):
+    """What matches one of the AddedTokens, the longest first, with the white space that it swallows."""
+    patterns = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip
+                for t in sorted(tokens, key=lambda t: -len(t.content))]
+    return re.compile(f"({'|'.join(patterns)})")
+
+
 class Template:
     """A chat template as the text between messages, and tokenisation piece by piece.
 
@@ -300,17 +311,33 @@ class Template:
         if not self.jinja:
             raise UserError(f"got --template auto, but {tokenizer.name_or_path} has no chat template: "
                              f"give --template {'|'.join(TEMPLATES)}")
-        specials = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        self.special_ids = specials
-        longest_first = sorted(specials, key=len, reverse=True)
-        self.specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        self.rendered = {tuple(roles): gaps for roles, gaps in rendered}
+        self.claim_tokens()
+        specials = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.special_ids = {t.content: i for i, t in specials.items()}
+        self.specials = any_token(specials.values())
         self.by_word, self.known, self.wanted = words_are_apart(tokenizer), {}, None
         # a tokenizer of the SentencePiece kind puts a space in front of every text by itself
         self.prefixes = tokenizer.convert_ids_to_tokens(self.ids("a"))[0].startswith("▁")
-        self.adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
-        self.rendered = {tuple(roles): gaps for roles, gaps in rendered}
         self.frame = functools.lru_cache(maxsize=256)(self.frame)
         self.piece_ids = functools.lru_cache(maxsize=1024)(self.piece_ids)  # the template's own come again
+
+    def claim_tokens(self):
+        """Makes each added token that the template writes a special one: an id in the template's text, text
+        in a user's, no part of a decoded answer. Runs of spaces stay as they are: people write them too."""
+        written = [*itertools.chain(self.gaps(TURN), *self.rendered.values())]
+        for roles in (2 * TURN, ("system", *TURN), ("system", *2 * TURN)):
+            with contextlib.suppress(UserError):  # no template has to have a system turn
+                written += self.rendered.get(roles) or self.render_gaps(roles)
+        added = [t for t in self.tokenizer.added_tokens_decoder.values() if t.content.strip()]
+        found = {token.strip() for gap in written for token in any_token(added).findall(gap)}
+        if any(t.content.strip() in found and (t.normalized or not t.special) for t in added):
+            spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            for token in spec["added_tokens"]:
+                if token["content"].strip() in found:  # a normalised one is not found behind a word
+                    token.update(special=True, normalized=False)
+            self.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
 
     def gaps(self, roles):
         """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1], rendered
@@ -391,7 +418,8 @@ class Template:
 
     def split(self, gap):
         """A template's own text → pieces: texts and the ids of its special tokens."""
-        return [self.special_ids.get(piece, piece) for piece in self.specials.split(gap) if piece]
+        return [self.special_ids.get(piece, self.special_ids.get(piece.strip(), piece))
+                for piece in self.specials.split(gap) if piece]
 
     def after_answer(self, gap, last_gap):
         """The gap behind an answer → (pieces that end the answer, pieces of what follows). A template without
@@ -681,7 +709,7 @@ def load_processor(folder, config, args, rendered=(), tower=None):
         raise UserError(
             f"{source}: no tokenizer.json; make one: python -c \"from transformers import AutoTokenizer; "
             f"AutoTokenizer.from_pretrained('{source}').save_pretrained('DIR')\" and give --tokenizer DIR")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     if not tokenizer.chat_template:  # older processors kept it in a file of its own
         tokenizer.chat_template = read_json(folder, "chat_template.json", {}).get("chat_template")
     pad = tokenizer.pad_token or "<pad>"

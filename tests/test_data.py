@@ -659,6 +659,64 @@ def test_auto(folders, tmp_path, jinja, name, stop, golden, where):
     assert tokenizer.chat_template == jinja  # what an export will hold
 
 
+ROLES = """{{ bos_token }}{% for m in messages %}\
+{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"""  # Phi-3's and Zephyr's kind
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+OWN = {  # template: (tokenizer, its text, its tokens, how two turns read)
+    "chatml": ("tiny2", "{{ bos_token }}" + CHATML, ["<|im_start|>", "<|im_end|>"],
+               f"<s>{IM_USER}What is it?{IM_ANSWER}«A cat<|im_end|>»\n{IM_USER}Which colour?{IM_ANSWER}"
+               "«Black<|im_end|>»"),
+    "llama3": ("tiny3", NO_SYSTEM + LLAMA3, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+               f"<s>{USER}What is it?{ASSISTANT}«A cat<|eot_id|>»{USER}Which colour?{ASSISTANT}"
+               "«Black<|eot_id|>»"),
+    "roles": ("tiny2", ROLES, ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+              "<s><|user|>\nWhat is it?<|end|>\n<|assistant|>\n«A cat<|end|>»\n<|user|>\nWhich colour?<|end|>"
+              "\n<|assistant|>\n«Black<|end|>»"),
+}
+
+
+@pytest.mark.parametrize("flags", [{}, {"normalized": True}, {"lstrip": True, "rstrip": True}],
+                         ids=lambda flags: "-".join(flags) or "none")
+@pytest.mark.parametrize("template", OWN)
+def test_what_a_template_writes_is_its_own(folders, tmp_path, template, flags):
+    """Added tokens that a template writes are control tokens though no flag says so: ids in its text, text in
+    a user's, the end of a turn, no part of an answer. Other added tokens stay as they are."""
+    name, jinja, tokens, golden = OWN[template]
+
+    def make(special):
+        folder = with_template(folders[name], tmp_path / str(special), jinja)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer.add_tokens([*tokens, "<b>", "\n\n"])
+        tokenizer.save_pretrained(folder)
+        spec = json.loads((tmp_path / str(special) / "tokenizer.json").read_text())
+        for token in spec["added_tokens"]:
+            if token["content"] in tokens:
+                token.update({"normalized": False, **flags, "special": special})
+        (tmp_path / str(special) / "tokenizer.json").write_text(json.dumps(spec))
+        return load(folder, "auto")
+    processor, flagged = make(False), make(True)
+    ids = processor.tokenizer.convert_tokens_to_ids(tokens)
+    assert_golden(processor, golden, TURNS)
+    typed = ["Say <b>\n\n" + "".join(tokens) + "!", "A" + tokens[-1] + "."]
+    for turns in (TURNS, typed):
+        assert encode(processor, turns) == encode(flagged, turns)
+    assert Counter(i for i in encode(processor, typed)[0] if i in ids) == Counter(
+        i for i in encode(processor, ["a", "b"])[0] if i in ids)
+    assert processor.stop == flagged.stop == {ids[-1], processor.tokenizer.eos_token_id}
+    assert processor.text([*ids, *processor.template.ids(typed[0]), ids[-1]]) == typed[0]
+    b = processor.tokenizer.convert_tokens_to_ids("<b>")
+    assert b in encode(processor, typed)[0] and b not in processor.template.special_ids.values()
+    assert processor.template.by_word is False  # while such tokens are left
+
+    data.save_processor(processor, make_config(), str(tmp_path))
+    again = load(tmp_path, "auto")
+    assert encode(again, typed) == encode(processor, typed) and again.stop == processor.stop
+    messages = [{"role": role, "content": said} for role, said in zip(["user", "assistant"] * 2, TURNS)]
+    peer = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages)["input_ids"]
+    expected = encode(processor, TURNS)[0]
+    assert peer[:len(expected)] == expected
+
+
 def test_auto_bos(folders, tmp_path):
     """A template without BOS gets one from a tokenizer that adds one; a template with one gets no second."""
     bare = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + eos_token }}{% endfor %}"
