@@ -249,6 +249,17 @@ def real_folder(folder):
 # templates/NAME.jinja, written as chat_template.jinja into an export; text() takes a string or transformers'
 # parts
 TEMPLATES = ("vicuna", "llama2", "llama3", "plain")
+
+
+def template_text(name):
+    """The text of a template, one of TEMPLATES or a .jinja file."""
+    path = os.path.join(TEMPLATE_DIR, f"{name}.jinja") if name in TEMPLATES else name
+    if not path.endswith(".jinja") or not os.path.isfile(path):
+        raise UserError(f"got --template {name}, need auto, {', '.join(TEMPLATES)} or a .jinja file's path")
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
 TEMPLATE_SECONDS = 5  # to render a few words, which takes milliseconds
 
 
@@ -301,16 +312,20 @@ class Template:
     ends a turn. """
 
     def __init__(self, name, tokenizer, image_token, rendered=()):
-        self.name, self.tokenizer, self.image_token = name, tokenizer, image_token
-        self.jinja = tokenizer.chat_template
-        if isinstance(self.jinja, dict):  # several, by name
-            self.jinja = self.jinja.get("default")
-        if name != "auto":
-            with open(os.path.join(TEMPLATE_DIR, f"{name}.jinja"), encoding="utf-8") as f:
-                self.jinja = f.read()
+        self.tokenizer, self.image_token = tokenizer, image_token
+        named = tokenizer.chat_template or {}
+        if isinstance(named, str):
+            named = {"default": named}
+        self.jinja = named.get("default") if name == "auto" else template_text(name)
         if not self.jinja:
             raise UserError(f"got --template auto, but {tokenizer.name_or_path} has no chat template: "
                              f"give --template {'|'.join(TEMPLATES)}")
+        # the text is what a checkpoint records: one that was trained with `plain` is read as plain
+        self.plain = self.jinja == template_text("plain")
+        if self.plain and named.get("default", self.jinja) != self.jinja:  # the LLaMA's own, for stage 2
+            named = {"original": named["default"], **named}
+        named = {**named, "default": self.jinja}
+        tokenizer.chat_template = named if len(named) > 1 else self.jinja
         self.adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         self.rendered = {tuple(roles): gaps for roles, gaps in rendered}
         self.claim_tokens()
@@ -425,7 +440,7 @@ class Template:
         """The gap behind an answer → (pieces that end the answer, pieces of what follows). A template without
         an end token (last_gap, behind the final answer, has none) gets the tokenizer's."""
         pieces = self.split(gap)
-        if self.name == "plain":
+        if self.plain:
             return pieces, []
         special, last = ([isinstance(p, int) for p in ps] for ps in (pieces, self.split(last_gap)))
         if not (any(special) and any(last)):
@@ -459,8 +474,8 @@ class Template:
                 keep = all_turns or i == len(roles) - 1
                 pieces += [(piece, keep) for piece in (content, *end)]
             elif role == "human":
+                content = IMAGE * content.count(IMAGE) if self.plain else content
                 said = re.split(f"({IMAGE})", content) if IMAGE in content else [content]
-                said = [part for part in said if part == IMAGE or self.name != "plain"]
                 pieces += [(self.image_token if part == IMAGE else part, False) for part in said]
             else:
                 pieces.append((content, False))
@@ -485,8 +500,11 @@ class Template:
 
     def render(self, conversation):
         """The prompt as text, one <image> a picture."""
-        gaps = self.gaps((*conversation.roles, "gpt"))
-        return "".join(gap + content for gap, content in zip(gaps, (*conversation.contents, ""))).rstrip(" ")
+        gaps, contents = self.gaps((*conversation.roles, "gpt")), conversation.contents
+        if self.plain:
+            contents = [IMAGE * content.count(IMAGE) if role == "human" else content
+                        for role, content in zip(conversation.roles, contents)]
+        return "".join(gap + content for gap, content in zip(gaps, (*contents, ""))).rstrip(" ")
 
 
 # ---- pictures ----
@@ -681,7 +699,8 @@ class Processor:
 
     def text(self, ids):
         """Sampled or given ids as text, without what ends them."""
-        return self.tokenizer.decode([i for i in ids if i not in self.stop], skip_special_tokens=True).strip()
+        end = len(ids) - (len(ids) > 0 and int(ids[-1]) in self.stop)
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
     def pixels(self, path):
         return to_pixels(read_picture(path), self.size, self.mode, self.mean, self.std)
@@ -728,12 +747,17 @@ def load_processor(folder, config, args, rendered=(), tower=None):
         grown = text.vocab_size, -(-len(tokenizer) // 64) * 64
         text.vocab_size = grown[1]
     template = Template(args.template, tokenizer, image_token, rendered)
-    eos = read_json(folder, "generation_config.json", {}).get("eos_token_id")
-    stop = template.stop_ids() | {tokenizer.eos_token_id} | set(eos if isinstance(eos, list) else [eos])
+    stop = template.stop_ids() | {tokenizer.eos_token_id}
+    if args.template == "auto":
+        eos = read_json(folder, "generation_config.json", {}).get("eos_token_id")
+        stop |= set(eos if isinstance(eos, list) else [eos])
+        if template.plain and os.environ.get("RANK", "0") == "0":
+            own = os.path.join(source, "additional_chat_templates", "original.jinja")
+            own = f"; its LLaMA's own: --template {own}" if os.path.isfile(own) else ""
+            print(f"{source} was trained with --template plain: using that{own}", flush=True)
     banned = {image_token, tokenizer.pad_token_id, *range(len(tokenizer), text.vocab_size)} - stop
     picture = picture_settings(folder)
     mode = args.image_mode if args.image_mode != "auto" else picture["mode"]
-    tokenizer.chat_template = template.jinja
     return Processor(
         tokenizer, template, image_token, config.image_seq_length, config.vision_config.image_size, mode,
         picture["mean"], picture["std"], tokenizer.pad_token_id, frozenset(stop - {None}), frozenset(banned),
@@ -768,8 +792,10 @@ def save_processor(processor, config, folder):
         "processor_class": "LlavaProcessor", "image_token": IMAGE,
         "patch_size": config.vision_config.patch_size, "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": config.vision_feature_select_strategy}
+    # plain's newline ends a caption, and no other answer
+    eos = processor.stop - processor.template.stop_ids() if processor.template.plain else processor.stop
     generation = {
-        "bos_token_id": processor.tokenizer.bos_token_id, "eos_token_id": sorted(processor.stop),
+        "bos_token_id": processor.tokenizer.bos_token_id, "eos_token_id": sorted(eos),
         "pad_token_id": processor.pad}
     for name, content in (("preprocessor", preprocessor), ("processor", both), ("generation", generation)):
         with open(os.path.join(folder, f"{name}_config.json"), "w", encoding="utf-8") as f:

@@ -443,6 +443,7 @@ def test_render(loaded):
     assert loaded("tiny2", "vicuna").template.render(conversation) == (
         f"<s>{CHAT}USER: <image>\nWhat? ASSISTANT:"
     )
+    assert loaded("tiny2", "plain").template.render(conversation) == "<s><image>"
     assert loaded("tiny2", "llama2").template.render(conversation) == "<s>[INST] <image>\nWhat? [/INST]"
     assert loaded("tiny3", "llama3").template.render(conversation) == (
         f"<|begin_of_text|>{USER}<image>\nWhat?{ASSISTANT}"
@@ -491,7 +492,7 @@ def encode_by_piece(template, roles, contents, answer):
             pieces += [[piece, True] for piece in (content, *end)]
         elif role == "human":
             for part in re.split("(<image>)", content):
-                if part == "<image>" or template.name != "plain":
+                if part == "<image>" or not template.plain:
                     pieces.append([template.image_token if part == "<image>" else part, False])
         else:
             pieces.append([content, False])
@@ -1945,10 +1946,11 @@ def test_tokens_present(folders, tmp_path):
 
 @pytest.mark.parametrize("eos, stop", [(5, {2, 5}), ([5, 6], {2, 5, 6}), (None, {2})])
 def test_stop_of_generation_config(folders, tmp_path, eos, stop):
-    """generation_config's end tokens stop sampling too, beside the template's and the tokenizer's."""
-    shutil.copytree(folders["tiny2"], tmp_path, dirs_exist_ok=True)
+    """With the checkpoint's own template generation_config's end tokens stop sampling too, beside the
+    template's and the tokenizer's; a template that is named brings its own."""
+    with_template(folders["tiny2"], tmp_path, LLAVA_HF)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    assert load(tmp_path).stop == stop
+    assert load(tmp_path, "auto").stop == stop and load(tmp_path, "vicuna").stop == {2}
 
 
 def test_processor_errors(folders, tmp_path):
@@ -2022,8 +2024,7 @@ def test_round_trip(folders, tmp_path, template, name, mode):
         if field.name not in ("tokenizer", "template"):
             assert getattr(again, field.name) == getattr(processor, field.name), field.name
     for turns, system, _ in GOLDEN[template]:
-        if template != "plain":  # whose dropping of words is no part of a chat template
-            assert encode(again, turns, system) == encode(processor, turns, system)
+        assert encode(again, turns, system) == encode(processor, turns, system)
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
@@ -2059,9 +2060,53 @@ def test_transformers_reads_the_export(folders, tmp_path, template, name, mode):
     saved = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert saved == {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": sorted(processor.stop),
+        "eos_token_id": [2] if template == "plain" else sorted(processor.stop),
         "pad_token_id": processor.pad,
     }
+
+
+CAPTION = ["<image>\nDescribe it.", "A red square\nA blue circle"]
+
+
+@pytest.mark.parametrize("second", ["vicuna", "own"])
+def test_two_stages(folders, tmp_path, capsys, second):
+    """LLaVA's recipe: the projector with `plain`, then another. The first stage's checkpoint is known as
+    plain's and keeps its LLaMA's own template; nothing of plain is left in the second."""
+    stage1, stage2, config = tmp_path / "1", tmp_path / "2", make_config()
+    plain = load(with_template(folders["tiny3"], tmp_path / "llama", CHATML), "plain", config)
+    data.save_processor(plain, config, str(stage1))
+    auto, original = load(stage1, "auto"), stage1 / "additional_chat_templates/original.jinja"
+    said = f"{stage1} was trained with --template plain: using that; its LLaMA's own: --template {original}\n"
+    assert said in capsys.readouterr().out
+    assert auto.stop == plain.stop and encode(auto, CAPTION) == encode(plain, CAPTION)
+    newline = plain.template.ids("\n")[0]
+    assert newline in auto.stop and auto.text(encode(auto, CAPTION)[0][2:]) == CAPTION[1]
+    eos = json.loads((stage1 / "generation_config.json").read_text())["eos_token_id"]
+    assert eos == [plain.tokenizer.eos_token_id]
+    peer = AutoProcessor.from_pretrained(stage1)  # of transformers
+    message = [{"role": "user", "content": [{"type": "image"}]}]
+    assert peer.apply_chat_template(message) == "<|begin_of_text|><image>"
+    assert peer.tokenizer.get_chat_template("original") == CHATML
+
+    template = "vicuna" if second == "vicuna" else str(original)
+    processor = load(stage1, template, config)
+    golden = load(folders["tiny3"], "vicuna") if second == "vicuna" else load(tmp_path / "llama", "auto")
+    data.save_processor(processor, config, str(stage2))
+    for again in (processor, load(stage2, "auto")):
+        ids, kept = encode(again, CAPTION)
+        assert (ids, kept) == encode(golden, CAPTION) and again.stop == golden.stop
+        answer = [i for i, keep in zip(ids, kept) if keep]
+        assert newline in answer and newline not in again.stop and again.text(answer) == CAPTION[1]
+    load(stage2, "plain")  # the LLaMA's template is still there for yet another run
+    assert (stage2 / "additional_chat_templates/original.jinja").read_text() == CHATML
+
+
+@pytest.mark.parametrize("name", ["vicunna", "no.jinja", "."])
+def test_an_unknown_template(folders, name):
+    """The error lists what there is."""
+    with pytest.raises(data.UserError, match=re.escape(
+            f"got --template {name}, need auto, vicuna, llama2, llama3, plain or a .jinja file's path")):
+        load(folders["tiny2"], name)
 
 
 # ---- 10. ranked answers ----
