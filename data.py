@@ -25,7 +25,9 @@ import json
 import os
 import re
 import reprlib
+import shutil
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -33,7 +35,7 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 IMAGE = "<image>"
@@ -242,6 +244,87 @@ def find_image(name, images_dir):
 def real_folder(folder):
     """Where a folder lies once symbolic links are followed, with a slash at its end."""
     return os.path.join(os.path.realpath(folder), "")
+
+
+# ---- tokenizers ----
+
+def load_tokenizer(folder):
+    """The tokenizer of a checkpoint folder: tokenizer.json as it stands, else tokenizer.model converted.
+    AutoTokenizer would read config.json, and rebuild a LlamaTokenizer with other ids for spaces in a row."""
+    def has(name):
+        return os.path.isfile(os.path.join(folder, name))
+    if has("tokenizer.json"):
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    if not has("tokenizer.model"):
+        raise UserError(f"{folder}: no tokenizer.json or tokenizer.model: give --tokenizer, a folder of one")
+    config = read_json(folder, "tokenizer_config.json", {})
+    with tempfile.TemporaryDirectory() as converted:  # not in the folder, which other ranks read at this time
+        rust, ends = convert_sentencepiece(os.path.join(folder, "tokenizer.model"),
+                                           config.get("add_bos_token", True))
+        rust.save(os.path.join(converted, "tokenizer.json"))
+        with open(os.path.join(converted, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+            json.dump({**ends, **config}, f)
+        for name in filter(has, ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")):
+            shutil.copy(os.path.join(folder, name), converted)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(converted)
+    tokenizer.name_or_path = folder
+    known = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+    for token, id in (known | read_json(folder, "added_tokens.json", {})).items():
+        if tokenizer.convert_tokens_to_ids(token) != id:
+            raise UserError(f"{folder}: the added token {token} is {id} there, and would become "
+                            f"{tokenizer.convert_tokens_to_ids(token)}: give --tokenizer, a folder with a "
+                            "tokenizer.json")
+    return tokenizer
+
+
+VARIED = (  # texts on which a converted tokenizer has to agree, beside every piece of its vocabulary
+    "", " ", "Hello, how", " a", "a ", "  a   b    c  ", "a\nb\n\n\tc\r\n", "In 2024: 3.14159, 1000000",
+    "naïve cafe\u0301 ﬁ Ａ²", "Привет, мир! 日本語 العربية", "👩‍👩‍👧 \x00\u200b", "</s><unk><0x41>", "a▁b▁▁c",
+    "A chat between a curious human and an artificial intelligence assistant.")
+
+
+def convert_sentencepiece(path, add_bos):
+    """A LLaMA's tokenizer.model (SentencePiece's BPE) → a Tokenizer with the same ids, and its special tokens
+    by name. Pieces merge in the order of their scores, which transformers 5 does not look at. UserError where
+    a text of VARIED or a piece gets other ids."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise UserError(f"{path}: no tokenizer.json beside it; to have it converted: "
+                        "pip install sentencepiece, then run this again") from error
+    try:
+        original = sentencepiece.SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: not a file of SentencePiece: give --tokenizer, a folder with a "
+                        "tokenizer.json") from error
+    size = range(original.get_piece_size())
+    pieces = original.id_to_piece([*size])
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    ranked = sorted((-original.get_score(i), i, ids[piece[:k]], ids[piece[k:]])
+                    for i, piece in enumerate(pieces) for k in range(1, len(piece))
+                    if piece[:k] in ids and piece[k:] in ids)
+    ends = {f"{name}_token": pieces[id] for name, id in (
+        ("bos", original.bos_id()), ("eos", original.eos_id()), ("unk", original.unk_id())) if id >= 0}
+    rust = Tokenizer(models.BPE(
+        ids, [(pieces[left], pieces[right]) for *_, left, right in ranked], unk_token=ends["unk_token"],
+        fuse_unk=True, byte_fallback=any(map(original.is_byte, size))))
+    prefix = original.encode("a", out_type=str)[0].startswith("▁")
+    rust.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
+    rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+                                     + [decoders.Strip(" ", 1, 0)] * prefix)
+    rust.add_special_tokens([pieces[i] for i in size if original.is_control(i) or original.is_unknown(i)])
+    if add_bos and "bos_token" in ends:
+        bos = ends["bos_token"]
+        rust.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ids[bos])])
+    rust.encode_special_tokens = True
+    texts = [*VARIED, *pieces]
+    coded = rust.encode_batch(texts, add_special_tokens=False)
+    for text, expected, one in zip(texts, original.encode(texts), coded):
+        if one.ids != expected:
+            raise UserError(f"{path}: cannot be converted: {text!r} is {expected} there, and would become "
+                            f"{one.ids}: give --tokenizer, a folder with a tokenizer.json")
+    return rust, ends
 
 
 # ---- templates ----
@@ -724,13 +807,11 @@ def load_processor(folder, config, args, rendered=(), tower=None):
     tower: the folder of its vision tower, if not the same. → Processor, and None or (old, new) number of
     embedding rows."""
     source = args.tokenizer or folder
-    if not os.path.isfile(os.path.join(source, "tokenizer.json")):
-        raise UserError(
-            f"{source}: no tokenizer.json; make one: python -c \"from transformers import AutoTokenizer; "
-            f"AutoTokenizer.from_pretrained('{source}').save_pretrained('DIR')\" and give --tokenizer DIR")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     if not tokenizer.chat_template:  # older processors kept it in a file of its own
         tokenizer.chat_template = read_json(folder, "chat_template.json", {}).get("chat_template")
+    if tokenizer.eos_token is None:
+        raise UserError(f"{source}: tokenizer_config.json names no eos_token, need one: write it there")
     pad = tokenizer.pad_token or "<pad>"
     new = [token for token in (IMAGE, pad) if token not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"pad_token": pad, "additional_special_tokens": [IMAGE]},

@@ -16,6 +16,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -1944,6 +1945,102 @@ def test_tokens_present(folders, tmp_path):
     assert "<other>" in processor.template.special_ids
 
 
+# a config.json of LLaVA's own code
+ORIGINAL = {"model_type": "llava", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("name", [*LIKE2, *LIKE3])
+def test_tokenizer_json_is_read_as_it_stands(folders, tmp_path, name, kind):
+    """Whatever class its configuration names, and beside a config.json that transformers cannot read."""
+    shutil.copytree(folders[name], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": kind}))
+    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
+    tokenizer = data.load_tokenizer(str(tmp_path))
+    expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.backend_tokenizer.to_str() == expected.to_str()
+    assert [tokenizer.bos_token, tokenizer.eos_token] == [config["bos_token"], config["eos_token"]]
+    for text in data.VARIED:
+        assert tokenizer(text).input_ids == expected.encode(text).ids
+
+
+def train_sentencepiece(folder, **options):
+    """A tokenizer.model of LLaMA's kind alone in a folder, with pieces that are runs of spaces."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file, lines = io.BytesIO(), [line.replace("\n", " ").replace(",", ",   ") for line in CORPUS]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=file, minloglevel=2, **{
+            "model_type": "bpe", "vocab_size": 400, "byte_fallback": True,
+            "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+            "allow_whitespace_only_pieces": True, **options})
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(file.getvalue())
+    (folder / "config.json").write_text(json.dumps(ORIGINAL))
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_is_converted(tmp_path, prefix):
+    """tokenizer.model alone: SentencePiece's own ids for any text, the added tokens' ids, the golden ids of a
+    template, nothing written beside it, and an export that transformers reads with the same ids."""
+    folder, out = tmp_path / "llava", tmp_path / "out"
+    original = train_sentencepiece(folder, add_dummy_prefix=prefix)
+    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 401, "<pad>": 400}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    files, config = sorted(folder.iterdir()), make_config()
+    processor = load(folder, config=config)
+    assert sorted(folder.iterdir()) == files
+    tokenizer, rng = processor.tokenizer, random.Random(0)
+    tokens = ["<s>", "</s>", "<pad>", "<extra>", "<image>"]
+    assert tokenizer.convert_tokens_to_ids(tokens) == [1, 2, 400, 401, 402]
+    assert processor.pad == 400 and processor.stop == {2}
+    assert tokenizer("a").input_ids == [1, *original.encode("a")]
+    data.save_processor(processor, config, str(out))
+    peer = AutoTokenizer.from_pretrained(out)
+    words = [" ", "  ", "   ", "\n", "▁", "</s>", "e\u0301", "ﬁ", "日", "👩‍👩‍👧", "7"]
+    words += " ".join(CORPUS).split()
+    for _ in range(300):
+        text = "".join(rng.choices(words, k=rng.randrange(9)))
+        expected = original.encode(text)
+        assert processor.template.ids(text) == expected
+        assert peer(text, add_special_tokens=False, split_special_tokens=True).input_ids == expected
+        assert tokenizer.decode(expected) == original.decode(expected)
+    turns, _, golden = GOLDEN["vicuna"][0]
+    assert_golden(processor, golden, turns)
+
+
+NOT_CONVERTED = {  # case: (what the model is trained with, added tokens, what the error says)
+    "normalised": ({"normalization_rule_name": "nmt_nfkc"}, {}, "cannot be converted: "),
+    "spaces": ({"remove_extra_whitespaces": True}, {}, "cannot be converted: ' ' is "),
+    "unigram": ({"model_type": "unigram", "vocab_size": 330}, {}, "cannot be converted: "),
+    "symbols": ({"user_defined_symbols": ["<|im_start|>"]}, {}, "cannot be converted: "),
+    "added": ({}, {"<extra>": 405}, "the added token <extra> is 405 there, and would become 400"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_CONVERTED)
+def test_sentencepiece_that_cannot_be_converted(tmp_path, case):
+    """Other ids than SentencePiece's are an error, never used."""
+    options, added, words = NOT_CONVERTED[case]
+    train_sentencepiece(tmp_path, **options)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(data.UserError, match=f"{words}.*: give --tokenizer, a folder with a tokenizer.json"):
+        load(tmp_path)
+
+
+def test_sentencepiece_is_missing(tmp_path, monkeypatch):
+    """The error has the command that helps. A tokenizer.model of another kind is named."""
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # LLaMA-3's is of another kind
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sentencepiece", None)
+        with pytest.raises(data.UserError, match="converted: pip install sentencepiece, then run this again"):
+            load(tmp_path)
+    pytest.importorskip("sentencepiece")
+    with pytest.raises(data.UserError, match="not a file of SentencePiece: give --tokenizer, a folder with"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("eos, stop", [(5, {2, 5}), ([5, 6], {2, 5, 6}), (None, {2})])
 def test_stop_of_generation_config(folders, tmp_path, eos, stop):
     """With the checkpoint's own template generation_config's end tokens stop sampling too, beside the
@@ -1955,7 +2052,7 @@ def test_stop_of_generation_config(folders, tmp_path, eos, stop):
 
 def test_processor_errors(folders, tmp_path):
     """A tokenizer that is missing, of another checkpoint or too big is an error that says so."""
-    with pytest.raises(ValueError, match=r"no tokenizer\.json; make one: python -c .*--tokenizer DIR"):
+    with pytest.raises(data.UserError, match=r"no tokenizer\.json or tokenizer\.model: give --tokenizer, a "):
         load(tmp_path)
     with pytest.raises(
         ValueError, match="image_token_index is 32000: the tokenizer is of another checkpoint"

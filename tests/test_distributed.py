@@ -529,7 +529,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--model {}/llama": "got --model of the kind 'llama', need a LLaVA; give a LLaMA as --llm",
         "--model {}/images": "no config.json: need a checkpoint folder",
         "--model {}/bad_config": "bad_config/config.json",
-        "--model {}/no_tokenizer": "no tokenizer.json; make one: python -c",
+        "--model {}/no_tokenizer": "no tokenizer.json or tokenizer.model: give --tokenizer",
         "--model {}/other_token": "the tokenizer is of another checkpoint",
         "--model {}/no_template": "has no chat template: give --template vicuna|llama2|llama3|pl",
         "--model {}/cut": "cut/model.safetensors",
