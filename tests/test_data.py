@@ -15,6 +15,7 @@ import random
 import re
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -705,7 +706,8 @@ def test_what_a_template_writes_is_its_own(folders, tmp_path, template, flags):
     assert Counter(i for i in encode(processor, typed)[0] if i in ids) == Counter(
         i for i in encode(processor, ["a", "b"])[0] if i in ids)
     assert processor.stop == flagged.stop == {ids[-1], processor.tokenizer.eos_token_id}
-    assert processor.text([*ids, *processor.template.ids(typed[0]), ids[-1]]) == typed[0]
+    for one in (processor, flagged):
+        assert one.text([*ids, *one.template.ids(typed[0]), ids[-1]]) == typed[0]
     b = processor.tokenizer.convert_tokens_to_ids("<b>")
     assert b in encode(processor, typed)[0] and b not in processor.template.special_ids.values()
     assert processor.template.by_word is False  # while such tokens are left
@@ -1966,7 +1968,7 @@ def test_tokenizer_json_is_read_as_it_stands(folders, tmp_path, name, kind):
 
 
 def train_sentencepiece(folder, **options):
-    """A tokenizer.model of LLaMA's kind alone in a folder, with pieces that are runs of spaces."""
+    """A tokenizer.model of LLaMA's kind alone in a folder: runs of spaces have the lowest scores."""
     sentencepiece = pytest.importorskip("sentencepiece")
     file, lines = io.BytesIO(), [line.replace("\n", " ").replace(",", ",   ") for line in CORPUS]
     sentencepiece.SentencePieceTrainer.train(
@@ -1974,8 +1976,12 @@ def train_sentencepiece(folder, **options):
             "model_type": "bpe", "vocab_size": 400, "byte_fallback": True,
             "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
             "allow_whitespace_only_pieces": True, **options})
+    run = "▁▁".encode()  # a piece is a string, and its score as a float
+    model, found = re.subn(b"\n" + bytes([len(run)]) + run + b"\x15....",
+                           lambda m: m[0][:-4] + struct.pack("<f", -1e9), file.getvalue(), flags=re.DOTALL)
+    assert found or options
     folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(file.getvalue())
+    (folder / "tokenizer.model").write_bytes(model)
     (folder / "config.json").write_text(json.dumps(ORIGINAL))
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
