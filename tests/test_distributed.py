@@ -532,6 +532,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--model {}/no_tokenizer": "no tokenizer.json or tokenizer.model: give --tokenizer",
         "--model {}/other_token": "the tokenizer is of another checkpoint",
         "--model {}/no_template": "has no chat template: give --template vicuna|llama2|llama3|pl",
+        "--template vicunna": "got --template vicunna, need auto, vicuna, llama2, llama3, plain or a .jinja",
         "--model {}/cut": "cut/model.safetensors",
         "--model model --llm model": "got --model and --llm",
         "--data {}/nowhere.json": "need a .json, .jsonl or .txt file: no such file",
