@@ -25,7 +25,9 @@ import json
 import os
 import re
 import reprlib
+import shutil
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -33,7 +35,8 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 IMAGE = "<image>"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -322,11 +325,103 @@ def real_folder(folder):
     return os.path.join(os.path.realpath(folder), "")
 
 
+# ---- tokenizers ----
+
+def load_tokenizer(folder):
+    """The tokenizer of a checkpoint folder: tokenizer.json as it stands, else tokenizer.model converted.
+    AutoTokenizer would read config.json, and rebuild a LlamaTokenizer with other ids for spaces in a row."""
+    def has(name):
+        return os.path.isfile(os.path.join(folder, name))
+    if has("tokenizer.json"):
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    if not has("tokenizer.model"):
+        raise UserError(f"{folder}: no tokenizer.json or tokenizer.model: give --tokenizer, a folder of one")
+    config = read_json(folder, "tokenizer_config.json", {})
+    with tempfile.TemporaryDirectory() as converted:  # not in the folder, which other ranks read at this time
+        rust, ends = convert_sentencepiece(os.path.join(folder, "tokenizer.model"),
+                                           config.get("add_bos_token", True))
+        rust.save(os.path.join(converted, "tokenizer.json"))
+        with open(os.path.join(converted, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+            json.dump({**ends, **config}, f)
+        for name in filter(has, ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")):
+            shutil.copy(os.path.join(folder, name), converted)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(converted)
+    tokenizer.name_or_path = folder
+    known = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+    for token, id in (known | read_json(folder, "added_tokens.json", {})).items():
+        if tokenizer.convert_tokens_to_ids(token) != id:
+            raise UserError(f"{folder}: the added token {token} is {id} there, and would become "
+                            f"{tokenizer.convert_tokens_to_ids(token)}: give --tokenizer, a folder with a "
+                            "tokenizer.json")
+    return tokenizer
+
+
+VARIED = (  # texts on which a converted tokenizer has to agree, beside every piece of its vocabulary
+    "", " ", "Hello, how", " a", "a ", "  a   b    c  ", "a\nb\n\n\tc\r\n", "In 2024: 3.14159, 1000000",
+    "naïve cafe\u0301 ﬁ Ａ²", "Привет, мир! 日本語 العربية", "👩‍👩‍👧 \x00\u200b", "</s><unk><0x41>", "a▁b▁▁c",
+    "A chat between a curious human and an artificial intelligence assistant.")
+
+
+def convert_sentencepiece(path, add_bos):
+    """A LLaMA's tokenizer.model (SentencePiece's BPE) → a Tokenizer with the same ids, and its special tokens
+    by name. Pieces merge in the order of their scores, which transformers 5 does not look at. UserError where
+    a text of VARIED or a piece gets other ids."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise UserError(f"{path}: no tokenizer.json beside it; to have it converted: "
+                        "pip install sentencepiece, then run this again") from error
+    try:
+        original = sentencepiece.SentencePieceProcessor(model_file=path)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: not a file of SentencePiece: give --tokenizer, a folder with a "
+                        "tokenizer.json") from error
+    size = range(original.get_piece_size())
+    pieces = original.id_to_piece([*size])
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    ranked = sorted((-original.get_score(i), i, ids[piece[:k]], ids[piece[k:]])
+                    for i, piece in enumerate(pieces) for k in range(1, len(piece))
+                    if piece[:k] in ids and piece[k:] in ids)
+    ends = {f"{name}_token": pieces[id] for name, id in (
+        ("bos", original.bos_id()), ("eos", original.eos_id()), ("unk", original.unk_id())) if id >= 0}
+    rust = Tokenizer(models.BPE(
+        ids, [(pieces[left], pieces[right]) for *_, left, right in ranked], unk_token=ends["unk_token"],
+        fuse_unk=True, byte_fallback=any(map(original.is_byte, size))))
+    prefix = original.encode("a", out_type=str)[0].startswith("▁")
+    rust.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")])
+    rust.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+                                     + [decoders.Strip(" ", 1, 0)] * prefix)
+    rust.add_special_tokens([pieces[i] for i in size if original.is_control(i) or original.is_unknown(i)])
+    if add_bos and "bos_token" in ends:
+        bos = ends["bos_token"]
+        rust.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ids[bos])])
+    rust.encode_special_tokens = True
+    texts = [*VARIED, *pieces]
+    coded = rust.encode_batch(texts, add_special_tokens=False)
+    for text, expected, one in zip(texts, original.encode(texts), coded):
+        if one.ids != expected:
+            raise UserError(f"{path}: cannot be converted: {text!r} is {expected} there, and would become "
+                            f"{one.ids}: give --tokenizer, a folder with a tokenizer.json")
+    return rust, ends
+
+
 # ---- templates ----
 
 # templates/NAME.jinja, written as chat_template.jinja into an export; text() takes a string or transformers'
 # parts
 TEMPLATES = ("vicuna", "llama2", "llama3", "plain")
+
+
+def template_text(name):
+    """The text of a template, one of TEMPLATES or a .jinja file."""
+    path = os.path.join(TEMPLATE_DIR, f"{name}.jinja") if name in TEMPLATES else name
+    if not path.endswith(".jinja") or not os.path.isfile(path):
+        raise UserError(f"got --template {name}, need auto, {', '.join(TEMPLATES)} or a .jinja file's path")
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
 TEMPLATE_SECONDS = 5  # to render a few words, which takes milliseconds
 
 
@@ -361,6 +456,16 @@ def words_are_apart(tokenizer):
             and not any("▁" in token.lstrip("▁") for token in bpe["vocab"]))
 
 
+TURN = ("human", "gpt")
+
+
+def any_token(tokens):
+    """What matches one of the AddedTokens, the longest first, with the white space that it swallows."""
+    patterns = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip
+                for t in sorted(tokens, key=lambda t: -len(t.content))]
+    return re.compile(f"({'|'.join(patterns)})")
+
+
 class Template:
     """A chat template as the text between messages, and tokenisation piece by piece.
 
@@ -369,27 +474,47 @@ class Template:
     ends a turn. """
 
     def __init__(self, name, tokenizer, image_token, rendered=()):
-        self.name, self.tokenizer, self.image_token = name, tokenizer, image_token
-        self.jinja = tokenizer.chat_template
-        if isinstance(self.jinja, dict):  # several, by name
-            self.jinja = self.jinja.get("default")
-        if name != "auto":
-            with open(os.path.join(TEMPLATE_DIR, f"{name}.jinja"), encoding="utf-8") as f:
-                self.jinja = f.read()
+        self.tokenizer, self.image_token = tokenizer, image_token
+        named = tokenizer.chat_template or {}
+        if isinstance(named, str):
+            named = {"default": named}
+        self.jinja = named.get("default") if name == "auto" else template_text(name)
         if not self.jinja:
             raise UserError(f"got --template auto, but {tokenizer.name_or_path} has no chat template: "
                              f"give --template {'|'.join(TEMPLATES)}")
-        specials = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        self.special_ids = specials
-        longest_first = sorted(specials, key=len, reverse=True)
-        self.specials = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        # the text is what a checkpoint records: one that was trained with `plain` is read as plain
+        self.plain = self.jinja == template_text("plain")
+        if self.plain and named.get("default", self.jinja) != self.jinja:  # the LLaMA's own, for stage 2
+            named = {"original": named["default"], **named}
+        named = {**named, "default": self.jinja}
+        tokenizer.chat_template = named if len(named) > 1 else self.jinja
+        self.adds_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        self.rendered = {tuple(roles): gaps for roles, gaps in rendered}
+        self.claim_tokens()
+        specials = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.special_ids = {t.content: i for i, t in specials.items()}
+        self.specials = any_token(specials.values())
         self.by_word, self.known, self.wanted = words_are_apart(tokenizer), {}, None
         # a tokenizer of the SentencePiece kind puts a space in front of every text by itself
         self.prefixes = tokenizer.convert_ids_to_tokens(self.ids("a"))[0].startswith("▁")
-        self.adds_bos = self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
-        self.rendered = {tuple(roles): gaps for roles, gaps in rendered}
         self.frame = functools.lru_cache(maxsize=256)(self.frame)
         self.piece_ids = functools.lru_cache(maxsize=1024)(self.piece_ids)  # the template's own come again
+
+    def claim_tokens(self):
+        """Makes each added token that the template writes a special one: an id in the template's text, text
+        in a user's, no part of a decoded answer. Runs of spaces stay as they are: people write them too."""
+        written = [*itertools.chain(self.gaps(TURN), *self.rendered.values())]
+        for roles in (2 * TURN, ("system", *TURN), ("system", *2 * TURN)):
+            with contextlib.suppress(UserError):  # no template has to have a system turn
+                written += self.rendered.get(roles) or self.render_gaps(roles)
+        added = [t for t in self.tokenizer.added_tokens_decoder.values() if t.content.strip()]
+        found = {token.strip() for gap in written for token in any_token(added).findall(gap)}
+        if any(t.content.strip() in found and (t.normalized or not t.special) for t in added):
+            spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            for token in spec["added_tokens"]:
+                if token["content"].strip() in found:  # a normalised one is not found behind a word
+                    token.update(special=True, normalized=False)
+            self.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
 
     def gaps(self, roles):
         """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1], rendered
@@ -470,13 +595,14 @@ class Template:
 
     def split(self, gap):
         """A template's own text → pieces: texts and the ids of its special tokens."""
-        return [self.special_ids.get(piece, piece) for piece in self.specials.split(gap) if piece]
+        return [self.special_ids.get(piece, self.special_ids.get(piece.strip(), piece))
+                for piece in self.specials.split(gap) if piece]
 
     def after_answer(self, gap, last_gap):
         """The gap behind an answer → (pieces that end the answer, pieces of what follows). A template without
         an end token (last_gap, behind the final answer, has none) gets the tokenizer's."""
         pieces = self.split(gap)
-        if self.name == "plain":
+        if self.plain:
             return pieces, []
         special, last = ([isinstance(p, int) for p in ps] for ps in (pieces, self.split(last_gap)))
         if not (any(special) and any(last)):
@@ -510,8 +636,8 @@ class Template:
                 keep = all_turns or i == len(roles) - 1
                 pieces += [(piece, keep) for piece in (content, *end)]
             elif role == "human":
+                content = IMAGE * content.count(IMAGE) if self.plain else content
                 said = re.split(f"({IMAGE})", content) if IMAGE in content else [content]
-                said = [part for part in said if part == IMAGE or self.name != "plain"]
                 pieces += [(self.image_token if part == IMAGE else part, False) for part in said]
             else:
                 pieces.append((content, False))
@@ -536,8 +662,11 @@ class Template:
 
     def render(self, conversation):
         """The prompt as text, one <image> a picture."""
-        gaps = self.gaps((*conversation.roles, "gpt"))
-        return "".join(gap + content for gap, content in zip(gaps, (*conversation.contents, ""))).rstrip(" ")
+        gaps, contents = self.gaps((*conversation.roles, "gpt")), conversation.contents
+        if self.plain:
+            contents = [IMAGE * content.count(IMAGE) if role == "human" else content
+                        for role, content in zip(conversation.roles, contents)]
+        return "".join(gap + content for gap, content in zip(gaps, (*contents, ""))).rstrip(" ")
 
 
 # ---- pictures ----
@@ -740,7 +869,8 @@ class Processor:
 
     def text(self, ids):
         """Sampled or given ids as text, without what ends them."""
-        return self.tokenizer.decode([i for i in ids if i not in self.stop], skip_special_tokens=True).strip()
+        end = len(ids) - (len(ids) > 0 and int(ids[-1]) in self.stop)
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
     def pixels(self, path):
         return to_pixels(read_picture(path), *self.pictures[1:])
@@ -764,13 +894,11 @@ def load_processor(folder, config, args, rendered=(), tower=None):
     tower: the folder of its vision tower, if not the same. → Processor, and None or (old, new) number of
     embedding rows."""
     source = args.tokenizer or folder
-    if not os.path.isfile(os.path.join(source, "tokenizer.json")):
-        raise UserError(
-            f"{source}: no tokenizer.json; make one: python -c \"from transformers import AutoTokenizer; "
-            f"AutoTokenizer.from_pretrained('{source}').save_pretrained('DIR')\" and give --tokenizer DIR")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     if not tokenizer.chat_template:  # older processors kept it in a file of its own
         tokenizer.chat_template = read_json(folder, "chat_template.json", {}).get("chat_template")
+    if tokenizer.eos_token is None:
+        raise UserError(f"{source}: tokenizer_config.json names no eos_token, need one: write it there")
     pad = tokenizer.pad_token or "<pad>"
     new = [token for token in (IMAGE, pad) if token not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"pad_token": pad, "additional_special_tokens": [IMAGE]},
@@ -787,12 +915,17 @@ def load_processor(folder, config, args, rendered=(), tower=None):
         grown = text.vocab_size, -(-len(tokenizer) // 64) * 64
         text.vocab_size = grown[1]
     template = Template(args.template, tokenizer, image_token, rendered)
-    eos = read_json(folder, "generation_config.json", {}).get("eos_token_id")
-    stop = template.stop_ids() | {tokenizer.eos_token_id} | set(eos if isinstance(eos, list) else [eos])
+    stop = template.stop_ids() | {tokenizer.eos_token_id}
+    if args.template == "auto":
+        eos = read_json(folder, "generation_config.json", {}).get("eos_token_id")
+        stop |= set(eos if isinstance(eos, list) else [eos])
+        if template.plain and os.environ.get("RANK", "0") == "0":
+            own = os.path.join(source, "additional_chat_templates", "original.jinja")
+            own = f"; its LLaMA's own: --template {own}" if os.path.isfile(own) else ""
+            print(f"{source} was trained with --template plain: using that{own}", flush=True)
     banned = {image_token, tokenizer.pad_token_id, *range(len(tokenizer), text.vocab_size)} - stop
     size = config.vision_config.image_size
     pictures = picture_settings(folder, tower or folder, size, args.image_mode)
-    tokenizer.chat_template = template.jinja
     return Processor(
         tokenizer, template, image_token, config.image_seq_length, size, *pictures, tokenizer.pad_token_id,
         frozenset(stop - {None}), frozenset(banned), args.max_len), grown
@@ -913,8 +1046,10 @@ def save_processor(processor, config, folder):
         "processor_class": "LlavaProcessor", "image_token": IMAGE,
         "patch_size": config.vision_config.patch_size, "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": config.vision_feature_select_strategy}
+    # plain's newline ends a caption, and no other answer
+    eos = processor.stop - processor.template.stop_ids() if processor.template.plain else processor.stop
     generation = {
-        "bos_token_id": processor.tokenizer.bos_token_id, "eos_token_id": sorted(processor.stop),
+        "bos_token_id": processor.tokenizer.bos_token_id, "eos_token_id": sorted(eos),
         "pad_token_id": processor.pad}
     for name, content in (("preprocessor", preprocessor), ("processor", both), ("generation", generation)):
         with open(os.path.join(folder, f"{name}_config.json"), "w", encoding="utf-8") as f:

@@ -70,7 +70,8 @@ def arguments(parser, training=True):
     add("--clip", help="CLIP for --llm, or in place of an original LLaVA's mm_vision_tower")
     add("--projector", choices=["mlp2x_gelu", "linear"], default="mlp2x_gelu", help="the fresh one of --llm")
     add("--tokenizer", help="tokenizer folder, if not the checkpoint's")
-    add("--template", choices=["auto", *data.TEMPLATES], default="auto", help="auto: the checkpoint's own")
+    add("--template", default="auto",
+        help=f"{', '.join(data.TEMPLATES)}, or a .jinja file (default: the checkpoint's own)")
     add("--image_mode", choices=["auto", "crop", "pad"], default="auto", help="crop, or pad to a square")
     add("--dtype", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
         help="of computation and export (default: bf16 on GPUs, fp32 on CPUs)")
@@ -138,6 +139,8 @@ def parse(parser, data_file, shapes, argv=None):
         parser.error("got --model and --llm: give a whole LLaVA, or a LLaMA with --clip")
     if not args.data:
         parser.error("--data is needed with --model: a file of rows (README: data format)")
+    if args.template != "auto":
+        data.template_text(args.template)  # raises where there is none
     if getattr(args, "save_adapter", False) and not (args.lora_rank and args.model):
         parser.error("got --save_adapter, need --lora_rank, and --model: the adapter is put on that LLaVA")
     name = os.path.splitext(os.path.basename(parser.prog))[0]
@@ -725,7 +728,7 @@ def fingerprint(folders):
     of 4 KB each, so that a copy is the same and other weights are not."""
     seen = hashlib.sha256()
     for folder in folders:
-        for kind in ("*.safetensors", "*.bin", "*.index.json", "*config.json", "*token*.json", "*template*"):
+        for kind in ("*.safetensors", "*.bin", "*.index.json", "*config.json", "*token*", "chat_template*"):
             for path in sorted(glob.glob(os.path.join(folder, kind))):
                 size = os.path.getsize(path)
                 seen.update(f"{os.path.basename(path)} {size}".encode())
@@ -1277,7 +1280,8 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
         config.save_pretrained(part)
         if len(files) > 1:
             write_json(os.path.join(part, "model.safetensors.index.json"), index)
-        shutil.rmtree(os.path.join(args.out, "adapter"), ignore_errors=True)
+        for folder in ("adapter", "additional_chat_templates"):
+            shutil.rmtree(os.path.join(args.out, folder), ignore_errors=True)
         for path in glob.glob(os.path.join(args.out, "model*.safetensors*")):
             os.remove(path)
         for name in os.listdir(part):

@@ -15,7 +15,9 @@ import random
 import re
 import resource
 import shutil
+import struct
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -443,6 +445,7 @@ def test_render(loaded):
     assert loaded("tiny2", "vicuna").template.render(conversation) == (
         f"<s>{CHAT}USER: <image>\nWhat? ASSISTANT:"
     )
+    assert loaded("tiny2", "plain").template.render(conversation) == "<s><image>"
     assert loaded("tiny2", "llama2").template.render(conversation) == "<s>[INST] <image>\nWhat? [/INST]"
     assert loaded("tiny3", "llama3").template.render(conversation) == (
         f"<|begin_of_text|>{USER}<image>\nWhat?{ASSISTANT}"
@@ -491,7 +494,7 @@ def encode_by_piece(template, roles, contents, answer):
             pieces += [[piece, True] for piece in (content, *end)]
         elif role == "human":
             for part in re.split("(<image>)", content):
-                if part == "<image>" or template.name != "plain":
+                if part == "<image>" or not template.plain:
                     pieces.append([template.image_token if part == "<image>" else part, False])
         else:
             pieces.append([content, False])
@@ -657,6 +660,65 @@ def test_auto(folders, tmp_path, jinja, name, stop, golden, where):
         tokenizer.convert_tokens_to_ids(token.replace("</s>", tokenizer.eos_token)) for token in stop
     }
     assert tokenizer.chat_template == jinja  # what an export will hold
+
+
+ROLES = """{{ bos_token }}{% for m in messages %}\
+{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"""  # Phi-3's and Zephyr's kind
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+OWN = {  # template: (tokenizer, its text, its tokens, how two turns read)
+    "chatml": ("tiny2", "{{ bos_token }}" + CHATML, ["<|im_start|>", "<|im_end|>"],
+               f"<s>{IM_USER}What is it?{IM_ANSWER}«A cat<|im_end|>»\n{IM_USER}Which colour?{IM_ANSWER}"
+               "«Black<|im_end|>»"),
+    "llama3": ("tiny3", NO_SYSTEM + LLAMA3, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+               f"<s>{USER}What is it?{ASSISTANT}«A cat<|eot_id|>»{USER}Which colour?{ASSISTANT}"
+               "«Black<|eot_id|>»"),
+    "roles": ("tiny2", ROLES, ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+              "<s><|user|>\nWhat is it?<|end|>\n<|assistant|>\n«A cat<|end|>»\n<|user|>\nWhich colour?<|end|>"
+              "\n<|assistant|>\n«Black<|end|>»"),
+}
+
+
+@pytest.mark.parametrize("flags", [{}, {"normalized": True}, {"lstrip": True, "rstrip": True}],
+                         ids=lambda flags: "-".join(flags) or "none")
+@pytest.mark.parametrize("template", OWN)
+def test_what_a_template_writes_is_its_own(folders, tmp_path, template, flags):
+    """Added tokens that a template writes are control tokens though no flag says so: ids in its text, text in
+    a user's, the end of a turn, no part of an answer. Other added tokens stay as they are."""
+    name, jinja, tokens, golden = OWN[template]
+
+    def make(special):
+        folder = with_template(folders[name], tmp_path / str(special), jinja)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer.add_tokens([*tokens, "<b>", "\n\n"])
+        tokenizer.save_pretrained(folder)
+        spec = json.loads((tmp_path / str(special) / "tokenizer.json").read_text())
+        for token in spec["added_tokens"]:
+            if token["content"] in tokens:
+                token.update({"normalized": False, **flags, "special": special})
+        (tmp_path / str(special) / "tokenizer.json").write_text(json.dumps(spec))
+        return load(folder, "auto")
+    processor, flagged = make(False), make(True)
+    ids = processor.tokenizer.convert_tokens_to_ids(tokens)
+    assert_golden(processor, golden, TURNS)
+    typed = ["Say <b>\n\n" + "".join(tokens) + "!", "A" + tokens[-1] + "."]
+    for turns in (TURNS, typed):
+        assert encode(processor, turns) == encode(flagged, turns)
+    assert Counter(i for i in encode(processor, typed)[0] if i in ids) == Counter(
+        i for i in encode(processor, ["a", "b"])[0] if i in ids)
+    assert processor.stop == flagged.stop == {ids[-1], processor.tokenizer.eos_token_id}
+    for one in (processor, flagged):
+        assert one.text([*ids, *one.template.ids(typed[0]), ids[-1]]) == typed[0]
+    b = processor.tokenizer.convert_tokens_to_ids("<b>")
+    assert b in encode(processor, typed)[0] and b not in processor.template.special_ids.values()
+    assert processor.template.by_word is False  # while such tokens are left
+
+    data.save_processor(processor, make_config(), str(tmp_path))
+    again = load(tmp_path, "auto")
+    assert encode(again, typed) == encode(processor, typed) and again.stop == processor.stop
+    messages = [{"role": role, "content": said} for role, said in zip(["user", "assistant"] * 2, TURNS)]
+    peer = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages)["input_ids"]
+    expected = encode(processor, TURNS)[0]
+    assert peer[:len(expected)] == expected
 
 
 def test_auto_bos(folders, tmp_path):
@@ -1981,17 +2043,118 @@ def test_tokens_present(folders, tmp_path):
     assert "<other>" in processor.template.special_ids
 
 
+# a config.json of LLaVA's own code
+ORIGINAL = {"model_type": "llava", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("name", [*LIKE2, *LIKE3])
+def test_tokenizer_json_is_read_as_it_stands(folders, tmp_path, name, kind):
+    """Whatever class its configuration names, and beside a config.json that transformers cannot read."""
+    shutil.copytree(folders[name], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": kind}))
+    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
+    tokenizer = data.load_tokenizer(str(tmp_path))
+    expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.backend_tokenizer.to_str() == expected.to_str()
+    assert [tokenizer.bos_token, tokenizer.eos_token] == [config["bos_token"], config["eos_token"]]
+    for text in data.VARIED:
+        assert tokenizer(text).input_ids == expected.encode(text).ids
+
+
+def train_sentencepiece(folder, **options):
+    """A tokenizer.model of LLaMA's kind alone in a folder: runs of spaces have the lowest scores."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file, lines = io.BytesIO(), [line.replace("\n", " ").replace(",", ",   ") for line in CORPUS]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=file, minloglevel=2, **{
+            "model_type": "bpe", "vocab_size": 400, "byte_fallback": True,
+            "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+            "allow_whitespace_only_pieces": True, **options})
+    run = "▁▁".encode()  # a piece is a string, and its score as a float
+    model, found = re.subn(b"\n" + bytes([len(run)]) + run + b"\x15....",
+                           lambda m: m[0][:-4] + struct.pack("<f", -1e9), file.getvalue(), flags=re.DOTALL)
+    assert found or options
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model)
+    (folder / "config.json").write_text(json.dumps(ORIGINAL))
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_is_converted(tmp_path, prefix):
+    """tokenizer.model alone: SentencePiece's own ids for any text, the added tokens' ids, the golden ids of a
+    template, nothing written beside it, and an export that transformers reads with the same ids."""
+    folder, out = tmp_path / "llava", tmp_path / "out"
+    original = train_sentencepiece(folder, add_dummy_prefix=prefix)
+    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 401, "<pad>": 400}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    files, config = sorted(folder.iterdir()), make_config()
+    processor = load(folder, config=config)
+    assert sorted(folder.iterdir()) == files
+    tokenizer, rng = processor.tokenizer, random.Random(0)
+    tokens = ["<s>", "</s>", "<pad>", "<extra>", "<image>"]
+    assert tokenizer.convert_tokens_to_ids(tokens) == [1, 2, 400, 401, 402]
+    assert processor.pad == 400 and processor.stop == {2}
+    assert tokenizer("a").input_ids == [1, *original.encode("a")]
+    data.save_processor(processor, config, str(out))
+    peer = AutoTokenizer.from_pretrained(out)
+    words = [" ", "  ", "   ", "\n", "▁", "</s>", "e\u0301", "ﬁ", "日", "👩‍👩‍👧", "7"]
+    words += " ".join(CORPUS).split()
+    for _ in range(300):
+        text = "".join(rng.choices(words, k=rng.randrange(9)))
+        expected = original.encode(text)
+        assert processor.template.ids(text) == expected
+        assert peer(text, add_special_tokens=False, split_special_tokens=True).input_ids == expected
+        assert tokenizer.decode(expected) == original.decode(expected)
+    turns, _, golden = GOLDEN["vicuna"][0]
+    assert_golden(processor, golden, turns)
+
+
+NOT_CONVERTED = {  # case: (what the model is trained with, added tokens, what the error says)
+    "normalised": ({"normalization_rule_name": "nmt_nfkc"}, {}, "cannot be converted: "),
+    "spaces": ({"remove_extra_whitespaces": True}, {}, "cannot be converted: ' ' is "),
+    "unigram": ({"model_type": "unigram", "vocab_size": 330}, {}, "cannot be converted: "),
+    "symbols": ({"user_defined_symbols": ["<|im_start|>"]}, {}, "cannot be converted: "),
+    "added": ({}, {"<extra>": 405}, "the added token <extra> is 405 there, and would become 400"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_CONVERTED)
+def test_sentencepiece_that_cannot_be_converted(tmp_path, case):
+    """Other ids than SentencePiece's are an error, never used."""
+    options, added, words = NOT_CONVERTED[case]
+    train_sentencepiece(tmp_path, **options)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(data.UserError, match=f"{words}.*: give --tokenizer, a folder with a tokenizer.json"):
+        load(tmp_path)
+
+
+def test_sentencepiece_is_missing(tmp_path, monkeypatch):
+    """The error has the command that helps. A tokenizer.model of another kind is named."""
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # LLaMA-3's is of another kind
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sentencepiece", None)
+        with pytest.raises(data.UserError, match="converted: pip install sentencepiece, then run this again"):
+            load(tmp_path)
+    pytest.importorskip("sentencepiece")
+    with pytest.raises(data.UserError, match="not a file of SentencePiece: give --tokenizer, a folder with"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("eos, stop", [(5, {2, 5}), ([5, 6], {2, 5, 6}), (None, {2})])
 def test_stop_of_generation_config(folders, tmp_path, eos, stop):
-    """generation_config's end tokens stop sampling too, beside the template's and the tokenizer's."""
-    shutil.copytree(folders["tiny2"], tmp_path, dirs_exist_ok=True)
+    """With the checkpoint's own template generation_config's end tokens stop sampling too, beside the
+    template's and the tokenizer's; a template that is named brings its own."""
+    with_template(folders["tiny2"], tmp_path, LLAVA_HF)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    assert load(tmp_path).stop == stop
+    assert load(tmp_path, "auto").stop == stop and load(tmp_path, "vicuna").stop == {2}
 
 
 def test_processor_errors(folders, tmp_path):
     """A tokenizer that is missing, of another checkpoint or too big is an error that says so."""
-    with pytest.raises(ValueError, match=r"no tokenizer\.json; make one: python -c .*--tokenizer DIR"):
+    with pytest.raises(data.UserError, match=r"no tokenizer\.json or tokenizer\.model: give --tokenizer, a "):
         load(tmp_path)
     with pytest.raises(
         ValueError, match="image_token_index is 32000: the tokenizer is of another checkpoint"
@@ -2061,8 +2224,7 @@ def test_round_trip(folders, tmp_path, template, name, mode):
         if field.name not in ("tokenizer", "template"):
             assert getattr(again, field.name) == getattr(processor, field.name), field.name
     for turns, system, _ in GOLDEN[template]:
-        if template != "plain":  # whose dropping of words is no part of a chat template
-            assert encode(again, turns, system) == encode(processor, turns, system)
+        assert encode(again, turns, system) == encode(processor, turns, system)
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
@@ -2098,9 +2260,53 @@ def test_transformers_reads_the_export(folders, tmp_path, template, name, mode):
     saved = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert saved == {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": sorted(processor.stop),
+        "eos_token_id": [2] if template == "plain" else sorted(processor.stop),
         "pad_token_id": processor.pad,
     }
+
+
+CAPTION = ["<image>\nDescribe it.", "A red square\nA blue circle"]
+
+
+@pytest.mark.parametrize("second", ["vicuna", "own"])
+def test_two_stages(folders, tmp_path, capsys, second):
+    """LLaVA's recipe: the projector with `plain`, then another. The first stage's checkpoint is known as
+    plain's and keeps its LLaMA's own template; nothing of plain is left in the second."""
+    stage1, stage2, config = tmp_path / "1", tmp_path / "2", make_config()
+    plain = load(with_template(folders["tiny3"], tmp_path / "llama", CHATML), "plain", config)
+    data.save_processor(plain, config, str(stage1))
+    auto, original = load(stage1, "auto"), stage1 / "additional_chat_templates/original.jinja"
+    said = f"{stage1} was trained with --template plain: using that; its LLaMA's own: --template {original}\n"
+    assert said in capsys.readouterr().out
+    assert auto.stop == plain.stop and encode(auto, CAPTION) == encode(plain, CAPTION)
+    newline = plain.template.ids("\n")[0]
+    assert newline in auto.stop and auto.text(encode(auto, CAPTION)[0][2:]) == CAPTION[1]
+    eos = json.loads((stage1 / "generation_config.json").read_text())["eos_token_id"]
+    assert eos == [plain.tokenizer.eos_token_id]
+    peer = AutoProcessor.from_pretrained(stage1)  # of transformers
+    message = [{"role": "user", "content": [{"type": "image"}]}]
+    assert peer.apply_chat_template(message) == "<|begin_of_text|><image>"
+    assert peer.tokenizer.get_chat_template("original") == CHATML
+
+    template = "vicuna" if second == "vicuna" else str(original)
+    processor = load(stage1, template, config)
+    golden = load(folders["tiny3"], "vicuna") if second == "vicuna" else load(tmp_path / "llama", "auto")
+    data.save_processor(processor, config, str(stage2))
+    for again in (processor, load(stage2, "auto")):
+        ids, kept = encode(again, CAPTION)
+        assert (ids, kept) == encode(golden, CAPTION) and again.stop == golden.stop
+        answer = [i for i, keep in zip(ids, kept) if keep]
+        assert newline in answer and newline not in again.stop and again.text(answer) == CAPTION[1]
+    load(stage2, "plain")  # the LLaMA's template is still there for yet another run
+    assert (stage2 / "additional_chat_templates/original.jinja").read_text() == CHATML
+
+
+@pytest.mark.parametrize("name", ["vicunna", "no.jinja", "."])
+def test_an_unknown_template(folders, name):
+    """The error lists what there is."""
+    with pytest.raises(data.UserError, match=re.escape(
+            f"got --template {name}, need auto, vicuna, llama2, llama3, plain or a .jinja file's path")):
+        load(folders["tiny2"], name)
 
 
 # ---- 10. ranked answers ----
