@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import errno
 import fcntl
 import glob
@@ -98,13 +99,15 @@ def arguments(parser, training=True):
     add("--group_by_length", choices=["yes", "no"], default="yes", help="rows of similar length share a pass")
     add("--epochs", type=float, default=1, help="passes over the data")
     add("--max_steps", type=int, default=0, help="optimiser steps, in place of --epochs")
-    add("--lr", type=float, default=2e-5, help="peak learning rate")
+    add("--lr", type=float, default=2e-5, help="peak learning rate (default: %(default)g; with --lora_rank "
+        "ten times that, as adapters learn next to nothing at the rate of full weights)")
     add("--warmup", type=float, default=0.03, help="linear warm-up: steps, or below 1 a share of all steps")
     add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of squared gradients")
     add("--weight_decay", type=float, default=0.0, help="AdamW's, not on norms and biases")
     add("--grad_clip", type=float, default=1.0, help="largest global gradient norm (0: no clipping)")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
-    add("--lora_rank", type=int, default=0, help="train LoRA adapters in place of the LLaMA (0: no LoRA)")
+    add("--lora_rank", type=int, default=0, help="train LoRA adapters in place of the LLaMA, at ten times "
+        "the default --lr (0: no LoRA)")
     add("--lora_alpha", type=float, default=16, help="LoRA's update is scaled by alpha / rank")
     add("--save_adapter", action="store_true", help="adapters (no projector) in OUT/adapter too, as PEFT's")
 
@@ -119,14 +122,118 @@ LEAST = {  # the smallest value an option can have
     1e-9: ("epochs", "top_p", "clip_range", "value_clip", "lora_alpha")}
 
 
+NEEDED = {  # options that do nothing without another one
+    "projector": "llm", "lora_alpha": "lora_rank", "eval_every": "eval_data", "kl_horizon": "target_kl",
+    "ptx_coef": "ptx_data"}
+
+ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
+    "--model": "model_name_or_path model_path model_name sft_model_path base_model",
+    "--clip, with --llm": "vision_tower",
+    "--projector": "mm_projector_type",
+    "--tokenizer": "tokenizer_name tokenizer_name_or_path",
+    "--template": "chat_template chat_template_path conv_mode version",
+    "--image_mode": "image_aspect_ratio",
+    "--dtype bf16 or --dtype fp32": "bf16 fp16 tf32 torch_dtype mixed_precision",
+    "--data": "dataset_name dataset dataset_path data_path train_file train_data",
+    "--images": "image_folder image_dir",
+    "--eval_data": "eval_dataset eval_data_path validation_file",
+    "--max_len (prompt, image and answer together)":
+        "max_length model_max_length max_seq_length max_prompt_length cutoff_len",
+    "--workers": "dataloader_num_workers num_workers",
+    "--out": "output_dir output save_dir",
+    "--overwrite": "overwrite_output_dir",
+    "--resume (it finds the last checkpoint in --out)": "resume_from_checkpoint",
+    "--compile": "torch_compile",
+    "--save_every": "save_steps save_strategy",
+    "--eval_every": "eval_steps eval_strategy evaluation_strategy",
+    "--wandb PROJECT": "report_to wandb_project run_name",
+    "--batch_size (records per optimiser step, over all ranks and accumulation; not per device)":
+        "per_device_train_batch_size train_batch_size global_batch_size",
+    "--micro_batch (records per forward pass on one rank; accumulation follows from it and --batch_size)":
+        "gradient_accumulation_steps per_device_eval_batch_size eval_batch_size micro_batch_size",
+    "--group_by_length yes": "group_by_modality_length",
+    "--epochs": "num_train_epochs num_epochs",
+    "--lr": "learning_rate",
+    "--projector_lr": "mm_projector_lr",
+    "--critic_lr": "value_lr critic_learning_rate",
+    "--warmup (steps, or below 1 a share of all steps)": "warmup_ratio warmup_steps num_warmup_steps",
+    "--grad_clip": "max_grad_norm gradient_clipping",
+    "--recompute": "gradient_checkpointing",
+    "--lora_rank": "lora_r lora_enable use_peft use_lora",
+    "--train": "tune_mm_mlp_adapter freeze_backbone freeze_vision_tower unfreeze_mm_vision_tower",
+    "--loss": "loss_type",
+    "--sft_coef": "rpo_alpha",
+    "--ref_model": "ref_model_name_or_path ref_model_path reference_model",
+    "--center_coef": "center_rewards_coefficient",
+    "--reward_model": "reward_model_path reward_model_name_or_path reward_funcs",
+    "--rollout_batch (prompts per iteration, over all ranks)": "rollout_batch_size",
+    "--samples_per_prompt": "num_generations rloo_k",
+    "--num_samples": "num_return_sequences best_of",
+    "--max_new": "max_new_tokens max_completion_length response_length generation_max_length",
+    "--missing_eos_score (a score, not a penalty taken off)": "missing_eos_penalty",
+    "--kl_coef": "init_kl_coef",
+    "--ppo_epochs": "num_ppo_epochs",
+    "--clip_range": "cliprange",
+    "--value_clip": "cliprange_value",
+    "no option: FSDP2 always shards; --replicas for hybrid sharding": "deepspeed fsdp fsdp_config zero_stage",
+    "no option: torchrun sets it": "local_rank",
+    "no option: a cosine after --warmup": "lr_scheduler_type",
+    "no option: AdamW": "optim",
+    "no option: every step is logged": "logging_steps logging_strategy",
+    "no option: the last two checkpoints are kept": "save_total_limit",
+    "no option: adapters are on every linear layer of the LLaMA, without dropout":
+        "lora_dropout lora_target_modules target_modules"}
+
+
+def hint(word, names):
+    """What to say of an option that argparse does not know. names: the script's own options."""
+    name = word.partition("=")[0].lstrip("-").replace("-", "_")
+    ours = next((ours for ours, theirs in ELSEWHERE.items() if name in theirs.split()), f"--{name}")
+    if ours.startswith("no option"):
+        return ours
+    option = re.match(r"-+(\w*)", ours)[1]
+    if option in names:
+        return f"use {ours}"
+    for script in ("sft", "rm", "dpo", "ppo", "predict", "fsdp"):
+        with open(os.path.join(ROOT, f"{script}.py"), encoding="utf-8") as f:
+            if f'add("--{option}"' in f.read():
+                return f"{ours} is an option of " + ("training" if script == "fsdp" else f"{script}.py")
+    near = [other for other in names if other.startswith(name)]
+    near = near or difflib.get_close_matches(name, names, 1, 0.75)
+    return f"did you mean --{near[0]}?" if near else "see --help"
+
+
 def parse(parser, data_file, shapes, argv=None):
     """Parses the command line. Without --model and --llm the shapes world is meant: its files and the sizes
-    in `shapes` become the defaults, and it is made on first use."""
-    args = parser.parse_args(argv)
+    in `shapes` become the defaults, and it is made on first use. With --lora_rank the default --lr is ten
+    times that of full training (LLaVA's ratio)."""
+    parser.allow_abbrev, parser.print_usage = False, lambda file=None: None  # an error is one line
+    args, unknown = parser.parse_known_args(argv)
+    options = [word for word in unknown if re.match("-+[A-Za-z]", word)]  # the others are their values
+    if options:
+        parser.error("; ".join(f"unknown option {word}: {hint(word, [*vars(args)])}" for word in options))
+    if unknown:
+        parser.error(f"got {unknown[0]!r}, which belongs to no option")
+    lora = getattr(args, "lora_rank", 0)
+    full = parser.get_default("lr")
     if not (args.model or args.llm):
         parser.set_defaults(**{"model": os.path.join(WORLD, "model"), "data": os.path.join(WORLD, data_file),
                                "images": os.path.join(WORLD, "images"), **shapes})
-        args = parser.parse_args(argv)
+    elif lora:
+        parser.set_defaults(lr=None)
+    args = parser.parse_args(argv)
+    if getattr(args, "train", "") is None:  # a fresh projector is always trained
+        args.train = "llm" if lora and not args.llm else "projector,llm"
+    if lora and args.lr is None:
+        args.lr = round(10 * full, 12)
+        if "projector" in args.train and getattr(args, "projector_lr", 0) is None:
+            args.projector_lr = full
+    for option, other in NEEDED.items():
+        value = getattr(args, option, None)
+        if value and value != parser.get_default(option) and not getattr(args, other):
+            parser.error(f"got --{option} {value} without --{other}, which it is for")
+    if args.resume and args.overwrite:
+        parser.error("got --resume and --overwrite: give one (--resume starts afresh where nothing is left)")
     if bool(args.llm) != bool(args.clip) and not args.model:
         parser.error("--llm and --clip go together: a LLaMA and the CLIP tower for its fresh projector")
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
