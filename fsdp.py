@@ -275,6 +275,7 @@ class World:
     commit: str = None  # of this project, if known
     inputs: dict = dataclasses.field(default_factory=dict)  # what this run depends on beyond its options
     earlier: dict = dataclasses.field(default_factory=dict)  # `inputs` of the run that --resume continues
+    snapshots: dict = dataclasses.field(default_factory=dict)  # folder in the hub's cache → id, commit
 
     def sum(self, *numbers):
         """Numbers (or scalar tensors) summed over ranks, in fp64."""
@@ -336,7 +337,9 @@ def launch(args):
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **alone)
+    # a node may have to download weights that another one has: the watching thread ends a wait in vain
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                            timeout=datetime.timedelta(hours=6), **alone)
     store = None
     if not alone:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -547,23 +550,103 @@ def check_finite(args, step, **metrics):
 
 # ---- reading a checkpoint ----
 
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
+
+
 def fetch(name, world):
-    """A checkpoint folder, downloaded by rank 0 where `name` is a hub id."""
+    """A checkpoint folder. Of a hub id, org/name or org/name@revision: its snapshot in the hub's cache, on
+    every rank of the same commit (a resumed run: of the one that it began with), without weights yet."""
     if os.path.isdir(name):
         return name
-    from huggingface_hub import snapshot_download
-    patterns = ["*.json", "*.jinja", "*.model", "*.safetensors"]
+    if not re.fullmatch(HUB_ID, name):
+        raise UserError(f"got {name!r}, need a checkpoint folder or a hub id; there is no such folder")
+    what, (repo, _, revision) = f"the commit of {name}", name.partition("@")
+    small = ["*.json", "*.jinja", "*.model"]
+    revision = world.earlier.get(what) or revision or None
+    commit = os.path.basename(world.on_rank0(download, repo, revision, small))
+    world.depends_on(what, commit)
+    folder = once_per_node(f"{name} {commit}", download, repo, commit, small)
+    world.snapshots[folder] = repo, commit
+    return folder
 
-    def download():
-        try:
-            folder = snapshot_download(name, allow_patterns=patterns)
-            if not glob.glob(os.path.join(folder, "*.safetensors")):
-                snapshot_download(name, allow_patterns=["*.bin"])
-        except Exception as error:
-            raise UserError(f"got {name!r}, need a checkpoint folder or a hub id; there is no such folder, "
-                             f"and the hub says: {error}") from error
-    world.on_rank0(download)
-    return snapshot_download(name, allow_patterns=[*patterns, "*.bin"], local_files_only=True)
+
+def fetch_weights(folder, world):
+    """Downloads the weights of a snapshot that fetch has found: safetensors, or .bin files where the hub has
+    no others."""
+    repo, commit = world.snapshots.get(folder, (None, None))
+    if not repo:
+        return
+    asked, sizes = world.on_rank0(list_files, repo, commit, folder)
+    for stem, kind in ("model", "safetensors"), ("pytorch_model", "bin"):
+        index = data.read_json(folder, f"{stem}.{kind}.index.json", {"weight_map": {}})
+        names = sorted({*index["weight_map"].values()})
+        names = names or [name for name in sizes if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.{kind}", name)]
+        if names:
+            break
+    names += [SCORE] if SCORE in sizes else []
+
+    def download_missing():
+        missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+        if missing and not int(os.environ.get("LOCAL_RANK", 0)):
+            total = sum(sizes.get(name) or 0 for name in missing) / 1e9
+            print(f"{repo}, commit {commit}: downloading {total:.2f} GB, {len(missing)} files", flush=True)
+        if missing:
+            download(repo, commit, missing, show=True)
+        missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+        if missing or not names:
+            where = "the hub has" if asked else "the hub cannot be asked (HF_HUB_OFFLINE?), and its cache has"
+            lacks = ", ".join(missing) or "model*.safetensors or pytorch_model*.bin"
+            raise UserError(f"{repo}, commit {commit}: need weights, but {where} no {lacks}")
+    once_per_node(f"weights of {folder}", download_missing)
+
+
+def list_files(repo, commit, folder):
+    """→ whether the hub could be asked, and {name: size} of a repository's files, folders left out; else of
+    what the cache has."""
+    from huggingface_hub import HfApi
+    try:
+        tree = HfApi().list_repo_tree(repo, revision=commit)
+        return True, {file.path: getattr(file, "size", 0) for file in tree}
+    except Exception:  # of as many kinds as there are HTTP clients
+        return False, dict.fromkeys(os.listdir(folder), 0)
+
+
+def download(repo, revision, names, show=False):
+    """Downloads what the cache lacks of a repository's files of these names. → the snapshot's folder"""
+    from huggingface_hub import constants, errors, snapshot_download, utils
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        show = show and not int(os.environ.get("LOCAL_RANK", 0))
+        (utils.enable_progress_bars if show else utils.disable_progress_bars)()
+    try:
+        return snapshot_download(repo, revision=revision, allow_patterns=names, ignore_patterns="*/*")
+    except Exception as error:
+        if disk_full(error):
+            raise
+        text = " ".join(str(error).split())[:400]
+        why = f"the hub says: {text}"
+        if isinstance(error, errors.GatedRepoError):
+            why = (f"the hub wants its licence accepted at {constants.ENDPOINT}/{repo}: do so, then set "
+                   "HF_TOKEN, or run: hf auth login")
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            why = "the hub has none of this name, or a private one: set HF_TOKEN, or run: hf auth login"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            why = f"the hub has no revision {revision} of it"
+        elif constants.HF_HUB_OFFLINE:
+            why = f"HF_HUB_OFFLINE is set while {constants.HF_HUB_CACHE} lacks it, or a part of it: {text}"
+        raise UserError(f"got {repo!r}, need a checkpoint folder or a hub id; there is no such folder, and "
+                        f"{why}") from error
+
+
+def once_per_node(key, function, *args):
+    """Calls function on a node's first rank, then on its others, which find what it has left. They wait
+    outside of any collective: a download may outlast its timeout."""
+    key, first = f"{key}, node {os.environ.get('GROUP_RANK', 0)}", not int(os.environ.get("LOCAL_RANK", 0))
+    while not first and Watch.store and not Watch.store.check([key]):
+        time.sleep(0.1)
+    result = function(*args)
+    if first and Watch.store:
+        Watch.store.set(key, "")
+    return result
 
 
 def read_config(args, world):
@@ -722,6 +805,8 @@ def open_checkpoint(args, world, option="model"):
     """--model, or --llm with --clip → Checkpoint"""
     try:
         config, folder, tower, folders = read_config(args, world)
+        for source in folders:
+            fetch_weights(source, world)
         tensors = open_tensors(folders)
         check_sizes(config, tensors, folders)
     except (TypeError, ZeroDivisionError, AttributeError) as error:  # values that no model has
@@ -1306,8 +1391,9 @@ def save_adapter(model, args, world, folder):
         if ".lora_" in name:
             name = name.replace("language_model.model.", "base_model.model.model.language_model.", 1)
             tensors[name] = parameter.detach().full_tensor().cpu()
+    base, _, revision = (args.model, "", "") if os.path.isdir(args.model) else args.model.partition("@")
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
-             "base_model_name_or_path": args.model, "r": args.lora_rank,
+             "base_model_name_or_path": base, "revision": revision or None, "r": args.lora_rank,
              "lora_alpha": args.lora_alpha,
              "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"}
 
