@@ -558,7 +558,7 @@ def fetch(name, world):
     every rank of the same commit (a resumed run: of the one that it began with), without weights yet."""
     if os.path.isdir(name):
         return name
-    if not re.fullmatch(HUB_ID, name):
+    if os.path.exists(name) or not re.fullmatch(HUB_ID, name):
         raise UserError(f"got {name!r}, need a checkpoint folder or a hub id; there is no such folder")
     what, (repo, _, revision) = f"the commit of {name}", name.partition("@")
     small = ["*.json", "*.jinja", "*.model"]
@@ -587,10 +587,10 @@ def fetch_weights(folder, world):
 
     def download_missing():
         missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
-        if missing and not int(os.environ.get("LOCAL_RANK", 0)):
-            total = sum(sizes.get(name) or 0 for name in missing) / 1e9
-            print(f"{repo}, commit {commit}: downloading {total:.2f} GB, {len(missing)} files", flush=True)
-        if missing:
+        if missing and asked:
+            if not int(os.environ.get("LOCAL_RANK", 0)):
+                size = f"{sum(sizes.get(name) or 0 for name in missing) / 1e9:.2f} GB"
+                print(f"{repo}, commit {commit}: downloading {size}, {len(missing)} files", flush=True)
             download(repo, commit, missing, show=True)
         missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
         if missing or not names:

@@ -818,6 +818,9 @@ for name in sys.argv[1:]:
         folder = fsdp.fetch(name, world)
         assert not [file for file in os.listdir(folder) if file.endswith(("n.safetensors", ".bin"))]
         fsdp.fetch_weights(folder, world)
+        world.earlier = {**world.inputs}  # as of a run that is resumed
+        assert fsdp.fetch(name, world) == folder
+        world.earlier = {}
         print(os.path.basename(folder), *sorted(os.listdir(folder)), flush=True)
     except fsdp.UserError as error:
         assert world.size == 1
@@ -892,8 +895,8 @@ def test_what_the_hub_cannot_give_is_said(repositories, tmp_path):
         paths = ["./runs/sft", "/data/x", "runs", "runs/sft/", "https://hub/org/tiny"]
         paths = fetch(paths, tmp_path, env)[0]
         assert len(paths) == 5 and all("there is no such folder" in line for line in paths) and not requests
-        gated, private, none, empty, downloading, old = fetch(
-            ["org/gated", "org/private", "org/none", "org/empty", "org/old@v1"], tmp_path, env)[0]
+        gated, private, none, empty, downloading, old, *_ = fetch(
+            ["org/gated", "org/private", "org/none", "org/empty", "org/old@v1", "org/tiny"], tmp_path, env)[0]
         assert "licence accepted at http://" in gated and "/org/gated: do so, then set HF_TOKEN" in gated
         assert all("no such folder, and the hub has none of this name, or a private one: set HF_TOKEN" in line
                    for line in (private, none))
@@ -901,10 +904,11 @@ def test_what_the_hub_cannot_give_is_said(repositories, tmp_path):
         assert "downloading 0.00 GB, 1 files" in downloading
         assert old.split() == [f"{1:040x}", "config.json", "pytorch_model.bin"]
         assert fetched(requests)["pytorch_model.bin"] == 1 and not fetched(requests)["optimizer.bin"]
-        for path in tmp_path.rglob("snapshots/*/pytorch_model.bin"):
-            path.unlink()
+        for name in ("pytorch_model.bin", "model-00002-of-00002.safetensors"):
+            next(tmp_path.rglob(f"snapshots/*/{name}")).unlink()
         requests.clear()
         offline = {**env, "HF_HUB_OFFLINE": "1"}
-        part, none = fetch(["org/old@v1", "org/tiny"], tmp_path, offline)[0]
+        part, shard, none = fetch(["org/old@v1", "org/tiny", "org/none"], tmp_path, offline)[0]
         assert "need weights, but the hub cannot be asked (HF_HUB_OFFLINE?), and its cache has no" in part
+        assert "and its cache has no model-00002-of-00002.safetensors" in shard
         assert "HF_HUB_OFFLINE is set while" in none and str(tmp_path) in none and not requests
