@@ -9,7 +9,8 @@ memory. Departures from the paper: AdamW with a cosine, not RMSprop; the SFT ter
 the step.
 
     python dpo.py                                       # on the shapes world
-    torchrun --nproc_per_node=8 dpo.py --model runs/sft-7b --data pairs.json --images pictures --out out
+    torchrun --nproc_per_node=8 dpo.py --model runs/sft-7b --data pairs.json --images pictures --sft_coef 1 \
+        --out out
 
 Legend: N targets, A answers of a micro-batch, B rows with answers, K most answers of a row.
 """
@@ -184,7 +185,7 @@ def parse_args():
     parser.set_defaults(lr=5e-7)
     add = parser.add_argument_group("direct preference optimisation").add_argument
     add("--train", help="any of projector,llm,vision (default: projector,llm; with --lora_rank llm)")
-    add("--projector_lr", type=float, help="the projector's own peak rate (default: --lr)")
+    add("--projector_lr", type=float, help="its own peak rate (default: --lr, or a tenth of LoRA's default)")
     add("--beta", type=float, default=0.1, help="how strongly the policy is held to the reference")
     add("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid", help="see dpo_loss")
     add("--label_smoothing", type=float, default=0.0, help="share of flipped labels: sigmoid, robust")
@@ -208,8 +209,6 @@ def parse_args():
 def main():
     # check
     args = parse_args()
-    if args.train is None:  # a fresh projector is always trained
-        args.train = "llm" if args.lora_rank and not args.llm else "projector,llm"
     world = fsdp.launch(args)
     fsdp.check_out(args, world)
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import errno
 import fcntl
 import glob
@@ -101,13 +102,15 @@ def arguments(parser, training=True):
     add("--group_by_length", choices=["yes", "no"], default="yes", help="rows of similar length share a pass")
     add("--epochs", type=float, default=1, help="passes over the data")
     add("--max_steps", type=int, default=0, help="optimiser steps, in place of --epochs")
-    add("--lr", type=float, default=2e-5, help="peak learning rate")
+    add("--lr", type=float, default=2e-5, help="peak learning rate (default: %(default)g; with --lora_rank "
+        "ten times that, as adapters learn next to nothing at the rate of full weights)")
     add("--warmup", type=float, default=0.03, help="linear warm-up: steps, or below 1 a share of all steps")
     add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of squared gradients")
     add("--weight_decay", type=float, default=0.0, help="AdamW's, not on norms and biases")
     add("--grad_clip", type=float, default=1.0, help="largest global gradient norm (0: no clipping)")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
-    add("--lora_rank", type=int, default=0, help="train LoRA adapters in place of the LLaMA (0: no LoRA)")
+    add("--lora_rank", type=int, default=0, help="train LoRA adapters in place of the LLaMA, at ten times "
+        "the default --lr (0: no LoRA)")
     add("--lora_alpha", type=float, default=16, help="LoRA's update is scaled by alpha / rank")
     add("--save_adapter", action="store_true", help="adapters (no projector) in OUT/adapter too, as PEFT's")
 
@@ -122,14 +125,118 @@ LEAST = {  # the smallest value an option can have
     1e-9: ("epochs", "top_p", "clip_range", "value_clip", "lora_alpha")}
 
 
+NEEDED = {  # options that do nothing without another one
+    "projector": "llm", "lora_alpha": "lora_rank", "eval_every": "eval_data", "kl_horizon": "target_kl",
+    "ptx_coef": "ptx_data"}
+
+ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
+    "--model": "model_name_or_path model_path model_name sft_model_path base_model",
+    "--clip, with --llm": "vision_tower",
+    "--projector": "mm_projector_type",
+    "--tokenizer": "tokenizer_name tokenizer_name_or_path",
+    "--template": "chat_template chat_template_path conv_mode version",
+    "--image_mode": "image_aspect_ratio",
+    "--dtype bf16 or --dtype fp32": "bf16 fp16 tf32 torch_dtype mixed_precision",
+    "--data": "dataset_name dataset dataset_path data_path train_file train_data",
+    "--images": "image_folder image_dir",
+    "--eval_data": "eval_dataset eval_data_path validation_file",
+    "--max_len (prompt, image and answer together)":
+        "max_length model_max_length max_seq_length max_prompt_length cutoff_len",
+    "--workers": "dataloader_num_workers num_workers",
+    "--out": "output_dir output save_dir",
+    "--overwrite": "overwrite_output_dir",
+    "--resume (it finds the last checkpoint in --out)": "resume_from_checkpoint",
+    "--compile": "torch_compile",
+    "--save_every": "save_steps save_strategy",
+    "--eval_every": "eval_steps eval_strategy evaluation_strategy",
+    "--wandb PROJECT": "report_to wandb_project run_name",
+    "--batch_size (records per optimiser step, over all ranks and accumulation; not per device)":
+        "per_device_train_batch_size train_batch_size global_batch_size",
+    "--micro_batch (records per forward pass on one rank; accumulation follows from it and --batch_size)":
+        "gradient_accumulation_steps per_device_eval_batch_size eval_batch_size micro_batch_size",
+    "--group_by_length yes": "group_by_modality_length",
+    "--epochs": "num_train_epochs num_epochs",
+    "--lr": "learning_rate",
+    "--projector_lr": "mm_projector_lr",
+    "--critic_lr": "value_lr critic_learning_rate",
+    "--warmup (steps, or below 1 a share of all steps)": "warmup_ratio warmup_steps num_warmup_steps",
+    "--grad_clip": "max_grad_norm gradient_clipping",
+    "--recompute": "gradient_checkpointing",
+    "--lora_rank": "lora_r lora_enable use_peft use_lora",
+    "--train": "tune_mm_mlp_adapter freeze_backbone freeze_vision_tower unfreeze_mm_vision_tower",
+    "--loss": "loss_type",
+    "--sft_coef": "rpo_alpha",
+    "--ref_model": "ref_model_name_or_path ref_model_path reference_model",
+    "--center_coef": "center_rewards_coefficient",
+    "--reward_model": "reward_model_path reward_model_name_or_path reward_funcs",
+    "--rollout_batch (prompts per iteration, over all ranks)": "rollout_batch_size",
+    "--samples_per_prompt": "num_generations rloo_k",
+    "--num_samples": "num_return_sequences best_of",
+    "--max_new": "max_new_tokens max_completion_length response_length generation_max_length",
+    "--missing_eos_score (a score, not a penalty taken off)": "missing_eos_penalty",
+    "--kl_coef": "init_kl_coef",
+    "--ppo_epochs": "num_ppo_epochs",
+    "--clip_range": "cliprange",
+    "--value_clip": "cliprange_value",
+    "no option: FSDP2 always shards; --replicas for hybrid sharding": "deepspeed fsdp fsdp_config zero_stage",
+    "no option: torchrun sets it": "local_rank",
+    "no option: a cosine after --warmup": "lr_scheduler_type",
+    "no option: AdamW": "optim",
+    "no option: every step is logged": "logging_steps logging_strategy",
+    "no option: the last two checkpoints are kept": "save_total_limit",
+    "no option: adapters are on every linear layer of the LLaMA, without dropout":
+        "lora_dropout lora_target_modules target_modules"}
+
+
+def hint(word, names):
+    """What to say of an option that argparse does not know. names: the script's own options."""
+    name = word.partition("=")[0].lstrip("-").replace("-", "_")
+    ours = next((ours for ours, theirs in ELSEWHERE.items() if name in theirs.split()), f"--{name}")
+    if ours.startswith("no option"):
+        return ours
+    option = re.match(r"-+(\w*)", ours)[1]
+    if option in names:
+        return f"use {ours}"
+    for script in ("sft", "rm", "dpo", "ppo", "predict", "fsdp"):
+        with open(os.path.join(ROOT, f"{script}.py"), encoding="utf-8") as f:
+            if f'add("--{option}"' in f.read():
+                return f"{ours} is an option of " + ("training" if script == "fsdp" else f"{script}.py")
+    near = [other for other in names if other.startswith(name)]
+    near = near or difflib.get_close_matches(name, names, 1, 0.75)
+    return f"did you mean --{near[0]}?" if near else "see --help"
+
+
 def parse(parser, data_file, shapes, argv=None):
     """Parses the command line. Without --model and --llm the shapes world is meant: its files and the sizes
-    in `shapes` become the defaults, and it is made on first use."""
-    args = parser.parse_args(argv)
+    in `shapes` become the defaults, and it is made on first use. With --lora_rank the default --lr is ten
+    times that of full training (LLaVA's ratio)."""
+    parser.allow_abbrev, parser.print_usage = False, lambda file=None: None  # an error is one line
+    args, unknown = parser.parse_known_args(argv)
+    options = [word for word in unknown if re.match("-+[A-Za-z]", word)]  # the others are their values
+    if options:
+        parser.error("; ".join(f"unknown option {word}: {hint(word, [*vars(args)])}" for word in options))
+    if unknown:
+        parser.error(f"got {unknown[0]!r}, which belongs to no option")
+    lora = getattr(args, "lora_rank", 0)
+    full = parser.get_default("lr")
     if not (args.model or args.llm):
         parser.set_defaults(**{"model": os.path.join(WORLD, "model"),
                                "data": [os.path.join(WORLD, data_file)], **shapes})
-        args = parser.parse_args(argv)
+    elif lora:
+        parser.set_defaults(lr=None)
+    args = parser.parse_args(argv)
+    if getattr(args, "train", "") is None:  # a fresh projector is always trained
+        args.train = "llm" if lora and not args.llm else "projector,llm"
+    if lora and args.lr is None:
+        args.lr = round(10 * full, 12)
+        if "projector" in args.train and getattr(args, "projector_lr", 0) is None:
+            args.projector_lr = full
+    for option, other in NEEDED.items():
+        value = getattr(args, option, None)
+        if value and value != parser.get_default(option) and not getattr(args, other):
+            parser.error(f"got --{option} {value} without --{other}, which it is for")
+    if args.resume and args.overwrite:
+        parser.error("got --resume and --overwrite: give one (--resume starts afresh where nothing is left)")
     if bool(args.llm) != bool(args.clip) and not args.model:
         parser.error("--llm and --clip go together: a LLaMA and the CLIP tower for its fresh projector")
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -172,6 +279,7 @@ class World:
     commit: str = None  # of this project, if known
     inputs: dict = dataclasses.field(default_factory=dict)  # what this run depends on beyond its options
     earlier: dict = dataclasses.field(default_factory=dict)  # `inputs` of the run that --resume continues
+    snapshots: dict = dataclasses.field(default_factory=dict)  # folder in the hub's cache → id, commit
 
     def sum(self, *numbers):
         """Numbers (or scalar tensors) summed over ranks, in fp64."""
@@ -234,7 +342,9 @@ def launch(args):
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **alone)
+    # a node may have to download weights that another one has: the watching thread ends a wait in vain
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                            timeout=datetime.timedelta(hours=6), **alone)
     store = None
     if not alone:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -449,23 +559,98 @@ def check_finite(args, step, **metrics):
 
 # ---- reading a checkpoint ----
 
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
+
+
 def fetch(name, world):
-    """A checkpoint folder, downloaded by rank 0 where `name` is a hub id."""
+    """A checkpoint folder. Of a hub id, org/name or org/name@revision: its snapshot in the hub's cache, on
+    every rank of the same commit (a resumed run: of the one that it began with), without weights yet."""
     if os.path.isdir(name):
         return name
-    from huggingface_hub import snapshot_download
-    patterns = ["*.json", "*.jinja", "*.model", "*.safetensors"]
+    if os.path.exists(name) or not re.fullmatch(HUB_ID, name):
+        raise UserError(f"got {name!r}, need a checkpoint folder or a hub id; there is no such folder")
+    what, (repo, _, revision) = f"the commit of {name}", name.partition("@")
+    small = ["*.json", "*.jinja", "*.model"]
+    revision = world.earlier.get(what) or revision or None
+    commit = os.path.basename(world.on_rank0(download, repo, revision, small))
+    world.depends_on(what, commit)
+    folder = once_per_node(f"{name} {commit}", download, repo, commit, small)
+    world.snapshots[folder] = repo, commit
+    return folder
 
-    def download():
-        try:
-            folder = snapshot_download(name, allow_patterns=patterns)
-            if not glob.glob(os.path.join(folder, "*.safetensors")):
-                snapshot_download(name, allow_patterns=["*.bin"])
-        except Exception as error:
-            raise UserError(f"got {name!r}, need a checkpoint folder or a hub id; there is no such folder, "
-                             f"and the hub says: {error}") from error
-    world.on_rank0(download)
-    return snapshot_download(name, allow_patterns=[*patterns, "*.bin"], local_files_only=True)
+
+def fetch_weights(folder, world):
+    """Downloads the weights of a snapshot that fetch has found: safetensors, or .bin files where the hub has
+    no others."""
+    repo, commit = world.snapshots.get(folder, (None, None))
+    if not repo:
+        return
+    asked, sizes = world.on_rank0(list_files, repo, commit, folder)
+    names = weight_names(folder, sizes)
+    names += [SCORE] if SCORE in sizes else []
+
+    def download_missing():
+        missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+        if missing and asked:
+            if not int(os.environ.get("LOCAL_RANK", 0)):
+                size = f"{sum(sizes.get(name) or 0 for name in missing) / 1e9:.2f} GB"
+                print(f"{repo}, commit {commit}: downloading {size}, {len(missing)} files", flush=True)
+            download(repo, commit, missing, show=True)
+        missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+        if missing or not names:
+            where = "the hub has" if asked else "the hub cannot be asked (HF_HUB_OFFLINE?), and its cache has"
+            lacks = ", ".join(missing) or "model*.safetensors or pytorch_model*.bin"
+            raise UserError(f"{repo}, commit {commit}: need weights, but {where} no {lacks}")
+    once_per_node(f"weights of {folder}", download_missing)
+
+
+def list_files(repo, commit, folder):
+    """→ whether the hub could be asked, and {name: size} of a repository's files, folders left out; else of
+    what the cache has."""
+    from huggingface_hub import HfApi
+    try:
+        tree = HfApi().list_repo_tree(repo, revision=commit)
+        return True, {file.path: getattr(file, "size", 0) for file in tree}
+    except Exception:  # of as many kinds as there are HTTP clients
+        return False, dict.fromkeys(os.listdir(folder), 0)
+
+
+def download(repo, revision, names, show=False):
+    """Downloads what the cache lacks of a repository's files of these names. → the snapshot's folder"""
+    from huggingface_hub import constants, errors, snapshot_download, utils
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        show = show and not int(os.environ.get("LOCAL_RANK", 0))
+        (utils.enable_progress_bars if show else utils.disable_progress_bars)()
+    try:
+        return snapshot_download(repo, revision=revision, allow_patterns=names, ignore_patterns="*/*")
+    except Exception as error:
+        if disk_full(error):
+            raise
+        text = " ".join(str(error).split())[:400]
+        why = f"the hub says: {text}"
+        if isinstance(error, errors.GatedRepoError):
+            why = (f"the hub wants its licence accepted at {constants.ENDPOINT}/{repo}: do so, then set "
+                   "HF_TOKEN, or run: hf auth login")
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            why = "the hub has none of this name, or a private one: set HF_TOKEN, or run: hf auth login"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            why = f"the hub has no revision {revision} of it"
+        elif constants.HF_HUB_OFFLINE:
+            why = f"HF_HUB_OFFLINE is set while {constants.HF_HUB_CACHE} lacks it, or a part of it: {text}"
+        raise UserError(f"got {repo!r}, need a checkpoint folder or a hub id; there is no such folder, and "
+                        f"{why}") from error
+
+
+def once_per_node(key, function, *args):
+    """Calls function on a node's first rank, then on its others, which find what it has left. They wait
+    outside of any collective: a download may outlast its timeout."""
+    key, first = f"{key}, node {os.environ.get('GROUP_RANK', 0)}", not int(os.environ.get("LOCAL_RANK", 0))
+    while not first and Watch.store and not Watch.store.check([key]):
+        time.sleep(0.1)
+    result = function(*args)
+    if first and Watch.store:
+        Watch.store.set(key, "")
+    return result
 
 
 def read_config(args, world):
@@ -486,7 +671,12 @@ def read_config(args, world):
         raise UserError(
             f"{folder}: got --model of the kind {kind!r}, need LLaVA-1.5 as transformers has it (llava), or "
             f"an original one with mm_vision_tower ({original}); give a LLaMA as --llm, with --clip")
-    clip = fetch(args.clip or raw["mm_vision_tower"], world)
+    try:
+        clip = fetch(args.clip or raw["mm_vision_tower"], world)
+    except UserError as error:
+        if args.clip:
+            raise
+        raise UserError(f"{folder}/config.json: mm_vision_tower: {error}; --clip gives another") from error
     projector = args.projector if args.llm else raw.get("mm_projector_type", "linear")
     # an original LLaVA may hold a tower that was trained with it; one asked for with --clip goes before it
     folders = [folder, clip] if args.clip else [clip, folder]
@@ -501,8 +691,7 @@ def read_config_file(folder):
         base = (adapter or {}).get("base_model_name_or_path")
         raise UserError(f"{folder}: holds a LoRA adapter (adapter_config.json) of {base!r}, need full "
                         "weights: merge it (LLaVA: scripts/merge_lora_weights.py, PEFT: merge_and_unload)")
-    weights = [name for name in names if re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)", name)]
-    if "mm_projector.bin" in names and not weights:
+    if "mm_projector.bin" in names and not weight_names(folder, names):
         base = (raw or {}).get("_name_or_path")
         raise UserError(f"{folder}: holds a projector alone (mm_projector.bin), of {base!r}; need full "
                         "weights, or --llm and --clip for a fresh projector")
@@ -512,9 +701,6 @@ def read_config_file(folder):
     if raw is None:
         raise UserError(f"{folder}: no config.json, need a checkpoint folder as transformers writes it; "
                         f"it holds {data.shown(', '.join(sorted(names)) or 'nothing')}")
-    if not weights:
-        raise UserError(f"{folder}: got no model*.safetensors or pytorch_model*.bin, need weights; "
-                        f"it holds {data.shown(', '.join(sorted(names)))}")
     return raw
 
 
@@ -522,24 +708,17 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # as transforme
            "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def weight_files(folder):
-    """The files that hold a checkpoint's tensors. Without an index: all parts there are."""
+def weight_names(folder, names):
+    """Which of a checkpoint's files (names) hold its tensors. Without an index in the folder: all numbered
+    parts."""
     for name in WEIGHTS:
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            if not name.endswith(".json"):
-                return [path]
-            index = data.read_json(folder, name)
-            files = sorted({os.path.join(folder, file) for file in index["weight_map"].values()})
-            for file in files:
-                if not os.path.isfile(file):
-                    raise UserError(f"{file}: named by {name}, but there is no such file")
-            return files
-    files = sorted(glob.glob(os.path.join(folder, "model-*.safetensors")))
-    files = files or sorted(glob.glob(os.path.join(folder, "pytorch_model-*.bin")))
-    if not files:
-        raise UserError(f"{folder}: got none of {', '.join(WEIGHTS)}, need weights")
-    return files
+        if name in names and not name.endswith(".json"):
+            return [name]
+        if name in names:
+            return sorted({*data.read_json(folder, name)["weight_map"].values()})
+    parts = [[name for name in sorted(names) if re.fullmatch(rf"{stem}-\d+-of-\d+\.{kind}", name)]
+             for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin"))]
+    return parts[0] or parts[1]
 
 
 def open_tensors(folders):
@@ -547,7 +726,14 @@ def open_tensors(folders):
     more."""
     tensors = {}
     for folder in folders:
-        for file in weight_files(folder):
+        present = os.listdir(folder)
+        names = weight_names(folder, present)
+        if not names:
+            raise UserError(f"{folder}: got none of {', '.join(WEIGHTS)}, need weights; it holds "
+                            f"{data.shown(', '.join(sorted(present)))}")
+        for file in (os.path.join(folder, name) for name in names):
+            if not os.path.isfile(file):
+                raise UserError(f"{file}: named by the index of {folder}, but there is no such file")
             found = open_pickled(file) if file.endswith(".bin") else slices(file)
             tensors.update({our_name(key): rows for key, rows in found.items() if not EXTRAS.search(key)})
     return tensors
@@ -703,6 +889,8 @@ def open_checkpoint(args, world, option="model"):
     """--model, or --llm with --clip → Checkpoint"""
     try:
         config, folder, tower, folders = read_config(args, world)
+        for source in folders:
+            fetch_weights(source, world)
         tensors = open_tensors(folders)
         resolve_tied(config, tensors, world)
         check_sizes(config, tensors, folders)
@@ -1303,8 +1491,9 @@ def save_adapter(model, args, world, folder):
         if ".lora_" in name:
             name = name.replace("language_model.model.", "base_model.model.model.language_model.", 1)
             tensors[name] = parameter.detach().full_tensor().cpu()
+    base, _, revision = (args.model, "", "") if os.path.isdir(args.model) else args.model.partition("@")
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
-             "base_model_name_or_path": args.model, "r": args.lora_rank,
+             "base_model_name_or_path": base, "revision": revision or None, "r": args.lora_rank,
              "lora_alpha": args.lora_alpha,
              "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"}
 

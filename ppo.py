@@ -375,7 +375,8 @@ def parse_args():
     add("--top_k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
     add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens up to this mass")
     add("--rollout", choices=["gathered", "sharded"], default="gathered", help="weights while decoding")
-    add("--missing_eos_score", type=float, default=-1.0, help="score of an answer without its end token")
+    add("--missing_eos_score", type=float, default=-1.0, help="score of an answer without its end "
+        "token, on the scale that --normalize_scores and --score_clip leave")
     add("--normalize_scores", action="store_true", help="to mean 0, deviation 1 of the first iteration's")
     add("--score_clip", type=float, default=0.0, help="largest absolute score (0: no clipping)")
     add("--whiten_rewards", action="store_true", help="divide rewards by their deviation")
@@ -444,8 +445,6 @@ def adam(model, lr, args):
 def main():
     # check
     args = parse_args()
-    if args.train is None:  # a fresh projector is always trained
-        args.train = "llm" if args.lora_rank and not args.llm else "projector,llm"
     world = fsdp.launch(args)
     fsdp.check_out(args, world)
     train = args.train.split(",")

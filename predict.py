@@ -163,6 +163,8 @@ def parse_args():
         args.temperature = 1.0 if args.num_samples > 1 else 0.0
     if args.num_samples > 1 and args.temperature == 0:
         parser.error(f"got --num_samples {args.num_samples} --temperature 0, need a temperature above 0")
+    if args.temperature == 0 and (args.top_k or args.top_p < 1):
+        parser.error("got --top_k or --top_p, but greedy decoding: give --temperature, or --num_samples")
     return args
 
 

@@ -97,7 +97,7 @@ def parse_args():
     parser.set_defaults(lr=1e-5)
     add = parser.add_argument_group("reward model").add_argument
     add("--train", help="any of projector,llm,vision (default: projector,llm; with --lora_rank llm)")
-    add("--projector_lr", type=float, help="the projector's own peak rate (default: --lr)")
+    add("--projector_lr", type=float, help="its own peak rate (default: --lr, or a tenth of LoRA's default)")
     add("--center_coef", type=float, default=0.0, help="c: weight of a row's mean score, squared")
     add("--center_rows", type=int, default=2048, help="rows (whole steps) whose mean reward becomes 0")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(
@@ -108,8 +108,6 @@ def parse_args():
 def main():
     # check
     args = parse_args()
-    if args.train is None:  # a fresh projector is always trained
-        args.train = "llm" if args.lora_rank and not args.llm else "projector,llm"
     world = fsdp.launch(args)
     fsdp.check_out(args, world)
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.model.", "vision": "vision_tower."}

@@ -71,7 +71,7 @@ def parse_args():
     fsdp.arguments(parser)
     add = parser.add_argument_group("supervised fine-tuning").add_argument
     add("--train", help="any of projector,llm,vision (default: projector,llm; with --lora_rank llm)")
-    add("--projector_lr", type=float, help="the projector's own peak rate (default: --lr)")
+    add("--projector_lr", type=float, help="its own peak rate (default: --lr, or a tenth of LoRA's default)")
     return fsdp.parse(parser, data_file="sft.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=64, micro_batch=64, lr=2e-3, warmup=40,
         adam_beta2=0.98, max_steps=350))
@@ -80,8 +80,6 @@ def parse_args():
 def main():
     # check
     args = parse_args()
-    if args.train is None:  # a fresh projector is always trained
-        args.train = "llm" if args.lora_rank and not args.llm else "projector,llm"
     world = fsdp.launch(args)
     fsdp.check_out(args, world)
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}

@@ -634,6 +634,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--num_samples 0": "got --num_samples 0, need at least 1",
         "--max_new 0": "got --max_new 0, need at least 1",
         "--data {}/prompt.json --score": "(id row 10): got no answer",
+        "--top_k 5": "got --top_k or --top_p, but greedy decoding: give --temperature, or",
         "--score --num_samples 2": "got --score with options of sampling",
         "--score --temperature 0.5": "got --score with options of sampling",
         "--score --top_k 5": "got --score with options of sampling",
@@ -664,6 +665,76 @@ def test_what_is_wrong_is_said(script, options, ranks, wrong, tmp_path):
     done = wrong_run(script, options, wrong, tmp_path / "out", ranks=ranks)
     assert_said(done, WRONG[script][options].replace("{}", str(wrong)))
     assert not list(tmp_path.iterdir())
+
+
+UNKNOWN = {  # options that no script has, or not that one, and what is said of them
+    "--learning_rate 1e-5": {"predict": "--lr is an option of training", "": "use --lr"},
+    "--learning-rate=1e-5": {"predict": "--lr is an option of training", "": "use --lr"},
+    "--per_device_train_batch_size 4": {"predict": "--batch_size (records per optimiser step, over all ranks",
+                                        "": "use --batch_size (records per optimiser step, over all ranks"},
+    "--gradient_accumulation_steps 4": {"": "use --micro_batch (records per forward pass on one rank"},
+    "--bf16 True --output_dir x": {"": "unknown option --output_dir: use --out"},
+    "--max-length 512": {"": "use --max_len (prompt, image and answer"},
+    "--vision_tower x": {"": "use --clip, with --llm"},
+    "--deepspeed zero3.json": {"": "no option: FSDP2 always shards"},
+    "--lora_r 8": {"predict": "--lora_rank is an option of training", "": "use --lora_rank"},
+    "--micro-batch 2": {"": "use --micro_batch"},
+    "--micro_bach 2": {"": "did you mean --micro_batch?"},
+    "--micro 2": {"": "did you mean --micro_batch?"},
+    "--beta 1 --critic policy --score": {
+        "dpo": "--critic: --critic is an option of ppo.py", "": "--beta: --beta is an option of dpo.py"},
+    "--quux": {"": "unknown option --quux: see --help"},
+    "--seed 1 2": {"": "got '2', which belongs to no option"},
+    "--seed one": {"": "argument --seed: invalid int value: 'one'"},
+    "--seed": {"": "argument --seed: expected one argument"},
+    "--dtype fp8": {"": "argument --dtype: invalid choice: 'fp8'"},
+    "--projector linear": {"": "got --projector linear without --llm, which it is for"},
+    "--lora_alpha 32": {"predict": "of training", "": "got --lora_alpha 32.0 without --lora_rank"},
+    "--eval_every 5": {"predict": "of training", "": "got --eval_every 5 without --eval_data"},
+    "--resume --overwrite": {"": "got --resume and --overwrite: give one"},
+}
+
+
+@pytest.mark.parametrize("script", DATA)
+@pytest.mark.parametrize("options", UNKNOWN)
+def test_an_option_that_is_not_there_is_answered_with_ours(script, options, capsys):
+    """In one line, without the usage; neither abbreviated nor misspelt is it taken for another one."""
+    said = UNKNOWN[options].get(script, UNKNOWN[options][""])
+    with pytest.raises(SystemExit) as end:
+        tiny.arguments(script, *FILES[script].split(), *options.split())
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.count("\n") == 1, printed
+    assert printed.startswith(f"{script}.py: error: ") and said in printed
+
+
+def test_every_option_named_for_another_is_one():
+    """What the table of other projects' names leads to is an option of some script, and no script has an
+    option of such a name."""
+    ours = {name for script in DATA for name in vars(tiny.arguments(script, *FILES[script].split()))}
+    theirs = [name for names in fsdp.ELSEWHERE.values() for name in names.split()]
+    assert len(theirs) == len({*theirs}) and not ours & {*theirs}
+    named = {name for text in fsdp.ELSEWHERE for name in re.findall(r"--(\w+)", text)}
+    assert named <= ours, named - ours
+
+
+DEFAULT_RATES = {"sft": 2e-5, "rm": 1e-5, "dpo": 5e-7, "ppo": 1e-6}
+
+
+@pytest.mark.parametrize("script", DEFAULT_RATES)
+def test_the_default_rates_of_adapters_are_ten_times_those_of_weights(script):
+    """A projector that is trained with them keeps its own; what is given is never changed."""
+    def rates(*options):
+        given = vars(tiny.arguments(script, *FILES[script].split(), *map(str, options)))
+        return [given.get(name) for name in ("lr", "projector_lr", "critic_lr") if name in given]
+    full, ppo = DEFAULT_RATES[script], script == "ppo"
+    assert rates() == [full, full if ppo else None]
+    assert rates("--lora_rank", 8) == [float(f"{10 * full:.3g}"), float(f"{10 * full:.3g}") if ppo else None]
+    both = "--lora_rank", 8, "--train", "projector,llm"
+    assert rates(*both) == pytest.approx([10 * full, 10 * full if ppo else full])
+    assert rates(*both, "--lr", full) == [full, full if ppo else None]
+    assert rates(*both, "--lr", 10 * full) == [10 * full, 10 * full if ppo else None]
+    mine = "critic_lr" if ppo else "projector_lr"
+    assert rates(*both, f"--{mine}", 0.5) == pytest.approx([10 * full, 0.5])
 
 
 @pytest.mark.parametrize("script, name, said", [

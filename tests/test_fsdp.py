@@ -3,17 +3,22 @@
 `peer` is transformers' model with the same weights. Everything is fp32 on the CPU, over gloo, unless a
 test says otherwise.
 """
+import contextlib
 import errno
 import functools
+import hashlib
+import http.server
 import json
 import math
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -779,3 +784,172 @@ def test_a_full_disk_is_seen_through_other_errors():
     wrapped.__cause__, hidden.__context__ = full, RuntimeError(f"I/O error: {full.strerror} (os error 28)")
     assert all(map(fsdp.disk_full, (full, wrapped, hidden, OSError(errno.EDQUOT, "quota"))))
     assert not any(map(fsdp.disk_full, (other, RuntimeError("could not save"), KeyError("x"))))
+
+
+# ---- the hub ----
+
+@contextlib.contextmanager
+def hub(folder, moves=False):
+    """A server that plays the hub over the folders folder/ORG/NAME. moves: `main` is another commit at every
+    request. org/gated and org/private are what they are called. → environment, requests so far"""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        commit = ""
+
+        def log_message(self, *_):
+            pass
+
+        def answer(self, status=200, content=b"", **headers):
+            self.send_response(status)
+            headers = {"Content-Length": len(content), "X-Repo-Commit": self.commit, **headers}
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            asked = re.fullmatch("(?:/api/models)?/([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", path)
+            if not asked:  # the library's own affairs
+                return self.answer(404)
+            requests.append((self.command, path))
+            repo, what, revision, file = asked.groups()
+            self.commit = revision if len(revision) == 40 else f"{len(requests) if moves else 1:040x}"
+            files = [path for path in (folder / repo).rglob("*") if path.is_file()]
+            if "private" in repo or not files:
+                return self.answer(401, X_Error_Code="RepoNotFound")
+            if what == "revision":
+                siblings = [{"rfilename": str(path.relative_to(folder / repo))} for path in files]
+                return self.answer(content=json.dumps(
+                    {"id": repo, "sha": self.commit, "siblings": siblings}).encode())
+            if what == "tree":
+                return self.answer(content=json.dumps([
+                    {"type": "file", "path": str(path.relative_to(folder / repo)), "oid": "0" * 40,
+                     "size": path.stat().st_size} for path in files]).encode())
+            if "gated" in repo:
+                return self.answer(403, X_Error_Code="GatedRepo")
+            content = (folder / repo / file).read_bytes()
+            self.answer(content=content, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
+
+        do_HEAD = do_GET
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}, requests
+    finally:
+        server.shutdown()
+
+
+def fetched(requests):
+    """How often each file was."""
+    files = [path for kind, path in requests if kind == "GET" and "/resolve/" in path]
+    return Counter(path.rpartition("/")[2] for path in files)
+
+
+FETCH = """
+import os, sys
+import fsdp
+import tiny  # sets HF_HUB_OFFLINE, which has been read by now
+world = fsdp.launch(tiny.options())
+for name in sys.argv[1:]:
+    try:
+        folder = fsdp.fetch(name, world)
+        assert not [file for file in os.listdir(folder) if file.endswith(("n.safetensors", ".bin"))]
+        fsdp.fetch_weights(folder, world)
+        world.earlier = {**world.inputs}  # as of a run that is resumed
+        assert fsdp.fetch(name, world) == folder
+        world.earlier = {}
+        print(os.path.basename(folder), *sorted(os.listdir(folder)), flush=True)
+    except fsdp.UserError as error:
+        assert world.size == 1
+        print(error, flush=True)
+world.gather("done")
+fsdp.leave(0)
+"""
+
+
+def fetch(names, home, env, nodes=(1,)):
+    """FETCH in processes that share the cache home/0, home/1, … of their node. nodes: ranks of each. → what
+    each rank prints"""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [(node, local) for node, ranks in enumerate(nodes) for local in range(ranks)]
+    processes = []
+    for rank, (node, local) in enumerate(ranks):
+        place = {"HF_HOME": home / str(node), "RANK": rank, "WORLD_SIZE": len(ranks), "LOCAL_RANK": local,
+                 "GROUP_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(subprocess.Popen(
+            [sys.executable, "-c", FETCH, *names], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **env, **{name: str(value) for name, value in place.items()}}))
+    said = [process.communicate(timeout=200) for process in processes]
+    assert not any(process.returncode for process in processes), said
+    return [out.splitlines() for out, _ in said]
+
+
+NEEDED = {"config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
+          "chat_template.jinja", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+          "model-00002-of-00002.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    tiny.make_model(folder / "org" / "tiny", files=2)
+    (folder / "org" / "tiny" / "onnx").mkdir()
+    for name in ("pytorch_model.bin", "tf_model.h5", "consolidated.safetensors", "model.fp16.safetensors",
+                 "README.md", "onnx/model.safetensors", "onnx/config.json"):
+        (folder / "org" / "tiny" / name).write_bytes(b"not needed")
+    for repo, names in (("old", ("pytorch_model.bin", "optimizer.bin")), ("gated", ()), ("empty", ())):
+        (folder / "org" / repo).mkdir()
+        for name in ("config.json", *names):
+            (folder / "org" / repo / name).write_text(json.dumps({"file": name}))  # equal ones are one blob
+    return folder
+
+
+@pytest.mark.parametrize("nodes", [(2,), (1, 2)])
+def test_every_rank_reads_the_same_snapshot_which_each_node_fetches_once(nodes, repositories, tmp_path):
+    """Though `main` moves between requests; only what is needed, and it says how much that is. Afterwards
+    the same is there offline, without a request."""
+    with hub(repositories, moves=True) as (env, requests):
+        said = fetch(["org/tiny"], tmp_path, env, nodes)
+        assert fetched(requests) == Counter({name: len(nodes) for name in NEEDED})
+        commit, *files = said[0][-1].split()
+        assert all(lines[-1] == said[0][-1] for lines in said) and {*files} == NEEDED
+        size = sum((repositories / "org" / "tiny" / name).stat().st_size for name in NEEDED
+                   if name.endswith(".safetensors"))
+        local = [local for ranks in nodes for local in range(ranks)]
+        assert [lines[0] for lines, n in zip(said, local) if n == 0] == [
+            f"org/tiny, commit {commit}: downloading {size / 1e9:.2f} GB, 2 files"] * len(nodes)
+        assert [len(lines) for lines in said] == [1 if n else 2 for n in local]
+        requests.clear()
+        said = fetch(["org/tiny"], tmp_path, {**env, "HF_HUB_OFFLINE": "1"}, nodes)
+        assert [lines[-1].split() for lines in said] == [[commit, *files]] * len(local) and not requests
+
+
+def test_what_the_hub_cannot_give_is_said(repositories, tmp_path):
+    """In one line each. What cannot be a hub id is not asked for."""
+    with hub(repositories) as (env, requests):
+        paths = ["./runs/sft", "/data/x", "runs", "runs/sft/", "https://hub/org/tiny"]
+        paths = fetch(paths, tmp_path, env)[0]
+        assert len(paths) == 5 and all("there is no such folder" in line for line in paths) and not requests
+        gated, private, none, empty, downloading, old, *_ = fetch(
+            ["org/gated", "org/private", "org/none", "org/empty", "org/old@v1", "org/tiny"], tmp_path, env)[0]
+        assert "licence accepted at http://" in gated and "/org/gated: do so, then set HF_TOKEN" in gated
+        assert all("no such folder, and the hub has none of this name, or a private one: set HF_TOKEN" in line
+                   for line in (private, none))
+        assert "need weights, but the hub has no model*.safetensors or pytorch_model*.bin" in empty
+        assert "downloading 0.00 GB, 1 files" in downloading
+        assert old.split() == [f"{1:040x}", "config.json", "pytorch_model.bin"]
+        assert fetched(requests)["pytorch_model.bin"] == 1 and not fetched(requests)["optimizer.bin"]
+        for name in ("pytorch_model.bin", "model-00002-of-00002.safetensors"):
+            next(tmp_path.rglob(f"snapshots/*/{name}")).unlink()
+        requests.clear()
+        offline = {**env, "HF_HUB_OFFLINE": "1"}
+        part, shard, none = fetch(["org/old@v1", "org/tiny", "org/none"], tmp_path, offline)[0]
+        assert "need weights, but the hub cannot be asked (HF_HUB_OFFLINE?), and its cache has no" in part
+        assert "and its cache has no model-00002-of-00002.safetensors" in shard
+        assert "HF_HUB_OFFLINE is set while" in none and str(tmp_path) in none and not requests

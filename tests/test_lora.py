@@ -254,7 +254,8 @@ def test_the_reference_is_the_base(place, world, tmp_path):
     """dpo.py: the policy before its first step is the base, so the reference file is that of a run without
     adapters, fingerprint and all; margins start at 0."""
     inside("dpo", *files(place, "dpo"), "--out", tmp_path / "lora", *LORA)
-    inside("dpo", *files(place, "dpo"), "--out", tmp_path / "plain", *LORA, "--lora_rank", 0)
+    inside("dpo", *files(place, "dpo"), "--out", tmp_path / "plain", *LORA, "--lora_rank", 0,
+           "--lora_alpha", 16)
     one, two = ((tmp_path / name / "reference.json").read_text() for name in ("lora", "plain"))
     assert json.loads(one) == json.loads(two)
     first, *_, last = tiny.log(tmp_path / "lora")

@@ -1059,9 +1059,10 @@ def test_scores_that_have_no_scale(ended, scores, message, world):
     assert training.score_moments.tolist() == [0, 1]
 
 
-def test_a_kl_horizon_without_a_target(place):
-    """An iteration's 20 answers are more than --kl_horizon 19, which nothing reads without --target_kl."""
-    assert tiny.arguments("ppo", *files(place), *SMALL, "--kl_horizon", 19).kl_horizon == 19
+def test_a_kl_horizon_and_its_default(place):
+    """An iteration's answers may be more than the default, which nothing reads without --target_kl."""
+    many = "--batch_size", 10001, "--rollout_batch", 10001
+    assert tiny.arguments("ppo", *files(place), *many).kl_horizon == 10000
     assert tiny.arguments("ppo", *files(place), *SMALL, "--kl_horizon", 20, "--target_kl", 1).target_kl == 1
 
 

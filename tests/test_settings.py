@@ -225,6 +225,14 @@ def test_settings_of_an_original_llava_that_are_refused(key, world, tmp_path):
         fsdp.open_checkpoint(options(model=str(folder)), world)
 
 
+def test_the_tower_of_an_original_llava_is_named(world, tmp_path):
+    """By the setting that asks for it, not as if the user had."""
+    _, folder = original(tmp_path, tiny.make_tokenizer(tmp_path), "safetensors")
+    edit(folder / "config.json", mm_vision_tower="/gone/clip")
+    with pytest.raises(fsdp.UserError, match="config.json: mm_vision_tower: got '/gone/clip'.*--clip gives"):
+        fsdp.open_checkpoint(options(model=str(folder)), world)
+
+
 @pytest.mark.parametrize("changes, said", [
     ({"model_type": "siglip_vision_model"}, "got model_type 'siglip_vision_model', need clip"),
     ({"num_channels": 1}, "got num_channels 1"), ({"quantization_config": {}}, "got quantization_config")])
