@@ -72,21 +72,23 @@ LAYOUTS = ("conversations | messages, prompt | question + chosen + rejected, pro
 FLAGS = ("loss", "weight", "train")  # of a turn or a record: false or 0 says not to learn from it
 LOST_IN_TURNS = (*FLAGS, *IMAGES, "video", "videos", "audio", "audios", "tool_calls", "tool_call_id",
                  "function_call", "reasoning_content", "thinking")
+TEXTS = "(response|answer|output|completion|candidate|generation|message|text|caption|value|label)"
 LOST = re.compile(  # columns that would be lost, by their names in lower case without separators
-    r"(image|img|picture|photo|video|audio)s?(path|file|name|filename|url|data|bytes|base64)?s?\d*"
-    r"|sys(tem)?(prompt|message|instruction)?s?|(chosen|rejected|preferred|dispreferred).*|winner|loser|reject"
-    r"|prompt|conversations?|messages|input|history|tools|functions?|(tool|function)calls?"
-    r"|(output|response|answer|completion|candidate|generation)s?\d+|responses|completions|candidates"
-    r"|preferences?|rankings?|kto(tag|label)?|loss(es|mask)?|(sample)?weights?|train(able)?")
+    r"(image|img|picture|photo|pic|video|audio)s?\d*(path|file|name|url|uri|link|data|bytes|base64|b64|list)*s?\d*"
+    r"|pixelvalues|sys(tem)?(prompt|message|msg|instruction|text)?s?|(chosen|rejected).*|reject|winner|loser"
+    rf"|((dis)?prefer(red|ences?)|accepted|winning|losing|best|worst){TEXTS}?s?|{TEXTS}(s?\d+|[ab])|rankings?"
+    r"|responses|completions|candidates|prompt|conversations?|messages|input|history|tools|functions?"
+    r"|(tool|function)calls?|kto(tag|label)?s?|loss(es|mask|weight)?s?|(sample|token|turn)?weights?"
+    r"|train(able|ing|detail)?")
 ANSWER_NAME = re.compile("answer|response|output|completion|solution|caption|chosen|rejected|label$")
-SCORE_NAME = re.compile("(label|score|reward|rating|rank)s?")
+SCORE_NAME = re.compile("label|score|reward|rating|rank")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # those that the trainer opens
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BASE64 = ("data:", "/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # how a data URL, JPEG, PNG, GIF and WebP begin
-IMAGE_TEXT = re.compile(  # a data URL, base64, or the path of an image
-    r"data:image/|(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[\w+/=\s]{60,}\Z"
-    r"|[^\n]{1,2000}\.(jpe?g|png|webp|gif|bmp|tiff?)\s*\Z", re.IGNORECASE)
+IMAGE_TEXT = re.compile(  # a data URL, base64, or the path of an image, a video or a sound
+    r"data:[\w/.+-]*[;,]|(/9j/|iVBORw0K|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[\w+/=\s]{60,}\Z|[^\n]{0,2000}\.(?i:jpe?g|jfif|png|"
+    r"webp|gif|bmp|tiff?|heic|avif|mp4|avi|mov|mkv|webm|wav|mp3|flac)([?#]\S*)?\s*\Z")
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
 SHARD = re.compile(r"(.+)-\d+-of-\d+\.parquet")  # train-00000-of-00012.parquet, as the hub names them
 REPORT_SECONDS = 10
@@ -450,16 +452,26 @@ def stem(path):
     return os.path.splitext(re.split(r"[/\\]", path)[-1])[0]
 
 
+def is_lost(name, value, num_answers):
+    """Whether a column that no layout has read says something that would be lost."""
+    name = re.sub("[^a-z0-9]", "", name.lower())
+    if name.startswith(("chosen", "rejected")) and type(value) in (int, float):
+        return False  # a score of the answer
+    if isinstance(value, list) and len(value) == num_answers > 1 and SCORE_NAME.search(name):
+        return True  # they may be ties, or in another order
+    unpaired = name == "label" and isinstance(value, bool)  # TRL's: whether the answer is a good one
+    return unpaired or bool(LOST.fullmatch(name)) or holds_lost(value)
+
+
 def other_columns(columns, num_answers, image_names):
     """The columns that no layout has read, as JSON values. ValueError for one whose meaning would be lost."""
     kept, own = {}, {stem(name) for name in image_names if isinstance(name, str)}
     for name, value in columns.items():
-        plain, score = re.sub("[^a-z0-9]", "", name.lower()), type(value) in (int, float)
-        if name == "" or name in FLAGS and value == 1 or isinstance(value, str) and stem(value) in own:
-            continue  # an index that pandas wrote; what holds anyway; the image's own name
-        lost = LOST.fullmatch(plain) and not (score and plain.startswith(("chosen", "rejected")))
-        of_answers = isinstance(value, bool) or isinstance(value, list) and len(value) == num_answers > 1
-        if lost or SCORE_NAME.fullmatch(name.lower()) and of_answers or holds_lost(value):
+        if name == "" or name in FLAGS and value == 1:
+            continue  # an index that pandas wrote; what holds for every record
+        if is_lost(name, value, num_answers):
+            if isinstance(value, str) and stem(value) in own:
+                continue  # the image's own name
             raise ValueError(f"got the column {name} ({short(value)}), which would be lost, need it in the "
                              f"image or the turns: move it there, or leave it out by --drop {name}")
         text = json.dumps(value, default=str)  # a date of parquet becomes text

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import data
+
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "convert.py"
 spec = importlib.util.spec_from_file_location("convert", SCRIPT)
 convert = importlib.util.module_from_spec(spec)
@@ -38,8 +40,8 @@ def write_json(folder, records, name="records.json"):
 
 def write_images(folder):
     (folder / "sub").mkdir(parents=True, exist_ok=True)
-    for name, data in (("red.png", RED), ("a,b.png", JPEG), ("sub/blue.png", BLUE), ("cut.png", CUT)):
-        (folder / name).write_bytes(data)
+    for name, content in (("red.png", RED), ("a,b.png", JPEG), ("sub/blue.png", BLUE), ("cut.png", CUT)):
+        (folder / name).write_bytes(content)
 
 
 def read(out):
@@ -155,6 +157,8 @@ RED_PATH = {"image": "images/red.png"}
     ({"prompt": [user("Q")]}, [human("Q")], {}),
     # captions
     ({"image": "red.png", "caption": "A red field."}, [human("<image>"), gpt("A red field.")], RED_PATH),
+    ({"image": "red.png", "caption": "A red field.", "file": "x/red.jpg", "coco_id": "red"},  # its own name
+     [human("<image>"), gpt("A red field.")], {**RED_PATH, "coco_id": "red"}),
     ({"file_name": "red.png", "text": "A red field."}, [human("<image>"), gpt("A red field.")], RED_PATH),
 ])
 def test_every_layout_becomes_ours(tmp_path, record, turns, others):
@@ -164,10 +168,10 @@ def test_every_layout_becomes_ours(tmp_path, record, turns, others):
     (converted,) = read(tmp_path / "out")
     assert converted == {"id": "000000000", "conversations": turns, **others}
     assert not others.get("image") or (tmp_path / "out" / others["image"]).read_bytes() == RED
+    data.read_row(converted, str(tmp_path / "out"), need_answers=0)  # as the trainer reads it
 
 
 def test_the_trainer_reads_every_record_and_finds_its_image(tmp_path):
-    import data
     write_images(tmp_path)
     records = [
         {"id": "own", "image": "sub/blue.png", "conversations": ANSWERED, "label": "A", "question_id": 3},
@@ -327,6 +331,8 @@ LOST = "which would be lost"
     # what would be lost
     ({**CHAT, "video": "x.mp4"}, f"got the column video ('x.mp4'), {LOST}"),
     ({**CHAT, "audios": ["x.wav"]}, f"got the column audios (['x.wav']), {LOST}"),
+    ({**CHAT, "image": "red.png", "mask": "red_mask.png"}, "got the column mask ('red_mask.png'), which"),
+    ({**CHAT, "response_a": "a"}, f"got the column response_a ('a'), {LOST}"),
     ({**CHAT, "tools": "[{}]"}, f"got the column tools ('[{{}}]'), {LOST}"),
     ({**CHAT, "weight": 0.5}, f"got the column weight (0.5), {LOST}"),
     ({**CHAT, "rejected_conversations": [human("Q")]}, "got the column rejected_conversations ([{'from'"),
