@@ -70,15 +70,13 @@ LAYOUTS = ("conversations | messages, prompt | question + chosen + rejected, pro
            "image + caption, or another layout that --help lists")
 
 FLAGS = ("loss", "weight", "train")  # of a turn or a record: false or 0 says not to learn from it
-LOST_IN_TURNS = (*FLAGS, *IMAGES, "video", "videos", "audio", "audios", "tool_calls", "tool_call_id",
-                 "function_call", "reasoning_content", "thinking")
 TEXTS = "(response|answer|output|completion|candidate|generation|message|text|caption|value|label)"
-LOST = re.compile(  # columns that would be lost, by their names in lower case without separators
+LOST = re.compile(  # what would be lost of a record or a turn, by names in lower case without separators
     r"(image|img|picture|photo|pic|video|audio)s?\d*(path|file|name|url|uri|link|data|bytes|base64|b64|list)*s?\d*"
     r"|pixelvalues|sys(tem)?(prompt|message|msg|instruction|text)?s?|(chosen|rejected).*|reject|winner|loser"
     rf"|((dis)?prefer(red|ences?)|accepted|winning|losing|best|worst){TEXTS}?s?|{TEXTS}(s?\d+|[ab])|rankings?"
     r"|responses|completions|candidates|prompt|conversations?|messages|input|history|tools|functions?"
-    r"|(tool|function)calls?|kto(tag|label)?s?|loss(es|mask|weight)?s?|(sample|token|turn)?weights?"
+    r"|(tool|function)call(s|id)?|reasoningcontent|thinking|kto(tag|label)?s?|loss(es|mask|weight)?s?|(sample|token|turn)?weights?"
     r"|train(able|ing|detail)?")
 ANSWER_NAME = re.compile("answer|response|output|completion|solution|caption|chosen|rejected|label$")
 SCORE_NAME = re.compile("label|score|reward|rating|rank")
@@ -86,6 +84,8 @@ SCORE_NAME = re.compile("label|score|reward|rating|rank")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # those that the trainer opens
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BASE64 = ("data:", "/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # how a data URL, JPEG, PNG, GIF and WebP begin
+MESSAGES_TEXT = re.compile(r'\s*\[\s*\{\s*"(role|from|content|value)"\s*:')  # the JSON text of messages
+OTHER_PLACEHOLDER = re.compile(r"<(video|audio)>|<img>[^<]+</img>|<image_?\d+>|<\|image[_\d]*\|>|<ImageHere>")
 IMAGE_TEXT = re.compile(  # a data URL, base64, or the path of an image, a video or a sound
     r"data:[\w/.+-]*[;,]|(/9j/|iVBORw0K|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[\w+/=\s]{60,}\Z|[^\n]{0,2000}\.(?i:jpe?g|jfif|png|"
     r"webp|gif|bmp|tiff?|heic|avif|mp4|avi|mov|mkv|webm|wav|mp3|flac)([?#]\S*)?\s*\Z")
@@ -152,10 +152,14 @@ def message_text(content, role, images):
 
 def check_message(message, role):
     """ValueError for what a turn holds besides its text, if it would be lost."""
-    for name in LOST_IN_TURNS:
-        value = message.get(name)
-        harmless = role != "gpt" or value in (None, 1) if name in FLAGS else empty(value)
-        if not harmless:  # only gpt turns are learnt, and all of them
+    for name, value in message.items():
+        if name in ("from", "role", "value", "content", "preference_values"):
+            continue
+        if name in FLAGS:  # only gpt turns are learnt, and all of them
+            lost = role == "gpt" and value not in (None, 1)
+        else:
+            lost = not empty(value) and is_lost(name, value)
+        if lost:
             raise ValueError(f"got a {role} turn with {name} {short(value)}, which would be lost, need none: "
                              "correct it")
 
@@ -188,7 +192,7 @@ def read_context(columns):
     if not isinstance(prompt, str) or name in CHATS:
         images = []
         return [] if prompt is None else chat_turns(prompt, name, images), images
-    if "input" in columns:
+    if isinstance(columns.get("input"), str):
         prompt = f"{prompt}\n{columns.pop('input')}"
     for name in BESIDE:
         values = columns.get(name, [])
@@ -203,8 +207,9 @@ def split_answer(value, name):
     """An answer (a text, a message, or messages) → (turns before it, images in them, its text)."""
     if isinstance(value, str):
         return [], [], value
-    images = []
-    turns = chat_turns([value] if isinstance(value, dict) else value, name, images)
+    messages, images, turns = [value] if isinstance(value, dict) else value, [], []
+    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+        turns = chat_turns(messages, name, images)
     if not turns or turns[-1]["from"] != "gpt" or not isinstance(turns[-1]["value"], str):
         raise ValueError(f"got {name} {short(value)}, need a text, or messages of which the assistant's is "
                          "the last: correct it")
@@ -330,6 +335,9 @@ def check_turns(turns, images):
             raise ValueError(f"got {short(value)} in turn {number} ({role}), need words: correct it")
         if len({text.strip() for text in texts}) < len(texts):
             raise ValueError(f"got equal answers {short(texts[0])}, need answers that differ: leave it out")
+    other = [match for turn in body[::2] for match in OTHER_PLACEHOLDER.finditer(turn["value"])]
+    if other:
+        raise ValueError(f"got {short(other[0][0])} in a human turn, need <image>, and its image: correct it")
     holders = sum(turn["value"].count("<image>") for turn in turns if turn["from"] == "human")
     if holders > len(images):
         raise ValueError(f"got {holders} <image> for {len(images)} images, need one for each: correct it")
@@ -414,9 +422,8 @@ def write_images(files, folder, taken):
     names, new = [], {}
     for data, name in files:
         name, digest = image_name(data, name), hashlib.sha256(data).hexdigest()
-        if {**taken, **new}.get(name.lower(), digest) != digest:  # another image of this name
-            stem, suffix = os.path.splitext(name)
-            name = f"{stem}-{digest[:12]}{suffix}"
+        if new.get(name.lower(), taken.get(name.lower(), digest)) != digest:  # another image of this name
+            name = f"-{digest[:12]}".join(os.path.splitext(name))
         names.append(name)
         if name.lower() not in taken:
             try:
@@ -452,8 +459,8 @@ def stem(path):
     return os.path.splitext(re.split(r"[/\\]", path)[-1])[0]
 
 
-def is_lost(name, value, num_answers):
-    """Whether a column that no layout has read says something that would be lost."""
+def is_lost(name, value, num_answers=1):
+    """Whether what no layout has read of a record or of a turn says something that would be lost."""
     name = re.sub("[^a-z0-9]", "", name.lower())
     if name.startswith(("chosen", "rejected")) and type(value) in (int, float):
         return False  # a score of the answer
@@ -486,7 +493,8 @@ def read_margin(columns, num_answers):
         margin = float(margin) if isinstance(margin, str) else margin  # of CSV
     except ValueError:
         pass
-    if margin is None or type(margin) in (int, float) and 0 <= margin < math.inf and num_answers == 2:
+    in_range = type(margin) in (int, float) and 0 <= margin <= sys.float_info.max
+    if margin is None or margin == 0 or in_range and num_answers == 2:
         return margin
     raise ValueError(f"got the margin {short(margin)} and {num_answers} answers, need a number from 0, and "
                      "two: correct it, or --drop margin")
@@ -498,6 +506,9 @@ def convert_record(record, index, folder, root, taken, drop=()):
         raise ValueError(f"got {short(record)}, need an object with named fields: correct it")
     record = {name: value for name, value in record.items() if name not in drop}
     columns = {name: value for name, value in record.items() if not empty(value)}
+    for name in columns.keys() & {*PROMPTS, *ANSWERS, "chosen", "rejected"}:
+        if isinstance(columns[name], str) and MESSAGES_TEXT.match(columns[name]):
+            columns[name] = parse_json(columns[name], name, "a list of messages")
     id = columns.pop("id", f"{index:09d}")
     if type(id) not in (str, int):
         raise ValueError(f"got the id {short(id)}, need a text or a whole number: correct it")
@@ -642,7 +653,7 @@ def convert_records(source, records, total, staging, root, skip_bad_rows, drop):
                 line = json.dumps(converted, ensure_ascii=False).encode()
                 file.write((b",\n" if written else b"[\n") + line)
                 written += 1
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if isinstance(error, UnicodeError):
                     error = "got text that is not UTF-8, need UTF-8: save it in that encoding"
                 own_id = f" (id {short(record['id'])})" if isinstance(record, dict) and "id" in record else ""
