@@ -167,6 +167,7 @@ def check_message(message, role):
 def chat_turns(messages, name, images):
     """Messages in either spelling → turns; the images in them go to `images`."""
     need = 'a list of messages, {"from", "value"} or {"role", "content"}'
+    need = need if name in CHATS else f"text, or {need}"
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         messages = parse_json(messages, name, need)
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -239,11 +240,21 @@ def read_rlhf_v(columns):
     columns.update(fields)
 
 
+def check_scores(columns):
+    """ValueError where score_chosen is not above score_rejected (UltraFeedback), in any such spelling."""
+    for name, score in columns.items():
+        other = columns.get(name.replace("chosen", "rejected"))
+        is_score = "chosen" in name and re.search("score|rating|reward", name)
+        if is_score and {type(score), type(other)} <= {int, float} and score <= other:
+            raise ValueError(f"got {name} {score}, need more than the rejected {other}: leave the record out")
+
+
 def read_preference(columns):
     """PROMPT + chosen + rejected, or these two alone."""
     chosen, rejected = split_answer(columns.pop("chosen"), "chosen"), columns.pop("rejected")
     several = isinstance(rejected, list) and not all(isinstance(message, dict) for message in rejected)
     rejected = [split_answer(value, "rejected") for value in (rejected if several else [rejected])]
+    check_scores(columns)
     return join(read_context(columns), chosen, *rejected)
 
 
@@ -411,6 +422,7 @@ def image_name(data, name):
         parts = [re.sub("^[A-Za-z]:", "", parts[-1])]
     parts = [re.sub(r'[\x00-\x1f<>:"|?*]', "_", part) for part in parts if part not in ("", ".", "..")]
     parts = parts[1:] if parts[0:1] == ["images"] else parts  # what this program wrote keeps its names
+    parts[:-1] = [f"{part}_" if part.lower().endswith(SUFFIXES) else part for part in parts[:-1]]
     if not parts or max(len(part.encode()) for part in parts) > 200 or len(parts) > 8:
         parts = [hashlib.sha256(data).hexdigest()[:32]]
     return "/".join(parts) + ("" if parts[-1].lower().endswith(SUFFIXES) else suffix)
@@ -656,6 +668,8 @@ def convert_records(source, records, total, staging, root, skip_bad_rows, drop):
             except (ValueError, RecursionError) as error:
                 if isinstance(error, UnicodeError):
                     error = "got text that is not UTF-8, need UTF-8: save it in that encoding"
+                if isinstance(error, RecursionError):
+                    error = "got lists in lists without end, need a record: correct it"
                 own_id = f" (id {short(record['id'])})" if isinstance(record, dict) and "id" in record else ""
                 message = f"{source}: record {index}{own_id}: {error}"
                 if not skip_bad_rows:

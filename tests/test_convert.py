@@ -115,7 +115,8 @@ RED_PATH = {"image": "images/red.png"}
     ({**QUESTION, "system": "S"}, [system("S"), *PAIR], {}),
     # chosen and rejected: texts, messages, TRL's lists of messages with and without a prompt
     ({"prompt": "Q", "chosen": "good", "rejected": "bad", "margin": 2}, PAIR, {"margin": 2}),
-    ({**QUESTION, "messages": None, "chosen_score": 0.7}, PAIR, {"chosen_score": 0.7}),
+    ({**QUESTION, "messages": None, "score_chosen": 8.0, "score_rejected": 7, "chosen_rank": 1}, PAIR,
+     {"score_chosen": 8.0, "score_rejected": 7, "chosen_rank": 1}),
     ({"instruction": "Q", "input": "more", "chosen": "good", "rejected": "bad"},
      [human("Q\nmore"), gpt(["good", "bad"])], {}),
     ({**QUESTION, "rejected": ["mid", "bad"]}, [human("Q"), gpt(["good", "mid", "bad"])], {}),
@@ -246,6 +247,7 @@ def test_images_in_messages_leave_placeholders_in_their_places(tmp_path):
     ("../../etc/./1.jpg", "etc/1.jpg"),
     ("a\\..\\1.jpg", "a/1.jpg"),
     ("what?\0.jpg", "what__.jpg"),
+    ("x.png/y.png", "x.png_/y.png"),  # x.png may be a file
     ("10071", "10071.png"),
     ("v1.5", "v1.5.png"),
     ("wrong.jpg", "wrong.jpg"),  # bytes and names stay, whatever the format
@@ -324,6 +326,7 @@ LOST = "which would be lost"
     ({**QUESTION, "chosen": [user("Other"), assistant("good")]}, "got answers to different contexts"),
     ({"chosen": [user("Q"), assistant("a")], "rejected": [user("R"), assistant("b")]}, "different contexts"),
     ({**QUESTION, "chosen": [assistant("a"), user("b")]}, "got chosen [{'role': 'assistant'"),
+    ({**QUESTION, "score_chosen": 7, "score_rejected": 7.0}, "got score_chosen 7, need more than the"),
     ({**OUTPUTS, "preference": 0}, "got the preference 0, need 1 or 2, no tie"),
     ({**OUTPUTS, "preference": None}, "got the preference None, need 1 or 2"),
     ({**OUTPUTS, "output_2": None}, "got output_2 None, need a text, or messages"),
@@ -369,6 +372,7 @@ LOST = "which would be lost"
     ({"messages": [user([{"type": "image", "image": "red.png"}])], "image": "red.png"},
      "got images both in messages and in a column"),
     ({**CHAT, "note": "\ud800"}, "got text that is not UTF-8"),
+    ({"prompt": 5}, "got prompt 5, need text, or a list of messages"),
 ])
 def test_a_bad_record_is_named_and_nothing_of_it_is_written(tmp_path, capsys, record, message):
     write_images(tmp_path / "in")
@@ -425,11 +429,12 @@ def test_a_table_keeps_its_columns_and_names_its_bad_lines(tmp_path):
 
 def test_a_bad_line_is_named_and_the_others_are_read(tmp_path):
     path = tmp_path / "records.jsonl"
-    lines = [LINES.encode(), b'{"id": 1, ', b"[1]", b'{"prompt": "\xff"}', b"[" * 100_000]
+    lines = [LINES.encode(), b'{"id": 1, ', b"[1]", b'{"prompt": "\xff"}', b"[" * 100_000,
+             b'{"prompt": "Q", "x": ' + b"[" * 900 + b"]" * 900 + b"}"]
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(ValueError, match="record 1: got the line .* need one JSON object"):
         convert.convert(str(path), tmp_path / "out")
-    assert convert.convert(str(path), tmp_path / "out", skip_bad_rows=True) == (1, 4)
+    assert convert.convert(str(path), tmp_path / "out", skip_bad_rows=True) == (1, 5)
     assert read(tmp_path / "out") == [FIRST]
 
 
