@@ -349,9 +349,9 @@ def check_turns(turns, images):
     other = [match for turn in body[::2] for match in OTHER_PLACEHOLDER.finditer(turn["value"])]
     if other:
         raise ValueError(f"got {short(other[0][0])} in a human turn, need <image>, and its image: correct it")
-    holders = sum(turn["value"].count("<image>") for turn in turns if turn["from"] == "human")
-    if holders > len(images):
-        raise ValueError(f"got {holders} <image> for {len(images)} images, need one for each: correct it")
+    placeholders = sum(turn["value"].count("<image>") for turn in turns if turn["from"] == "human")
+    if placeholders > len(images):
+        raise ValueError(f"got {placeholders} <image> for {len(images)} images, need one for each: correct it")
 
 
 # ---- images: every kind of value becomes the bytes of an image file, and its name where it has one

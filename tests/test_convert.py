@@ -2,6 +2,7 @@
 be lost is a bad record, named."""
 
 import base64
+import datetime
 import importlib.util
 import io
 import json
@@ -40,7 +41,8 @@ def write_json(folder, records, name="records.json"):
 
 def write_images(folder):
     (folder / "sub").mkdir(parents=True, exist_ok=True)
-    for name, content in (("red.png", RED), ("a,b.png", JPEG), ("sub/blue.png", BLUE), ("cut.png", CUT)):
+    for name, content in (("red.png", RED), ("a,b.png", JPEG), ("sub/blue.png", BLUE), ("cut.png", CUT),
+                          ("x.ppm", image_bytes("red", "PPM"))):
         (folder / name).write_bytes(content)
 
 
@@ -157,7 +159,8 @@ RED_PATH = {"image": "images/red.png"}
      {**RED_PATH, "question_id": 1, "category": "conv"}),
     ({"prompt": "Q", "image": "red.png", "source": {"set": "x"}}, [human("Q")],
      {**RED_PATH, "source": {"set": "x"}}),
-    ({"prompt": [user("Q")]}, [human("Q")], {}),
+    ({"prompt": [user("Q")], "image": float("nan"), "scores": [float("nan")]}, [human("Q")],
+     {"scores": [None]}),
     # captions
     ({"image": "red.png", "caption": "A red field."}, [human("<image>"), gpt("A red field.")], RED_PATH),
     ({"image": "red.png", "caption": "A red field.", "file": "x/red.jpg", "coco_id": "red"},  # its own name
@@ -371,7 +374,8 @@ LOST = "which would be lost"
     ({**CHAT, "image": ["red.png", None]}, "got the image None, need bytes"),
     ({"messages": [user([{"type": "image", "image": "red.png"}])], "image": "red.png"},
      "got images both in messages and in a column"),
-    ({**CHAT, "note": "\ud800"}, "got text that is not UTF-8"),
+    ({**CHAT, "image": "x.ppm"}, "got a bad image (cannot identify image"),  # not a format that is opened
+    ({**CHAT, "image": "sub/blue.png", "note": "\ud800"}, "got text that is not UTF-8"),
     ({"prompt": 5}, "got prompt 5, need text, or a list of messages"),
 ])
 def test_a_bad_record_is_named_and_nothing_of_it_is_written(tmp_path, capsys, record, message):
@@ -388,6 +392,14 @@ def test_a_bad_record_is_named_and_nothing_of_it_is_written(tmp_path, capsys, re
     assert message in capsys.readouterr().err
     assert [record["id"] for record in read(tmp_path / "out")] == ["good"]
     assert [file.name for file in (tmp_path / "out" / "images").iterdir()] == ["red.png"]
+
+
+def test_a_date_becomes_text_and_bytes_are_not_kept():
+    day = datetime.date(2024, 1, 2)
+    assert convert.other_columns({"day": day, "n": {"x": [1, None]}}, 1, []) == {
+        "day": "2024-01-02", "n": {"x": [1, None]}}
+    with pytest.raises(ValueError, match="got the column code"):
+        convert.other_columns({"code": [b"x"]}, 1, [])
 
 
 def test_a_column_is_left_out_only_when_asked(tmp_path):
@@ -537,7 +549,9 @@ def test_a_hub_data_set(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     features = {name: datasets.Value("string") for name in QUESTION} | {"image": datasets.Image()}
     records = [{**QUESTION, "question": q, "image": {"bytes": JPEG, "path": f"{q}.jpg"}} for q in "abc"]
-    held = datasets.Dataset.from_list(records, features=datasets.Features(features))
+    import pyarrow
+    table = pyarrow.Table.from_pylist(records, schema=datasets.Features(features).arrow_schema)
+    held = datasets.Dataset(table, fingerprint="x")
     calls = []
 
     def load_dataset(name, split, streaming):
