@@ -351,7 +351,7 @@ def check_turns(turns, images):
         raise ValueError(f"got {short(other[0][0])} in a human turn, need <image>, and its image: correct it")
     placeholders = sum(turn["value"].count("<image>") for turn in turns if turn["from"] == "human")
     if placeholders > len(images):
-        raise ValueError(f"got {placeholders} <image> for {len(images)} images, need one for each: correct it")
+        raise ValueError(f"got {placeholders} <image> for {len(images)} images, need one each: correct it")
 
 
 # ---- images: every kind of value becomes the bytes of an image file, and its name where it has one
@@ -484,7 +484,7 @@ def is_lost(name, value, num_answers=1):
 
 def other_columns(columns, num_answers, image_names):
     """The columns that no layout has read, as JSON values. ValueError for one whose meaning would be lost."""
-    kept, own = {}, {stem(name) for name in image_names if isinstance(name, str)}
+    others, own = {}, {stem(name) for name in image_names if isinstance(name, str)}
     for name, value in columns.items():
         if name == "" or name in FLAGS and value == 1:
             continue  # an index that pandas wrote; what holds for every record
@@ -494,8 +494,8 @@ def other_columns(columns, num_answers, image_names):
             raise ValueError(f"got the column {name} ({short(value)}), which would be lost, need it in the "
                              f"image or the turns: move it there, or leave it out by --drop {name}")
         text = json.dumps(value, default=str)  # a date of parquet becomes text
-        kept[name] = json.loads(text, parse_constant=lambda _: None)  # NaN becomes null
-    return kept
+        others[name] = json.loads(text, parse_constant=lambda _: None)  # NaN becomes null
+    return others
 
 
 def read_margin(columns, num_answers):
@@ -723,7 +723,7 @@ def main():
     parser.add_argument("--out", required=True, help="folder to write data.json and images/ into")
     parser.add_argument("--split", default="train", help="split of a hub data set, or of a folder of shards")
     parser.add_argument("--images", help="folder that image paths count from (default: SOURCE's own)")
-    parser.add_argument("--drop", nargs="+", default=(), metavar="COLUMN", help="columns to leave out unread")
+    parser.add_argument("--drop", nargs="+", default=(), metavar="COLUMN", help="columns to leave out, as if they were not there")
     parser.add_argument("--limit", type=int, help="read this many records at most")
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave bad records out and count them")
     parser.add_argument("--overwrite", action="store_true", help="replace data.json, and images of one name")
