@@ -723,7 +723,7 @@ def main():
     parser.add_argument("--out", required=True, help="folder to write data.json and images/ into")
     parser.add_argument("--split", default="train", help="split of a hub data set, or of a folder of shards")
     parser.add_argument("--images", help="folder that image paths count from (default: SOURCE's own)")
-    parser.add_argument("--drop", nargs="+", default=(), metavar="COLUMN", help="columns to leave out, as if they were not there")
+    parser.add_argument("--drop", nargs="+", default=(), metavar="COLUMN", help="leave these columns out")
     parser.add_argument("--limit", type=int, help="read this many records at most")
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave bad records out and count them")
     parser.add_argument("--overwrite", action="store_true", help="replace data.json, and images of one name")
