@@ -86,4 +86,5 @@ def test_what_a_start_costs(tmp_path):
     done = tiny.command("benchmarks/bench_start", "--records", 40, "--tokenizer", tmp_path)
     assert done.code == 0, done.err
     phases = [line.split("  ")[0] for line in done.out.splitlines()]
-    assert phases == ["reading", "checking", "tokenising", "steps", "in all"] and " 40 records, " in done.out
+    assert phases[-5:] == ["reading", "checking", "tokenising", "steps", "in all"]
+    assert " 40 records, " in done.out

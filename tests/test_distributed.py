@@ -555,14 +555,15 @@ def make_larger_model(folder):
     config.vision_config, config.image_seq_length = tiny.clip_config(image_size=24), 9
     config.save_pretrained(folder)
     tiny.write(folder, tiny.named(tiny.randomise(tiny.hf.LlavaForConditionalGeneration(config)), tiny.HUB))
+    tiny.write_processor(folder, 24)
 
 
 WRONG = {  # options that come after good ones, and what is said. {} is the folder `wrong`
     "sft": {  # and what is shared by every script
         "--model {}/nowhere": "need a checkpoint folder or a hub id; there is no such folder",
         "--model nobody/nothing": "got 'nobody/nothing', need a checkpoint folder or a hub id",
-        "--model {}/llama": "got --model of the kind 'llama', need a LLaVA; give a LLaMA as --llm",
-        "--model {}/images": "no config.json: need a checkpoint folder",
+        "--model {}/llama": "got --model of the kind 'llama', need LLaVA-1.5 as transformers has it",
+        "--model {}/images": "no config.json, need a checkpoint folder",
         "--model {}/bad_config": "bad_config/config.json",
         "--model {}/no_tokenizer": "no tokenizer.json or tokenizer.model: give --tokenizer",
         "--model {}/other_token": "the tokenizer is of another checkpoint",
@@ -998,7 +999,7 @@ def test_an_image_that_vanishes_is_named(workers, ranks, folder, tmp_path):
     prepare = in_update(3, functools.partial(remove, tmp_path / "images"))
     more = "--images", tmp_path / "images", "--workers", workers
     done = long_run("sft", ranks, "", tmp_path / "out", *more, prepare=prepare)
-    assert re.match(r"row \d \(id row \d\): cannot read .*/p\d\.png", done.error), done
+    assert re.match(r"\S*rows.json: row \d \(id row \d\): cannot read .*/p\d\.png", done.error), done
     assert done.code == 2 and len(done.err.splitlines()) == 1
     assert fsdp.checkpoint_steps(tmp_path / "out")
 

@@ -1012,7 +1012,7 @@ def test_the_reference_under_lora_is_the_base(place, world):
 def test_ptx_gradients_are_sfts(bench, place, world):
     """--ptx_coef times the gradient of sft.py's loss is added to what is there already; the loss is sft.py's,
     over all micro-batches."""
-    examples = fsdp.read_examples(str(place / "turns.json"), "turns", bench.processor, bench.args, world)
+    examples = fsdp.read_examples([str(place / "turns.json")], "turns", bench.processor, bench.args, world)
     batch = data.collate(examples[:5], bench.processor)
     loss = -bench.policy(batch, bench.policy.vision_tower(batch.pixels)).mean()
     (2.5 * loss).backward()

@@ -103,9 +103,7 @@ def checkpoint(folder, changes=None, kind=hf.LlamaConfig):
     peer = tiny.randomise(hf.LlavaForConditionalGeneration(config))
     peer.config.save_pretrained(folder)
     write(folder, named(peer, HUB))
-    tiny.write_processor(folder)
-    edit(folder / "preprocessor_config.json", size={"shortest_edge": vision.image_size},
-         crop_size={"height": vision.image_size, "width": vision.image_size})
+    tiny.write_processor(folder, vision.image_size)
     return peer
 
 

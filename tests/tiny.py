@@ -144,12 +144,12 @@ def write(folder, tensors, files=1):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def write_processor(folder):
+def write_processor(folder, size=16):
     """What stands beside the weights: picture settings, chat template, generation configuration."""
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
-        "size": {"shortest_edge": 16}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": 16, "width": 16}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": size}, "resample": 3, "do_center_crop": True,
+        "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711]}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
