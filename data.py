@@ -162,23 +162,29 @@ class Conversation:
 CONVERT = "examples/convert.py converts other layouts"
 RECORD_FIELDS, TURN_FIELDS = ("id", "image", "conversations", "margin"), ("from", "value")
 FILES = "s?[0-9]*(path|file|name|url|uri|link|data|bytes|base64|b64|list|tensor|feature|embed)*s?[0-9]*"
-SIDES = "chosen|reject(ed)?|(dis)?prefer(red)?|accepted|winn(er|ing)|los(er|ing)|best|worst"
+SIDES = (".*chosen|.*rejected|reject|(dis|non)?prefer(red|ence)?|accepted|win(ner|ning)?|los(er?|ing)|better|"
+         "best|worse|worst|safer")
 ANSWERS = "response|answer|output|completion|candidate|generation"
+IN_IMAGE = "put image files into the record's `image`"
+IN_ANSWERS = "make the last gpt value a list of answers, best first"
+IN_TURNS = 'write it into the turns of "conversations", or remove it'
 ELSEWHERE = {  # names of other layouts, in lower case without separators: where the content belongs
-    f"(image|img|picture|photo|pic){FILES}|pixelvalues": "put image files into the record's `image`",
-    f"(video|audio|speech|sound){FILES}": "videos and sound cannot be expressed: remove it",
+    f"(input|source|raw|pil|main|query|question)?(image|img|picture|photo|pic)({FILES}|ids?)|cocoids?|pixelvalues|"
+    "jpe?g|png|webp|frames?|media|visuals?": IN_IMAGE,
+    f"(video|audio|speech|sound|pointcloud){FILES}": "videos and sound cannot be expressed: remove it",
     "sys(tem)?(prompt|message|msg|instruction|text)?s?": 'make it a first turn from "system"',
-    f"chosen|reject(ed)?|winner|loser|({SIDES})({ANSWERS}|message|text|caption)s?|({ANSWERS})(s?[0-9]+|[ab])|"
-    "(response|completion|candidate)s|(dis)?prefer(red|ences?)(value|label)?s?|ranking|kto(tag|label)s?":
-        "make the last gpt value a list of answers, best first",
+    f"({SIDES})({ANSWERS}|message|text|caption|conversation|value|label)?s?(id|idx|index)?|"
+    f"({ANSWERS})(s?[0-9]+|[ab])|(response|completion|candidate)s|ranking|kto(tag|label)s?": IN_ANSWERS,
     "loss(es|mask|weight)?s?|mask(ed)?|(sample|token|turn)?weights?|train(able|ing|detail)?":
         "weights and masks cannot be expressed: remove it",
-    "messages|history|tools|functions|(tool|function)calls?":
-        'write it into the turns of "conversations", or remove it'}
+    "messages|history|tools|functions|(tool|function)calls?|thinking|reasoningcontent": IN_TURNS}
 IMAGE_DATA = r"data:[\w/.+-]*[;,]|(?:/9j/|iVBORw0K|R0lGOD|UklGR|Qk|SUkqA|TU0AK)[A-Za-z0-9+/=\s]{60,}\Z"
 NO_PATH = re.compile(rf"[A-Za-z]+://|{IMAGE_DATA}")
 IMAGE_TEXT = re.compile(IMAGE_DATA + r"|[^\n]{0,2000}\.(?i:jpe?g|jfif|png|webp|gif|bmp|tiff?|heic|avif|mp4|"
                         r"avi|mov|mkv|webm|wav|mp3|flac)(?:[?#]\S*)?\s*\Z")
+OTHER_PLACEHOLDER = re.compile(  # of Qwen-VL, Phi-3, MMMU, MiniGPT-4, DeepSeek-VL, InternVL, Gemma 3 …
+    r"(?i)<(?:img>[^<\s]+</img|\|?image[-_ ]?(?:\d+|pad|placeholder|token|soft_token)\|?|\|image\||imagehere|"
+    r"img_context|start_of_image)>")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -205,10 +211,10 @@ def images_and_turns(value, depth=8):
 def check_fields(fields, read, answers=1, image=None):
     """UserError for a field of a record or of a turn that is not among those `read`, where other layouts mean
     its content to be seen or learnt. answers: how many the record has. image: what its own field holds; the
-    same names once more are no loss, nor is a URL that says where it is from."""
+    same names once more are no loss, nor are ids, or a URL that says where it is from."""
     own = image if isinstance(image, list) else [image, *str(image).split(",")]
-    own = {name.strip() for name in own if isinstance(name, str)}
-    own |= {os.path.splitext(os.path.basename(name))[0] for name in own}
+    own = [f"/{name.strip()}" for name in own if isinstance(name, str)]
+    own += [os.path.splitext(name)[0] for name in own]
     for name, value in fields.items():
         found = value if isinstance(value, list) else [value]
         if name in read or all(item is None or item in ("", [], {}) for item in found):
@@ -216,14 +222,17 @@ def check_fields(fields, read, answers=1, image=None):
         where = elsewhere(name)
         if not where and re.search("label|score|reward|rating|rank", name.lower()) and (
                 len(found) == answers > 1 or name.lower() in ("label", "labels")
-                and any(isinstance(item, bool) for item in found)):
-            where = elsewhere("ranking")
+                and any(isinstance(item, int if answers > 1 else bool) for item in found)):
+            where = IN_ANSWERS
         elif not where:
-            found = [item for item in images_and_turns(value)
-                     if not (image and isinstance(item, str) and re.match("https?://", item))]
+            found = [*images_and_turns(value)]
             turn = any(isinstance(item, dict) and item.keys() & {"from", "role"} for item in found)
-            where = elsewhere("messages" if turn else "images")
-        if not all(isinstance(item, str) and item.strip() in own for item in found):
+            where = IN_TURNS if turn else IN_IMAGE
+        if where == IN_IMAGE and image:
+            found = [item for item in found if not (
+                re.search("(?i)ids?$", name) or isinstance(item, str) and (
+                    re.match("https?://", item) or any(path.endswith(f"/{item.strip()}") for path in own)))]
+        if found:
             raise UserError(f"got the field '{shown(name, 80)}' ({shown(value, 120)}), but only "
                             f"{', '.join(f'`{one}`' for one in read)} are read: {where}; {CONVERT}")
 
@@ -244,7 +253,7 @@ def read_row(row, images_dir, need_answers=1):
         if not isinstance(turn, dict) or "value" not in turn:
             raise UserError(f"got the turn '{shown(turn)}'" f', need {{"from", "value"}}; {CONVERT}')
         if len(turn) > 2:
-            check_fields(turn, TURN_FIELDS)
+            check_fields(turn, TURN_FIELDS, image=row.get("image"))
         roles.append(turn.get("from"))
         contents.append(turn["value"])
     body = roles[1:] if roles[0] == "system" else roles
@@ -274,9 +283,14 @@ def read_row(row, images_dir, need_answers=1):
     if not all(c.strip() for role, c in zip(roles, contents) if role == "gpt"):
         raise UserError("got an empty gpt turn, need text")
     images = shared_list(tuple(image_list(row.get("image"), images_dir)))
-    asked = sum(c.count(IMAGE) for role, c in zip(roles, contents) if role == "human")
+    said = "\n".join(c for role, c in zip(roles, contents) if role == "human")
+    if other := OTHER_PLACEHOLDER.search(said):
+        raise UserError(f"got '{shown(other[0])}' in a human turn, need {IMAGE} there, and "
+                        "its file in `image`")
+    asked = said.count(IMAGE)
     if asked > len(images):
-        raise UserError(f"got {asked} {IMAGE} placeholders for {len(images)} images: remove some")
+        raise UserError(f"got {asked} {IMAGE} placeholders for {len(images)} images: name the missing ones "
+                        "in `image`, or remove placeholders that stand for none")
     first = roles.index("human")
     contents[first] = f"{IMAGE}\n" * (len(images) - asked) + contents[first]
     contents, answers = [*map(str.strip, contents)], [*map(str.strip, answers)]

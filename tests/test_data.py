@@ -1745,7 +1745,12 @@ BAD_ROWS = {  # case: (row, essential words of the error)
         make_row(("human", "<image> <image>"), GPT, image="a.png"),
         "got 2 <image> .* for 1 images",
     ),
-    "placeholder without picture": (make_row(("human", "<image>\nHi"), GPT), "got 1 <image> .* for 0 images"),
+    "placeholder without picture": (
+        make_row(("human", "<image>\nHi"), GPT), "got 1 <image> .* for 0 images: name the missing ones in"),
+    **{f"placeholder {text}": (make_row(("human", f"{text} Hi"), GPT, image="a.png"),
+                               "got '<.*need <image> there, and its file in `image`")
+       for text in ("<img>a.png</img>", "<|image_1|>", "<image 1>", "<image_00>", "<|image|>", "<ImageHere>",
+                    "<|image_pad|>", "<image_placeholder>", "<start_of_image>")},
     "missing picture": (
         make_row(HUMAN, GPT, image="none.png"),
         r"no such picture: .*none\.png \(see --images\)",
@@ -1795,21 +1800,24 @@ IMAGES, SYSTEM, RANKING = "record's `image`", 'a first turn from "system"', "a l
 TURN, JPEG = {"from": "gpt", "value": "Yo"}, "/9j/" + "Q" * 200
 ELSEWHERE = [  # fields of other layouts, and where the message says that their content belongs
     *[({name: "x"}, IMAGES) for name in (
-        "images", "img", "image_path", "imagePaths", "image_file", "image_url", "image_1", "photo", "Image")],
+        "images", "img", "image_path", "imagePaths", "image_file", "image_url", "image_1", "photo", "Image",
+        "input_image", "jpg", "frames", "media")],
     *[({"a": value}, IMAGES) for value in (
         "b.png", "x/B.JPG", ["a.png", "b.webp"], {"b": ["c.jpeg"]}, JPEG, [JPEG],
         "data:image/png;base64,iVBO", {"bytes": "iVBO", "path": None}, [{"path": "a"}])],
     ({"pixel_values": [[0.5]]}, IMAGES), ({"images": [None, "b.png"]}, IMAGES),
-    *[({name: ["x"]}, "videos and sound") for name in ("video", "videos", "video_path", "audio")],
+    *[({name: ["x"]}, "videos and sound") for name in (
+        "video", "videos", "video_path", "audio", "point_cloud")],
     *[({name: "Be kind."}, SYSTEM) for name in ("system", "system_prompt", "System Message")],
     *[({name: "x"}, RANKING) for name in (
         "chosen", "rejected", "rejected_response", "reject_answer", "output_1", "response_0", "answer_b",
-        "preference", "preference_values", "ranking", "kto_tag", "winner", "candidates")],
+        "preference", "preference_values", "ranking", "kto_tag", "winner", "candidates", "chosen_idx", "lose",
+        "better_response_id", "AI_rejected", "is_chosen", "non_preferred_output")],
     ({"output_2": TURN}, RANKING), ({"label": False}, RANKING), ({"labels": [True, False]}, RANKING),
     *[({name: value}, "weights and masks") for name in ("loss", "weight", "train", "loss_mask")
       for value in (False, 0, 1.5)],
     ({"messages": [{"role": "user", "content": "Hi"}]}, "turns of"), ({"a": [TURN]}, "turns of"),
-    ({"history": [["Hi", "Yo"]]}, "turns of"), ({"tools": "[]"}, "turns of")]
+    ({"history": [["Hi", "Yo"]]}, "turns of"), ({"tools": "[]"}, "turns of"), ({"thinking": "x"}, "turns of")]
 
 
 @pytest.mark.parametrize("fields, where", ELSEWHERE, ids=lambda value: str(value)[:40])
@@ -1830,6 +1838,8 @@ def test_a_list_beside_as_many_answers_is_their_ranking(images):
     """Scores in another order than best first would be ignored."""
     with pytest.raises(data.UserError, match=RANKING):
         data.read_row(make_row(HUMAN, ("gpt", ["a", "b"]), gpt4_scores=[1, 2]), images)
+    with pytest.raises(data.UserError, match=RANKING):  # the index of the better one
+        data.read_row(make_row(HUMAN, ("gpt", ["a", "b"]), label=1), images)
     for scores, answers in ([1, 2], ["a", "b", "c"]), ([1], "a"):
         data.read_row(make_row(HUMAN, ("gpt", answers), gpt4_scores=scores), images)
 
@@ -1839,7 +1849,8 @@ COLUMNS = {
     "idx": 0, "model": "gpt-4", "dataset": "llava.v1", "origin": "a/b.json", "split": "train", "score": 0.3,
     "image_id": 42, "image_size": [640, 480], "video_id": "v1", "bbox": [[1, 2, 3, 4]], "tags": ["a", "b"],
     "meta": {"a": {"b": 1}}, "question": "What?", "answer": "no", "answers": ["no", "no"],
-    "url": "https://x.org/page", "caption": "A cat.", "deep": DEEP, "nan": float("nan"),
+    "url": "https://x.org/page", "sample_id": "ocr/1.png", "imageId": "n1", "chosen_score": 3,
+    "caption": "A cat.", "deep": DEEP, "nan": float("nan"),
     "images": [], "system": "", "video": None, "chosen": [None], "preference": {}}
 
 
@@ -1857,10 +1868,10 @@ def test_the_same_image_once_more_is_allowed(images, name):
     for value in ("sub/c.png", ["sub/c.png"], "c"):
         data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **{name: value}), images)
     data.read_row(make_row(HUMAN, GPT, image="a.png,b.png", **{name: ["a.png", "b.png"]}), images)
-    source = {"url": "https://x.org/b.jpg?w=9"}  # where an image is from, but not in its place
-    data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **source), images)
-    with pytest.raises(data.UserError, match="got the field 'url'"):
-        data.read_row(make_row(HUMAN, GPT, **source), images)
+    for source in (("url", "https://x.org/b.jpg?w=9"), ("image_url", ["https://x.org/b"]), ("image_id", 42)):
+        data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **dict([source])), images)  # where it is from,
+        with pytest.raises(data.UserError, match=f"got the field '{source[0]}'"):  # but not in its place
+            data.read_row(make_row(HUMAN, GPT, **dict([source])), images)
     for value in ("b.png", "masks/sub/c.png", ["sub/c.png", "b.png"], "c.jpg"):
         with pytest.raises(data.UserError, match=f"got the field '{name}'"):
             data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **{name: value}), images)
