@@ -162,8 +162,8 @@ class Conversation:
 CONVERT = "examples/convert.py converts other layouts"
 RECORD_FIELDS, TURN_FIELDS = ("id", "image", "conversations", "margin"), ("from", "value")
 FILES = "s?[0-9]*(path|file|name|url|uri|link|data|bytes|base64|b64|list|tensor|feature|embed)*s?[0-9]*"
-SIDES = (".*chosen|.*rejected|reject|(dis|non)?prefer(red|ence)?|accepted|win(ner|ning)?|los(er?|ing)|better|"
-         "best|worse|worst|safer")
+SIDES = ("(is|ai|gpt4?|human|original)?(chosen|reject(ed)?)|(dis|non)?prefer(red|ence)?|accepted|"
+         "win(ner|ning)?|los(er?|ing)|better|best|worse|worst|safer")
 ANSWERS = "response|answer|output|completion|candidate|generation"
 IN_IMAGE = "put image files into the record's `image`"
 IN_ANSWERS = "make the last gpt value a list of answers, best first"
@@ -231,7 +231,7 @@ def check_fields(fields, read, answers=1, image=None):
         if where == IN_IMAGE and image:
             found = [item for item in found if not (
                 re.search("(?i)ids?$", name) or isinstance(item, str) and (
-                    re.match("https?://", item) or any(path.endswith(f"/{item.strip()}") for path in own)))]
+                    re.match(r"\w+://", item) or any(path.endswith(f"/{item.strip()}") for path in own)))]
         if found:
             raise UserError(f"got the field '{shown(name, 80)}' ({shown(value, 120)}), but only "
                             f"{', '.join(f'`{one}`' for one in read)} are read: {where}; {CONVERT}")

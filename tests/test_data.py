@@ -1850,7 +1850,7 @@ COLUMNS = {
     "image_id": 42, "image_size": [640, 480], "video_id": "v1", "bbox": [[1, 2, 3, 4]], "tags": ["a", "b"],
     "meta": {"a": {"b": 1}}, "question": "What?", "answer": "no", "answers": ["no", "no"],
     "url": "https://x.org/page", "sample_id": "ocr/1.png", "imageId": "n1", "chosen_score": 3,
-    "caption": "A cat.", "deep": DEEP, "nan": float("nan"),
+    "score_chosen": 3, "caption": "A cat.", "deep": DEEP, "nan": float("nan"),
     "images": [], "system": "", "video": None, "chosen": [None], "preference": {}}
 
 
