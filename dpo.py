@@ -187,7 +187,8 @@ def parse_args():
     add("--train", help="any of projector,llm,vision (default: projector,llm; with --lora_rank llm)")
     add("--projector_lr", type=float, help="its own peak rate (default: --lr, or a tenth of LoRA's default)")
     add("--beta", type=float, default=0.1, help="how strongly the policy is held to the reference")
-    add("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid", help="see dpo_loss")
+    add("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid",
+        help="sigmoid: DPO; hinge: SLiC; robust: for labels that may be flipped (equations: dpo_loss)")
     add("--label_smoothing", type=float, default=0.0, help="share of flipped labels: sigmoid, robust")
     add("--length_norm", action="store_true", help="log-ratios a token, not an answer (not in rewards/*)")
     add("--sft_coef", type=float, default=0.0, help="weight of the best answers' own loss, as sft.py's")

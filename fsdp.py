@@ -69,11 +69,12 @@ def arguments(parser, training=True):
     add("--model", help="LLaVA: folder or hub id, HF or original layout (default: the shapes world)")
     add("--llm", help="LLaMA, to start with a fresh projector (needs --clip)")
     add("--clip", help="CLIP for --llm, or in place of an original LLaVA's mm_vision_tower")
-    add("--projector", choices=["mlp2x_gelu", "linear"], default="mlp2x_gelu", help="the fresh one of --llm")
+    add("--projector", choices=["mlp2x_gelu", "linear"], default="mlp2x_gelu", help="of --llm, created anew")
     add("--tokenizer", help="tokenizer folder, if not the checkpoint's")
     add("--template", default="auto",
         help=f"{', '.join(data.TEMPLATES)}, or a .jinja file (default: the checkpoint's own)")
-    add("--image_mode", choices=["auto", "crop", "pad"], default="auto", help="crop, or pad to a square")
+    add("--image_mode", choices=["auto", "crop", "pad"], default="auto", help="how an image becomes a square "
+        "(auto: as in the checkpoint)")
     add("--dtype", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
         help="of computation and export (default: bf16 on GPUs, fp32 on CPUs)")
     add = parser.add_argument_group("data").add_argument
@@ -164,7 +165,7 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "--recompute": "gradient_checkpointing",
     "--lora_rank": "lora_r lora_enable use_peft use_lora",
     "--train": "tune_mm_mlp_adapter freeze_backbone freeze_vision_tower unfreeze_mm_vision_tower",
-    "--loss": "loss_type",
+    "--loss": "loss_type pref_loss",
     "--sft_coef": "rpo_alpha",
     "--ref_model": "ref_model_name_or_path ref_model_path reference_model",
     "--center_coef": "center_rewards_coefficient",
@@ -181,11 +182,14 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "no option: FSDP2 always shards; --replicas for hybrid sharding": "deepspeed fsdp fsdp_config zero_stage",
     "no option: torchrun sets it": "local_rank",
     "no option: a cosine after --warmup": "lr_scheduler_type",
-    "no option: AdamW": "optim",
+    "no option: AdamW": "optim adam_beta1 adam_epsilon",
+    "no option: weights are not quantised": "bits load_in_4bit load_in_8bit quantization_bit",
+    "no option: as in the checkpoint": "mm_vision_select_layer mm_use_im_start_end mm_use_im_patch_token",
+    "no option: stage 2's --model is what stage 1 left": "pretrain_mm_mlp_adapter",
     "no option: every step is logged": "logging_steps logging_strategy",
     "no option: the last two checkpoints are kept": "save_total_limit",
     "no option: adapters are on every linear layer of the LLaMA, without dropout":
-        "lora_dropout lora_target_modules target_modules"}
+        "lora_dropout lora_target lora_target_modules target_modules"}
 
 
 def hint(word, names):
@@ -211,6 +215,9 @@ def parse(parser, data_file, shapes, argv=None):
     in `shapes` become the defaults, and it is made on first use. With --lora_rank the default --lr is ten
     times that of full training (LLaVA's ratio)."""
     parser.allow_abbrev, parser.print_usage = False, lambda file=None: None  # an error is one line
+    for action in parser._actions:  # --help shows each default
+        if action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help:
+            action.help += " (default: %(default)s)"
     args, unknown = parser.parse_known_args(argv)
     options = [word for word in unknown if re.match("-+[A-Za-z]", word)]  # the others are their values
     if options:

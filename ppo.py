@@ -367,20 +367,23 @@ def parse_args():
     add = parser.add_argument_group("PPO (steps of the options above are iterations)").add_argument
     add("--train", help="projector, llm or both (default: projector,llm; with --lora_rank llm)")
     add("--reward_model", help="what rm.py leaves, or FILE.py:FUNCTION of (row, texts) → scores")
-    add("--critic", choices=["reward", "policy"], default="reward", help="its start (policy: with V = 0)")
+    add("--critic", choices=["reward", "policy"], default="reward", help="what the "
+        "critic starts from (policy: with V = 0)")
     add("--rollout_batch", type=int, default=512, help="prompts an iteration, over all ranks")
     add("--samples_per_prompt", type=int, default=1, help="answers sampled of each")
     add("--max_new", type=int, default=256, help="tokens an answer, at most; not part of --max_len")
     add("--temperature", type=float, default=1.0, help="of sampling, and of all log-probabilities")
     add("--top_k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
     add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens up to this mass")
-    add("--rollout", choices=["gathered", "sharded"], default="gathered", help="weights while decoding")
+    add("--rollout", choices=["gathered", "sharded"], default="gathered", help="weights while "
+        "decoding (sharded: less memory, slower)")
     add("--missing_eos_score", type=float, default=-1.0, help="score of an answer without its end "
         "token, on the scale that --normalize_scores and --score_clip leave")
-    add("--normalize_scores", action="store_true", help="to mean 0, deviation 1 of the first iteration's")
+    add("--normalize_scores", action="store_true", help="scores to mean 0 and deviation 1, as "
+        "measured in the first iteration")
     add("--score_clip", type=float, default=0.0, help="largest absolute score (0: no clipping)")
     add("--whiten_rewards", action="store_true", help="divide rewards by their deviation")
-    add("--kl_coef", type=float, default=0.05, help="β")
+    add("--kl_coef", type=float, default=0.05, help="β: reward lost per nat of KL")
     add("--target_kl", type=float, default=0.0, help="KL an answer that β is adapted to (0: β is fixed)")
     add("--kl_horizon", type=float, default=10000, help="answers over which β is adapted")
     add("--gamma", type=float, default=1.0, help="discount")

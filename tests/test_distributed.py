@@ -684,6 +684,7 @@ UNKNOWN = {  # options that no script has, or not that one, and what is said of 
     "--micro 2": {"": "did you mean --micro_batch?"},
     "--beta 1 --critic policy --score": {
         "dpo": "--critic: --critic is an option of ppo.py", "": "--beta: --beta is an option of dpo.py"},
+    "--load_in_4bit": {"": "no option: weights are not quantised"},
     "--quux": {"": "unknown option --quux: see --help"},
     "--seed 1 2": {"": "got '2', which belongs to no option"},
     "--seed one": {"": "argument --seed: invalid int value: 'one'"},
@@ -706,6 +707,16 @@ def test_an_option_that_is_not_there_is_answered_with_ours(script, options, caps
     printed = capsys.readouterr().err
     assert end.value.code == 2 and printed.count("\n") == 1, printed
     assert printed.startswith(f"{script}.py: error: ") and said in printed
+
+
+@pytest.mark.parametrize("script", DATA)
+def test_help_shows_each_default_once(script, capsys):
+    with pytest.raises(SystemExit):
+        tiny.arguments(script, "--help")
+    options = re.split(r"\n  (?=--)", capsys.readouterr().out.partition("\noptions:\n")[2])
+    said = {one.split()[0]: " ".join(one.split()) for one in options}
+    assert "(default: 2048)" in said["--max_len"] and "(default: auto)" in said["--image_mode"]
+    assert not [one for one in said.values() if one.count("(default") > 1]
 
 
 def test_every_option_named_for_another_is_one():
