@@ -166,15 +166,17 @@ SIDES = ("(is|ai|gpt4?|human|original)?(chosen|reject(ed)?)|(dis|non)?prefer(red
          "win(ner|ning)?|los(er?|ing)|better|best|worse|worst|safer")
 ANSWERS = "response|answer|output|completion|candidate|generation"
 IN_IMAGE = "put image files into the record's `image`"
+NO_VIDEO = "videos and sound cannot be expressed: remove it"
 IN_ANSWERS = "make the last gpt value a list of answers, best first"
 IN_TURNS = 'write it into the turns of "conversations", or remove it'
 ELSEWHERE = {  # names of other layouts, in lower case without separators: where the content belongs
     f"(input|source|raw|pil|main|query|question)?(image|img|picture|photo|pic)({FILES}|ids?)|cocoids?|pixelvalues|"
     "jpe?g|png|webp|frames?|media|visuals?": IN_IMAGE,
-    f"(video|audio|speech|sound|pointcloud){FILES}": "videos and sound cannot be expressed: remove it",
+    f"(video|audio|speech|sound|pointcloud)({FILES}|ids?)": NO_VIDEO,
     "sys(tem)?(prompt|message|msg|instruction|text)?s?": 'make it a first turn from "system"',
     f"({SIDES})({ANSWERS}|message|text|caption|conversation|value|label)?s?(id|idx|index)?|"
-    f"({ANSWERS})(s?[0-9]+|[ab])|(response|completion|candidate)s|ranking|kto(tag|label)s?": IN_ANSWERS,
+    f"({ANSWERS})(s?[0-9]+|[abwl])|y[wl]|(response|completion|candidate)s|ranking|kto(tag|label)s?|"
+    "(un)?desir(able|ed)": IN_ANSWERS,
     "loss(es|mask|weight)?s?|mask(ed)?|(sample|token|turn)?weights?|train(able|ing|detail)?":
         "weights and masks cannot be expressed: remove it",
     "messages|history|tools|functions|(tool|function)calls?|thinking|reasoningcontent": IN_TURNS}
@@ -228,10 +230,11 @@ def check_fields(fields, read, answers=1, image=None):
             found = [*images_and_turns(value)]
             turn = any(isinstance(item, dict) and item.keys() & {"from", "role"} for item in found)
             where = IN_TURNS if turn else IN_IMAGE
-        if where == IN_IMAGE and image:
-            found = [item for item in found if not (
-                re.search("(?i)ids?$", name) or isinstance(item, str) and (
-                    re.match(r"\w+://", item) or any(path.endswith(f"/{item.strip()}") for path in own)))]
+        if image and where in (IN_IMAGE, NO_VIDEO) and re.search("(?i)ids?$", name):
+            continue
+        if image and where == IN_IMAGE:
+            found = [item for item in found if not (isinstance(item, str) and (
+                re.match(r"\w+://", item) or any(path.endswith(f"/{item.strip()}") for path in own)))]
         if found:
             raise UserError(f"got the field '{shown(name, 80)}' ({shown(value, 120)}), but only "
                             f"{', '.join(f'`{one}`' for one in read)} are read: {where}; {CONVERT}")

@@ -64,7 +64,8 @@ PROMPTS = (*CHATS, "prompt", "question", "query", "instruction", "problem")
 ANSWERS = ("answer", "response", "output", "completion", "solution")
 IMAGES = ("image", "images", "img")
 IMAGE_PATHS = ("image_path", "image_file", "image_name", "img_path", "file_name", "filename")
-BESIDE = ("choices", "options", "context", "passage", "hint", *"ABCDEFGH")  # what a question is asked with
+BESIDE = re.compile(  # what a question is asked with
+    r"(\w+_)?(choice|option)(s|_\w|_list)?|op[a-h]|context|passage|document|hint|input|[A-H]")
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "llm": "gpt",
          "system": "system"}
 LAYOUTS = ("conversations | messages, prompt | question + chosen + rejected, prompt | question + answer, "
@@ -165,10 +166,9 @@ def read_context(columns):
         return [] if prompt is None else chat_turns(prompt, name, images), images
     if isinstance(columns.get("input"), str):
         prompt = f"{prompt}\n{columns.pop('input')}"
-    for name in BESIDE:
-        values = columns.get(name, [])
+    for name, values in columns.items():
         values = values if isinstance(values, list) else [values]
-        if not all(isinstance(value, str) and value in prompt for value in values):
+        if BESIDE.fullmatch(name) and not all(isinstance(value, str) and value in prompt for value in values):
             raise ValueError(f"got the column {name} ({short(values)}), which the question does not contain, "
                              f"need it there: write it into the question, or --drop {name}")
     return [{"from": "human", "value": prompt}], []
@@ -359,11 +359,11 @@ def write_image(content, name, folder, written):
 # ---- records
 
 
-def as_json(value):
+def as_json(name, value):
     """A column's value as JSON: a date becomes text, NaN null."""
     def as_text(item):
         if isinstance(item, bytes):
-            raise ValueError(f"got {short(item)} outside the image columns, need it there: --drop its column")
+            raise ValueError(f"got {short(item)} in the column {name}, need images in `image`: --drop {name}")
         return str(item)
     return json.loads(json.dumps(value, default=as_text), parse_constant=lambda _: None)
 
@@ -390,8 +390,8 @@ def convert_record(record, index, folder, root, drop=()):
         with contextlib.suppress(ValueError):
             columns["margin"] = float(columns["margin"])
     files, written = read_images(columns, in_turns, root), []
-    others = {name: as_json(value) for name, value in columns.items()  # "": an index that pandas wrote
-              if name and not (name in FLAGS and value == 1)}
+    others = {name: value if name == "margin" else as_json(name, value) for name, value in columns.items()
+              if name and not (name in FLAGS and value == 1)}  # "": an index that pandas wrote
     try:
         names = [write_image(*file, folder, written) for file in files]
         image = {} if not names else {"image": names[0] if len(names) == 1 else names}

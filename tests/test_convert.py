@@ -287,6 +287,8 @@ CHAT = {"conversations": ANSWERED}
     ({"question": "Q", "solution": "long", "answer": "A"}, "got the columns answer and solution, need one"),
     ({"question": "Q", "choices": ["x"], "answer": "A"}, "got the column choices (['x']), which the"),
     ({"question": "Q", "A": "x", "answer": "A"}, "got the column A (['x']), which the question"),
+    ({"question": "Q", "option_a": "x", "answer": "A"}, "got the column option_a (['x']), which the"),
+    ({"instruction": "Q", "input": ["x"], "output": "A"}, "got the column input (['x']), which the question"),
     ({"image": "red.png", "caption": ["a", "b"]}, "got caption ['a', 'b'], need a text, or messages"),
     # text that is no JSON
     ({"text": "Once upon a time"}, "got text 'Once upon a time' alone, need an image"),
@@ -322,6 +324,7 @@ CHAT = {"conversations": ANSWERED}
     ({**CHAT, "margin": 1}, "got the margin 1, 1 answers; need a number from 0, and two"),
     ({**QUESTION, "margin": -1}, "got the margin -1, 2 answers"),
     ({**QUESTION, "margin": 10 ** 400}, "got the margin 1000"),
+    ({**QUESTION, "margin": math.inf}, "got the margin inf"),
     # what would be lost: more in test_data.py
     ({**OUTPUTS, "output_3": "c"}, "got the field 'output_3' (c), but only"),
     ({**CHAT, "videos": ["x"]}, "remove it; --drop leaves columns out"),
@@ -375,9 +378,9 @@ def test_a_bad_record_is_named_and_nothing_of_it_is_written(tmp_path, capsys, re
 
 def test_a_date_becomes_text_and_bytes_are_not_kept():
     day = datetime.date(2024, 1, 2)
-    assert convert.as_json([day, {"x": [1, None, math.nan]}]) == ["2024-01-02", {"x": [1, None, None]}]
-    with pytest.raises(ValueError, match="got b'x' outside the image columns"):
-        convert.as_json([b"x"])
+    assert convert.as_json("x", [day, {"x": [1, None, math.nan]}]) == ["2024-01-02", {"x": [1, None, None]}]
+    with pytest.raises(ValueError, match="got b'x' in the column code, need images in `image`"):
+        convert.as_json("code", [b"x"])
 
 
 def test_a_column_is_left_out_only_when_asked(tmp_path):

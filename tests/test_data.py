@@ -1812,7 +1812,8 @@ ELSEWHERE = [  # fields of other layouts, and where the message says that their 
     *[({name: "x"}, RANKING) for name in (
         "chosen", "rejected", "rejected_response", "reject_answer", "output_1", "response_0", "answer_b",
         "preference", "preference_values", "ranking", "kto_tag", "winner", "candidates", "chosen_idx", "lose",
-        "better_response_id", "AI_rejected", "is_chosen", "non_preferred_output")],
+        "better_response_id", "AI_rejected", "y_w", "response_l", "desirable",
+        "is_chosen", "non_preferred_output")],
     ({"output_2": TURN}, RANKING), ({"label": False}, RANKING), ({"labels": [True, False]}, RANKING),
     *[({name: value}, "weights and masks") for name in ("loss", "weight", "train", "loss_mask")
       for value in (False, 0, 1.5)],
@@ -1868,7 +1869,8 @@ def test_the_same_image_once_more_is_allowed(images, name):
     for value in ("sub/c.png", ["sub/c.png"], "c"):
         data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **{name: value}), images)
     data.read_row(make_row(HUMAN, GPT, image="a.png,b.png", **{name: ["a.png", "b.png"]}), images)
-    for source in (("url", "https://x.org/b.jpg?w=9"), ("image_url", ["https://x.org/b"]), ("image_id", 42)):
+    for source in (("url", "https://x.org/b.jpg?w=9"), ("image_url", ["https://x.org/b"]),
+                   ("image_id", 42), ("video_id", "v1")):
         data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **dict([source])), images)  # where it is from,
         with pytest.raises(data.UserError, match=f"got the field '{source[0]}'"):  # but not in its place
             data.read_row(make_row(HUMAN, GPT, **dict([source])), images)
