@@ -8,12 +8,12 @@ r"""Answers of a vision-LLM to the rows of a data file, in their order, as JSON 
         --out answers.jsonl
 
 Each line is {"id", "image", "prompt", "answer", "label"?} and the record's other fields (question_id,
-category, …; not an own `answer`), whose `label` replaces the one from the final gpt turn; with --num_samples K also
-"answers": [{"text", "logprob", "reward"?}], "answer" being the best rewarded; with --score no answer but
-"answers": [{"text", "logprob", "tokens", "reward"?}]. A log-probability is the sum over the answer's tokens,
-its end token included, in nats at temperature 1. A row whose prompt does not fit --max_len has the answer
-null. Lines are written as they are done; --resume continues where they end, with the options and inputs that
-OUT.args.json names.
+category, …; not an own `answer`), whose `label` replaces the one from the final gpt turn; with --num_samples
+K also "answers": [{"text", "logprob", "reward"?}], "answer" being the best rewarded; with --score no answer
+but "answers": [{"text", "logprob", "tokens", "reward"?}]. A log-probability is the sum over the answer's
+tokens, its end token included, in nats at temperature 1. A row whose prompt does not fit --max_len has the
+answer null. Lines are written as they are done; --resume continues where they end, with the options and
+inputs that OUT.args.json names.
 
 Best of n: the prompt passes the policy once for its K samples, and the reward model once with all of them in
 one row (README: rows). A sample that --max_new cuts is rewarded as it stands.
