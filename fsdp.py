@@ -236,8 +236,13 @@ def parse(parser, data_file, shapes, argv=None):
         args.train = "llm" if lora and not args.llm else "projector,llm"
     if lora and args.lr is None:
         args.lr = round(10 * full, 12)
-        if "projector" in args.train and getattr(args, "projector_lr", 0) is None:
-            args.projector_lr = full
+        in_full = {*args.train.split(",")} - {"llm"}  # parts that are no adapters
+        if "projector" in in_full and hasattr(args, "projector_lr"):
+            in_full.remove("projector")
+            args.projector_lr = args.projector_lr or full
+        if in_full:
+            parser.error(f"got --train {args.train} with --lora_rank, need --lr: the default suits adapters, "
+                         f"and is ten times that of {' and '.join(sorted(in_full))}")
     for option, other in NEEDED.items():
         value = getattr(args, option, None)
         if value and value != parser.get_default(option) and not getattr(args, other):
