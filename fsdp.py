@@ -903,7 +903,7 @@ def open_checkpoint(args, world, option="model"):
     try:  # before any data is read
         with torch.device("meta"):
             model = VisionLLM(config)
-    except (UserError, TypeError, RuntimeError) as error:
+    except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
     check_names(model, tensors, grown, fresh, folders)
     return Checkpoint(option, config, folders, tensors, processor, grown, fresh)

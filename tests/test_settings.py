@@ -282,7 +282,7 @@ FOLDERS = {
         "model_type": "llama", "rope_scaling": {"type": "linear"}}), "config.json cannot be used: .*factor"),
     "no RoPE base": (lambda folder: edit(folder / "config.json", text_config={
         **json.loads((folder / "config.json").read_text())["text_config"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": None}}), "config.json: unsupported oper"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": None}}), "config.json cannot be used: "),
     "a word as a size": (lambda folder: edit(folder / "config.json", text_config={
         "model_type": "llama", "hidden_size": "x"}), "config.json cannot be used: .*hidden_size"),
 }
