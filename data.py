@@ -622,6 +622,9 @@ class Template:
         if self.plain:
             return pieces, []
         special, last = ([isinstance(p, int) for p in ps] for ps in (pieces, self.split(last_gap)))
+        if last_gap.strip() and not any(last):
+            raise UserError(f"the template ends an answer with '{shown(last_gap.strip())}', which is no "
+                            "token of the tokenizer: add it there, or give another --template")
         if not (any(special) and any(last)):
             return [self.tokenizer.eos_token_id], self.split(gap.lstrip())
         end = 1 + special.index(True)
@@ -911,9 +914,17 @@ def load_processor(folder, config, args, rendered=(), tower=None):
     tower: the folder of its vision tower, if not the same. → Processor, and None or (old, new) number of
     embedding rows."""
     source = args.tokenizer or folder
-    tokenizer = load_tokenizer(source)
-    if not tokenizer.chat_template:  # older processors kept it in a file of its own
-        tokenizer.chat_template = read_json(folder, "chat_template.json", {}).get("chat_template")
+    try:
+        tokenizer = load_tokenizer(source)
+    except UserError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise UserError(f"{source}: its tokenizer cannot be read ({shown(str(error))}): fetch the files of "
+                        "tokenizer*, special_tokens_map.json and added_tokens.json again") from error
+    for name in ("chat_template.json", "processor_config.json"):  # transformers' processors read them first
+        found = read_json(source, name)
+        if isinstance(found, dict) and found.get("chat_template"):
+            tokenizer.chat_template = found["chat_template"]
     if tokenizer.eos_token is None:
         raise UserError(f"{source}: tokenizer_config.json names no eos_token, need one: write it there")
     pad = tokenizer.pad_token or "<pad>"

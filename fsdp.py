@@ -291,7 +291,7 @@ class World:
     commit: str = None  # of this project, if known
     inputs: dict = dataclasses.field(default_factory=dict)  # what this run depends on beyond its options
     earlier: dict = dataclasses.field(default_factory=dict)  # `inputs` of the run that --resume continues
-    snapshots: dict = dataclasses.field(default_factory=dict)  # folder in the hub's cache → id, commit
+    snapshots: dict = dataclasses.field(default_factory=dict)  # folder in the hub's cache → id, commit, files
 
     def sum(self, *numbers):
         """Numbers (or scalar tensors) summed over ranks, in fp64."""
@@ -587,44 +587,41 @@ def fetch(name, world):
     commit = os.path.basename(world.on_rank0(download, repo, revision, small))
     world.depends_on(what, commit)
     folder = once_per_node(f"{name} {commit}", download, repo, commit, small)
-    world.snapshots[folder] = repo, commit
+    world.snapshots[folder] = repo, commit, world.on_rank0(list_files, repo, commit)
     return folder
 
 
 def fetch_weights(folder, world):
     """Downloads the weights of a snapshot that fetch has found: safetensors, or .bin files where the hub has
     no others."""
-    repo, commit = world.snapshots.get(folder, (None, None))
-    if not repo:
+    if folder not in world.snapshots:
         return
-    asked, sizes = world.on_rank0(list_files, repo, commit, folder)
-    names = weight_names(folder, sizes)
-    names += [SCORE] if SCORE in sizes else []
+    repo, commit, sizes = world.snapshots[folder]
+    found = sizes or os.listdir(folder)
+    names = weight_names(folder, found) + [SCORE] * (SCORE in found)
 
     def download_missing():
         missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
-        if missing and asked:
+        if missing and sizes:
             if not int(os.environ.get("LOCAL_RANK", 0)):
                 size = f"{sum(sizes.get(name) or 0 for name in missing) / 1e9:.2f} GB"
                 print(f"{repo}, commit {commit}: downloading {size}, {len(missing)} files", flush=True)
             download(repo, commit, missing, show=True)
         missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
         if missing or not names:
-            where = "the hub has" if asked else "the hub cannot be asked (HF_HUB_OFFLINE?), and its cache has"
+            where = "the hub has" if sizes else "the hub cannot be asked (HF_HUB_OFFLINE?), and its cache has"
             lacks = ", ".join(missing) or "model*.safetensors or pytorch_model*.bin"
             raise UserError(f"{repo}, commit {commit}: need weights, but {where} no {lacks}")
     once_per_node(f"weights of {folder}", download_missing)
 
 
-def list_files(repo, commit, folder):
-    """→ whether the hub could be asked, and {name: size} of a repository's files, folders left out; else of
-    what the cache has."""
+def list_files(repo, commit):
+    """→ {name: size} of a repository's files and folders; None where the hub cannot be asked."""
     from huggingface_hub import HfApi
     try:
-        tree = HfApi().list_repo_tree(repo, revision=commit)
-        return True, {file.path: getattr(file, "size", 0) for file in tree}
+        return {file.path: getattr(file, "size", 0) for file in HfApi().list_repo_tree(repo, revision=commit)}
     except Exception:  # of as many kinds as there are HTTP clients
-        return False, dict.fromkeys(os.listdir(folder), 0)
+        return None
 
 
 def download(repo, revision, names, show=False):
@@ -669,7 +666,7 @@ def read_config(args, world):
     """--model, or --llm and --clip → LlavaConfig, the folder of its tokenizer, that of its vision tower, and
     the folders whose tensors make up the model; where two hold the same tensor, that of the later."""
     folder = fetch(args.model or args.llm, world)
-    raw = read_config_file(folder)
+    raw = read_config_file(folder, world)
     kind = raw.get("model_type")
     if args.llm:
         if kind not in ("llama", "mistral", "qwen2"):
@@ -692,18 +689,21 @@ def read_config(args, world):
     projector = args.projector if args.llm else raw.get("mm_projector_type", "linear")
     # an original LLaVA may hold a tower that was trained with it; one asked for with --clip goes before it
     folders = [folder, clip] if args.clip else [clip, folder]
-    return llava_config(folder, raw, clip, read_config_file(clip), projector), folder, clip, folders
+    return llava_config(folder, raw, clip, read_config_file(clip, world), projector), folder, clip, folders
 
 
-def read_config_file(folder):
-    """A checkpoint folder's config.json. UserError where the folder is something else than full weights."""
-    raw, names = data.read_json(folder, "config.json"), os.listdir(folder)
-    adapter = data.read_json(folder, "adapter_config.json")
+def read_config_file(folder, world):
+    """A checkpoint folder's config.json. UserError where it, or what the hub has of it, is something else
+    than full weights."""
+    _, _, hub = world.snapshots.get(folder, (None, None, None))
+    names = sorted(hub or os.listdir(folder))
+    raw, adapter = (data.read_json(folder, name) for name in ("config.json", "adapter_config.json"))
+    weights = weight_names(folder, names)
     if adapter is not None or "non_lora_trainables.bin" in names:
         base = (adapter or {}).get("base_model_name_or_path")
         raise UserError(f"{folder}: holds a LoRA adapter (adapter_config.json) of {base!r}, need full "
                         "weights: merge it (LLaVA: scripts/merge_lora_weights.py, PEFT: merge_and_unload)")
-    if "mm_projector.bin" in names and not weight_names(folder, names):
+    if "mm_projector.bin" in names and not weights:
         base = (raw or {}).get("_name_or_path")
         raise UserError(f"{folder}: holds a projector alone (mm_projector.bin), of {base!r}; need full "
                         "weights, or --llm and --clip for a fresh projector")
@@ -712,7 +712,10 @@ def read_config_file(folder):
                         "made from")
     if raw is None:
         raise UserError(f"{folder}: no config.json, need a checkpoint folder as transformers writes it; "
-                        f"it holds {data.shown(', '.join(sorted(names)) or 'nothing')}")
+                        f"it holds {data.shown(', '.join(names) or 'nothing')}")
+    if not weights and (hub or folder not in world.snapshots):  # offline: fetch_weights says so
+        raise UserError(f"{folder}: got none of {', '.join(WEIGHTS)}, need weights; it holds "
+                        f"{data.shown(', '.join(names))}")
     return raw
 
 
@@ -738,12 +741,7 @@ def open_tensors(folders):
     more."""
     tensors = {}
     for folder in folders:
-        present = os.listdir(folder)
-        names = weight_names(folder, present)
-        if not names:
-            raise UserError(f"{folder}: got none of {', '.join(WEIGHTS)}, need weights; it holds "
-                            f"{data.shown(', '.join(sorted(present)))}")
-        for file in (os.path.join(folder, name) for name in names):
+        for file in (os.path.join(folder, name) for name in weight_names(folder, os.listdir(folder))):
             if not os.path.isfile(file):
                 raise UserError(f"{file}: named by the index of {folder}, but there is no such file")
             found = open_pickled(file) if file.endswith(".bin") else slices(file)

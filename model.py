@@ -558,9 +558,15 @@ def llava_config(folder, raw, clip=None, raw_clip=None, projector=None):
                         "or qwen2, and a clip_vision_model")
     # Mistral's window is that of every layer, Qwen2's of the layers that layer_types names
     window = getattr(text, "sliding_window", None) if text.model_type != "llama" else None
-    if window and any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ["all"]):
-        raise UserError(f"{where}: got sliding_window {window} (a {text.model_type} has one unless the file "
-                        "says null), which is not implemented: need a model without it")
+    if window and (text.model_type == "mistral" or {*text.layer_types} != {"full_attention"}):
+        raise UserError(f"{where}: got sliding_window {window} (a Mistral has one unless the file says "
+                        "null), which is not implemented: need a model without it")
+    try:  # what the model would refuse when it is built, which is after a download
+        rope_frequencies(text)
+        for name in (text.hidden_act, vision.hidden_act, config.projector_hidden_act):
+            activation(name)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     if isinstance(config.vision_feature_layer, list) and len(config.vision_feature_layer) == 1:
         config.vision_feature_layer, = config.vision_feature_layer
     if not isinstance(config.vision_feature_layer, int):

@@ -414,7 +414,7 @@ def test_ends_and_beginnings(loaded, template, name):
     assert (last == kept) == (len(turns) == 2)
 
 
-@pairs([(template, name) for template in GOLDEN for name in ("tiny2", "tiny3")])
+@pairs([(template, name) for template, name in PAIRS if name in ("tiny2", "tiny3")])
 def test_a_prompt_is_what_precedes_the_answer(loaded, tmp_path, template, name):
     """Generation starts from the very ids that precede the answer in training."""
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
@@ -767,6 +767,26 @@ def test_auto_refuses(folders, tmp_path, case):
         ValueError, match=rf"chat template cannot be used.*{words}.*--template vicuna\|llama2"
     ):
         encode(load(folder, "auto"), TURNS, system)
+
+
+@pytest.mark.parametrize("name, template", [("tiny2", "llama3"), ("tiny2", "auto")])
+def test_an_end_that_is_no_token_is_refused(folders, tmp_path, name, template):
+    """A template for another tokenizer: the text would not end an answer."""
+    folder = with_template(folders[name], tmp_path, CHATML)
+    with pytest.raises(data.UserError, match=r"an answer with '<\|(eot_id|im_end)\|>', which is no token"):
+        load(folder, template)
+
+
+@pytest.mark.parametrize("where", ["chat_template.json", "processor_config.json"])
+def test_the_template_of_a_processor_comes_first(folders, tmp_path, where):
+    """A LLaVA's, before its language model's."""
+    own = with_template(folders["tiny3"], tmp_path, CHATML, "chat_template.json")
+    for name in ("tokenizer_config.json", where):
+        path = tmp_path / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        template = LLAVA_HF if name == where else CHATML
+        path.write_text(json.dumps({**content, "chat_template": template}))
+    assert load(own, "auto").tokenizer.chat_template == LLAVA_HF
 
 
 def test_auto_gives_up_an_endless_template(folders, tmp_path, monkeypatch):
@@ -2181,6 +2201,16 @@ def test_processor_errors(folders, tmp_path):
     assert (
         len(load(tmp_path, tokenizer=folders["tiny2"]).tokenizer) == size + 2
     )  # --tokenizer overrides the folder
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "version https://git-lfs.github.com/spec/v1"])
+def test_a_tokenizer_that_cannot_be_read(folders, tmp_path, file, content):
+    """Files that are cut short or were never fetched: one line that names the folder."""
+    shutil.copytree(folders["tiny2"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(data.UserError, match=f"{tmp_path}: its tokenizer cannot be read .*: fetch the files"):
+        load(tmp_path)
 
 
 def pad_settings(**changes):

@@ -857,6 +857,7 @@ world = fsdp.launch(tiny.options())
 for name in sys.argv[1:]:
     try:
         folder = fsdp.fetch(name, world)
+        fsdp.read_config_file(folder, world)
         assert not [file for file in os.listdir(folder) if file.endswith(("n.safetensors", ".bin"))]
         fsdp.fetch_weights(folder, world)
         world.earlier = {**world.inputs}  # as of a run that is resumed
@@ -903,9 +904,12 @@ def repositories(tmp_path_factory):
     for name in ("pytorch_model.bin", "tf_model.h5", "consolidated.safetensors", "model.fp16.safetensors",
                  "README.md", "onnx/model.safetensors", "onnx/config.json"):
         (folder / "org" / "tiny" / name).write_bytes(b"not needed")
-    for repo, names in (("old", ("pytorch_model.bin", "optimizer.bin")), ("gated", ()), ("empty", ())):
+    for repo, names in (
+            ("old", ("config.json", "pytorch_model.bin", "optimizer.bin")), ("gated", ("config.json",)),
+            ("gguf", ("config.json", "q4.gguf")), ("projector", ("config.json", "mm_projector.bin")),
+            ("text", ("README.md",))):
         (folder / "org" / repo).mkdir()
-        for name in ("config.json", *names):
+        for name in names:
             (folder / "org" / repo / name).write_text(json.dumps({"file": name}))  # equal ones are one blob
     return folder
 
@@ -936,12 +940,15 @@ def test_what_the_hub_cannot_give_is_said(repositories, tmp_path):
         paths = ["./runs/sft", "/data/x", "runs", "runs/sft/", "https://hub/org/tiny"]
         paths = fetch(paths, tmp_path, env)[0]
         assert len(paths) == 5 and all("there is no such folder" in line for line in paths) and not requests
-        gated, private, none, empty, downloading, old, *_ = fetch(
-            ["org/gated", "org/private", "org/none", "org/empty", "org/old@v1", "org/tiny"], tmp_path, env)[0]
+        names = ("gated", "private", "none", "gguf", "projector", "text", "old@v1", "tiny")
+        gated, private, none, gguf, projector, text, downloading, old, *_ = fetch(
+            [f"org/{name}" for name in names], tmp_path, env)[0]
         assert "licence accepted at http://" in gated and "/org/gated: do so, then set HF_TOKEN" in gated
         assert all("no such folder, and the hub has none of this name, or a private one: set HF_TOKEN" in line
                    for line in (private, none))
-        assert "need weights, but the hub has no model*.safetensors or pytorch_model*.bin" in empty
+        assert "need weights; it holds config.json, q4.gguf" in gguf
+        assert "holds a projector alone (mm_projector.bin)" in projector
+        assert "no config.json, need " in text and "it holds README.md" in text
         assert "downloading 0.00 GB, 1 files" in downloading
         assert old.split() == [f"{1:040x}", "config.json", "pytorch_model.bin"]
         assert fetched(requests)["pytorch_model.bin"] == 1 and not fetched(requests)["optimizer.bin"]

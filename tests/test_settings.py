@@ -149,6 +149,8 @@ def test_settings_that_are_refused(part, key, value, said, place, world, tmp_pat
 WINDOWS = {  # a language model's kind and settings, and what is said, or None
     "mistral": (hf.MistralConfig, {"sliding_window": None}, None),
     "mistral, window": (hf.MistralConfig, {"sliding_window": 8}, "got sliding_window 8"),
+    "mistral, layer types": (hf.MistralConfig, {  # which its class does not read
+        "sliding_window": 8, "layer_types": ["full_attention"] * 2}, "got sliding_window 8"),
     "mistral, default": (hf.MistralConfig, {}, "got sliding_window 4096"),
     "qwen2": (hf.Qwen2Config, {}, None),
     "qwen2, unused window": (hf.Qwen2Config, {"sliding_window": 8}, None),
@@ -278,6 +280,9 @@ FOLDERS = {
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json cannot be used"),
     "half a scaling": (lambda folder: edit(folder / "config.json", text_config={
         "model_type": "llama", "rope_scaling": {"type": "linear"}}), "config.json cannot be used: .*factor"),
+    "no RoPE base": (lambda folder: edit(folder / "config.json", text_config={
+        **json.loads((folder / "config.json").read_text())["text_config"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": None}}), "config.json cannot be used: "),
     "a word as a size": (lambda folder: edit(folder / "config.json", text_config={
         "model_type": "llama", "hidden_size": "x"}), "config.json cannot be used: .*hidden_size"),
 }
