@@ -227,7 +227,7 @@ def attend(q, k, v, mask):
 class LlamaAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, bias = config.hidden_size, getattr(config, "attention_bias", False)  # Mistral has none
+        D, bias = config.hidden_size, config.model_type == "llama" and config.attention_bias
         qkv_bias = bias or config.model_type == "qwen2"
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         C = getattr(config, "head_dim", None) or D // self.heads
@@ -249,7 +249,8 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, hidden, bias = config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False)
+        D, hidden = config.hidden_size, config.intermediate_size
+        bias = config.model_type == "llama" and config.mlp_bias
         self.activation = activation(config.hidden_act)
         self.gate_proj = nn.Linear(D, hidden, bias=bias)
         self.up_proj = nn.Linear(D, hidden, bias=bias)

@@ -148,6 +148,8 @@ def test_settings_that_are_refused(part, key, value, said, place, world, tmp_pat
 
 WINDOWS = {  # a language model's kind and settings, and what is said, or None
     "mistral": (hf.MistralConfig, {"sliding_window": None}, None),
+    "mistral, biases of a LLaMA": (
+        hf.MistralConfig, {"sliding_window": None, "attention_bias": True, "mlp_bias": True}, None),
     "mistral, window": (hf.MistralConfig, {"sliding_window": 8}, "got sliding_window 8"),
     "mistral, layer types": (hf.MistralConfig, {  # which its class does not read
         "sliding_window": 8, "layer_types": ["full_attention"] * 2}, "got sliding_window 8"),
