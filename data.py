@@ -715,7 +715,7 @@ def open_image(path):
         raise UserError(f"cannot read the picture {shown(str(path))}: {error}") from None
 
 
-def read_picture(path):
+def read_image(path):
     """An image file as RGB, turned upright (EXIF), 16-bit grey brought to 8 bits. Transparency is dropped,
     as LLaVA does; transformers 5 lays it on white."""
     with open_image(path) as image:
@@ -726,7 +726,7 @@ def read_picture(path):
         return image.convert("RGB")
 
 
-def picture_error(path):
+def image_error(path):
     """What is wrong with an image file, or None. Decodes it, JPEG at an eighth of its size: enough to find a
     truncated file."""
     try:
@@ -822,7 +822,7 @@ class Example:
     id: str
     prompt: np.ndarray  # [P]
     answers: list  # of [n]
-    kept: list  # of [n] bool: the answer's tokens that are predicted
+    token_masks: list  # of [n] bool: the answer's tokens that are predicted
     images: list  # paths
     margin: float = 0.0
     file: tuple = ("", 0)  # as a Conversation's
@@ -876,7 +876,7 @@ class Processor:
                 end -= 1
             cut |= any(kept[end:])
             example.answers.append(np.array(ids[:end], dtype=np.int32))
-            example.kept.append(np.array(kept[:end], dtype=bool))
+            example.token_masks.append(np.array(kept[:end], dtype=bool))
             shown += ids[:end].count(self.image_token)
         if shown < len(conversation.images):
             example.images = conversation.images[:shown]
@@ -893,7 +893,7 @@ class Processor:
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
     def pixels(self, path):
-        return to_pixels(read_picture(path), *self.pictures[1:])
+        return to_pixels(read_image(path), *self.pictures[1:])
 
     def length(self, ids):
         """How many tokens ids take, I for an image."""
@@ -953,7 +953,7 @@ def load_processor(folder, config, args, rendered=(), tower=None):
             print(f"{source} was trained with --template plain: using that{own}", flush=True)
     banned = {image_token, tokenizer.pad_token_id, *range(len(tokenizer), text.vocab_size)} - stop
     size = config.vision_config.image_size
-    pictures = picture_settings(folder, tower or folder, size, args.image_mode)
+    pictures = image_settings(folder, tower or folder, size, args.image_mode)
     return Processor(
         tokenizer, template, image_token, config.image_seq_length, size, *pictures, tokenizer.pad_token_id,
         frozenset(stop - {None}), frozenset(banned), args.max_len), grown
@@ -970,7 +970,7 @@ FOREIGN = re.compile(r"do_\w+|auto_map|crop_pct|crop_to_patches|image_grid_pinpo
                      r"rescale_offset|size_divisor|use_square_size")  # of other pipelines
 
 
-def picture_settings(folder, tower, size, image_mode):
+def image_settings(folder, tower, size, image_mode):
     """How a checkpoint wants its images → mode, mean, std, the shorter edge before the crop and Pillow's
     filter: what transformers' AutoImageProcessor reads in the tower's folder. An original LLaVA's own folder
     may say that it pads; --image_mode overrules both. UserError: a setting that to_pixels does not do."""
@@ -995,7 +995,7 @@ def picture_settings(folder, tower, size, image_mode):
                if value and name not in DEFAULTS and FOREIGN.fullmatch(name)]
     needs = [(kind, name in PIPELINES, f"one of {', '.join(PIPELINES)}"),
              *((setting, False, "none: it belongs to another pipeline") for setting in foreign),
-             *picture_needs(settings, size, mode == "pad")]
+             *image_needs(settings, size, mode == "pad")]
     for setting, done, needed in needs:
         if not done:
             default = "" if setting in found else " (the default)"
@@ -1005,7 +1005,7 @@ def picture_settings(folder, tower, size, image_mode):
     return mode, tuple(settings["image_mean"]), tuple(settings["image_std"]), resize, settings["resample"]
 
 
-def picture_needs(settings, size, pad):
+def image_needs(settings, size, pad):
     """→ (a setting of an image processor, whether to_pixels does it, what is needed otherwise), of each."""
     resize, squashes = edge_length(settings["size"], settings["default_to_square"])
     crop = edge_length(settings["crop_size"], True)
@@ -1128,13 +1128,13 @@ def decode_images(paths, images_dir, source, world):
     the work over threads and ranks, which must agree on the items: where they do not, nothing is decoded,
     and the caller finds other conversations on other ranks."""
     if not world:
-        errors = map(picture_error, paths)
+        errors = map(image_error, paths)
     else:
         root = os.path.abspath(images_dir)
         names = repr([path.removeprefix(root) for path in paths])
         if len(set(world.gather(hashlib.sha256(names.encode()).digest()))) > 1:
             return {}
-        errors = world.parallel_map(picture_error, paths, f"{source}: images decoded")
+        errors = world.parallel_map(image_error, paths, f"{source}: images decoded")
     return {path: error for path, error in zip(paths, errors) if error}
 
 
@@ -1186,18 +1186,18 @@ class Batch:
     pixels: torch.Tensor  # [M, 3, S, S]; one blank picture where there is none: every rank runs the tower
     image: torch.Tensor  # [R] which of the M each run of image tokens shows, in row order
     target: torch.Tensor  # [N] ids to predict
-    source: torch.Tensor  # [N] flat position (row · T + column) whose state predicts it
+    logit_position: torch.Tensor  # [N] flat position (row · T + column) whose state predicts it
     answer: torch.Tensor  # [N] which of the A answers it belongs to
-    last: torch.Tensor  # [A] flat position of each answer's last kept token
-    row: torch.Tensor  # [A] the row it stands in
-    causal: int  # leading columns where plain causal attention will do: T, or the prompts of rows that branch
+    last_token: torch.Tensor  # [A] flat position of each answer's last kept token
+    sequence: torch.Tensor  # [A] the row it stands in
+    causal_prefix: int  # leading columns where plain causal attention will do: T, or the prompts of rows that branch
 
     def to(self, device):
         return Batch(*(value.to(device) if torch.is_tensor(value) else value
                        for value in (getattr(self, field.name) for field in dataclasses.fields(self))))
 
 
-def by_row(values, row):
+def pad_by_sequence(values, row):
     """A number an answer [A] and the row it stands in [A] (rising) → rows of answers, best first [rows with
     answers, most answers], and which of them there are."""
     count = torch.bincount(row)  # a batch of padding has no rows
@@ -1206,13 +1206,13 @@ def by_row(values, row):
     return values.new_zeros(kept.shape).masked_scatter(kept, values), kept
 
 
-def layout(example, processor):
+def pack(example, processor):
     """Example → its row [5, T]: ids, position, branch, the column that predicts each token, whether it is a
     target."""
     prompt = processor.expand(example.prompt)
     P = start = len(prompt)
     parts = [np.stack([prompt, np.arange(P), *np.zeros((3, P))])]
-    for a, (answer, kept) in enumerate(zip(example.answers, example.kept), 1):
+    for a, (answer, kept) in enumerate(zip(example.answers, example.token_masks), 1):
         kept = np.repeat(kept, processor.lengths(answer))
         answer = processor.expand(answer)
         n = len(answer)
@@ -1228,7 +1228,7 @@ def collate(examples, processor, pixels=None):
     predict. pixels: of the same examples' images, where they are at hand. In numpy: it runs in the loader's
     threads, each of which would have a team of torch's own threads."""
     padding = np.array([[processor.pad], [0], [-1], [0], [0]])
-    rows = [layout(example, processor) for example in examples] or [padding]
+    rows = [pack(example, processor) for example in examples] or [padding]
     T = max(row.shape[1] for row in rows)
     rows = [np.concatenate([row, padding.repeat(T - row.shape[1], axis=1)], axis=1) for row in rows]
     ids, position, branch, source, kept = np.stack(rows, axis=1)  # [B, T] each
@@ -1256,13 +1256,13 @@ def collate(examples, processor, pixels=None):
     image = np.array([distinct[path] for path in paths], dtype=np.int64)
     branching = (branch[answers > 1] == 0).sum(1).tolist()
     fields = {"ids": ids, "position": position, "branch": branch, "image": image, "target": ids.flatten()[at],
-              "source": row * T + source.flatten()[at], "answer": answer, "last": last,
-              "row": np.arange(len(answers)).repeat(answers)}
-    return Batch(pixels=pixels, causal=min([T, *branching]),
+              "logit_position": row * T + source.flatten()[at], "answer": answer, "last_token": last,
+              "sequence": np.arange(len(answers)).repeat(answers)}
+    return Batch(pixels=pixels, causal_prefix=min([T, *branching]),
                  **{name: torch.from_numpy(values) for name, values in fields.items()})
 
 
-def shuffled(n, *key):
+def keyed_permutation(n, *key):
     """0 … n − 1 in an order that is the key's alone. numpy takes numbers that a seed lacks for zeros, so a
     fifth one keeps keys of other lengths, and the four of model.keyed_uniforms, apart."""
     return np.random.default_rng([*key, *[0] * (4 - len(key)), len(key)]).permutation(n)
@@ -1291,7 +1291,7 @@ class Steps:
     def order(self, epoch):
         if not self.shuffle:
             return np.arange(len(self.examples))
-        return shuffled(len(self.examples), self.seed, epoch)
+        return keyed_permutation(len(self.examples), self.seed, epoch)
 
     def groups(self, step):
         """The micro-batches of this rank as lists of example indices."""

@@ -44,20 +44,20 @@ def dpo_loss(logratio, kept, beta, loss="sigmoid", label_smoothing=0.0):
     return (h - 1 / (2 * beta)).square()  # IPO, Eq. 17, arXiv:2310.12036
 
 
-def answer_logprobs(model, batch, features):
+def sequence_logprobs(model, batch, features):
     """→ log-probability of every target [N], summed over each answer [A], and the answers' lengths [A]."""
     logprob = model(batch, features)
-    total = logprob.new_zeros(len(batch.last)).index_add(0, batch.answer, logprob)
-    return logprob, total, torch.bincount(batch.answer, minlength=len(batch.last))
+    total = logprob.new_zeros(len(batch.last_token)).index_add(0, batch.answer, logprob)
+    return logprob, total, torch.bincount(batch.answer, minlength=len(batch.last_token))
 
 
-FIGURES = ("loss/dpo", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+METRICS = ("loss/dpo", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
            "logps/chosen", "logps/rejected", "logratio/chosen", "logratio/rejected")
 
 
 @torch.no_grad()
-def figures_of(loss, policy, reference, kept, length, beta):
-    """The FIGURES, summed over rows [9]. `chosen` is the best answer, `rejected` the mean of the others;
+def dpo_metrics(loss, policy, reference, kept, length, beta):
+    """The METRICS, summed over rows [9]. `chosen` is the best answer, `rejected` the mean of the others;
     rewards are β (log π − log π_ref), a tie is half an accuracy, logratio is log π − log π_ref per token on
     the given answers: not the KL of π's own samples, and negative where they lost. All [B, K] but loss
     [B]."""
@@ -85,7 +85,7 @@ def reference_pass(model, steps, world, args):
     for step, micro_batches in enumerate(data.progress(batches, "reference: steps")):
         for rows, batch in zip(steps.groups(step), micro_batches):
             batch = batch.to(world.device)
-            _, logprob, _ = answer_logprobs(model, batch, model.vision_tower(batch.pixels))
+            _, logprob, _ = sequence_logprobs(model, batch, model.vision_tower(batch.pixels))
             counts = [len(steps.examples[i].answers) for i in rows]
             found.update(zip(rows, (part.tolist() for part in logprob.split(counts))))
     fsdp.reshard(model)
@@ -94,7 +94,7 @@ def reference_pass(model, steps, world, args):
 
 def open_ref_model(processor, args, world):
     """--ref_model, which has to read the policy's batches."""
-    other = fsdp.open_other("ref_model", processor, args, world)
+    other = fsdp.open_second_model("ref_model", processor, args, world)
     if other.processor.pictures != processor.pictures:
         raise UserError(f"got --ref_model {args.ref_model}, which sees pictures in another size or mode "
                         "than the policy: both read the same batches")
@@ -135,30 +135,30 @@ def read_reference(path, training, held_out):
 
 def forward(model, batch, rows, reference, world, args):
     """A micro-batch's DPO losses summed over rows, its best answers' log-probability summed over their
-    tokens, and its FIGURES."""
+    tokens, and its METRICS."""
     batch = batch.to(world.device)
     features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
-    logprob, policy, length = answer_logprobs(model, batch, features)  # [N], [A], [A]
+    logprob, policy, length = sequence_logprobs(model, batch, features)  # [N], [A], [A]
     given = policy.new_tensor([value for i in rows for value in reference[i]])  # [A]
-    (policy, kept), (given, _), (length, _) = (data.by_row(v, batch.row) for v in (policy, given, length))
+    (policy, kept), (given, _), (length, _) = (data.pad_by_sequence(v, batch.sequence) for v in (policy, given, length))
     logratio = policy - given  # [B, K]
     if args.length_norm:  # a token, not an answer: length-normalised DPO of Tülu 3, arXiv:2411.15124
         logratio = logratio / length.clamp(min=1)
     losses = dpo_loss(logratio, kept, args.beta, args.loss, args.label_smoothing)  # [B]
-    best = batch.row.diff(prepend=batch.row.new_tensor([-1])) > 0  # [A]: the first answer of its row
-    figures = figures_of(losses, policy, given, kept, length, args.beta)
+    best = batch.sequence.diff(prepend=batch.sequence.new_tensor([-1])) > 0  # [A]: the first answer of its row
+    figures = dpo_metrics(losses, policy, given, kept, length, args.beta)
     return losses.sum(), logprob[best[batch.answer]].sum(), figures
 
 
 def best_tokens(rows, examples):
     """Supervised tokens of the best answers of a micro-batch."""
-    return sum(int(examples[i].kept[0].sum()) for i in rows)
+    return sum(int(examples[i].token_masks[0].sum()) for i in rows)
 
 
 @torch.no_grad()
 def evaluate(model, steps, reference, world, args, stop):
-    """The loss and the FIGURES over all held-out rows, means over rows; {} where SIGTERM cuts it short."""
-    sums, tokens = torch.zeros(1 + len(FIGURES), device=world.device), 0
+    """The loss and the METRICS over all held-out rows, means over rows; {} where SIGTERM cuts it short."""
+    sums, tokens = torch.zeros(1 + len(METRICS), device=world.device), 0
     batches = data.loader(steps, 0, len(steps), args.workers)
     for step, micro_batches in enumerate(stop.until(batches, world)):
         for rows, batch in zip(steps.groups(step), micro_batches):
@@ -169,12 +169,12 @@ def evaluate(model, steps, reference, world, args, stop):
     if stop.asked(world):
         return {}
     sft_loss, *sums, tokens = world.sum(*sums, tokens)
-    figures = {name: value / len(steps.examples) for name, value in zip(FIGURES, sums)}
+    figures = {name: value / len(steps.examples) for name, value in zip(METRICS, sums)}
     return {f"eval_{name}": value for name, value in with_loss(figures, sft_loss / tokens, args).items()}
 
 
 def with_loss(figures, sft_loss, args):
-    """The FIGURES, and what is minimised: loss = loss/dpo + c · loss/sft."""
+    """The METRICS, and what is minimised: loss = loss/dpo + c · loss/sft."""
     return {"loss": figures["loss/dpo"] + args.sft_coef * sft_loss, "loss/sft": sft_loss, **figures}
 
 
@@ -211,7 +211,7 @@ def main():
     # check
     args = parse_args()
     world = fsdp.launch(args)
-    fsdp.check_out(args, world)
+    fsdp.check_out_dir(args, world)
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
     train = args.train.split(",")
     if not set(train) <= set(parts):
@@ -253,7 +253,7 @@ def main():
     reference = make_reference(ref_model, steps, eval_steps, args, world)
     del ref_model  # no second model stays in memory
     done = fsdp.load_checkpoint(args, world, model, optimizer)
-    log = fsdp.Log(args, world, total, done, shown=("loss", "lr", "grad_norm", *FIGURES[3:5], "eval_loss"))
+    log = fsdp.Log(args, world, total, done, shown=("loss", "lr", "grad_norm", *METRICS[3:5], "eval_loss"))
     stop = fsdp.Stop()
     log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters")
     if held_out and log.owes_evaluation():  # of the last step done: SIGTERM cut it short
@@ -270,14 +270,14 @@ def main():
         count, tokens, columns = world.sum(
             sum(map(len, rows_of)), sum(best_tokens(rows, examples) for rows in rows_of),
             sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
-        sums = torch.zeros(1 + len(FIGURES), device=world.device)
+        sums = torch.zeros(1 + len(METRICS), device=world.device)
         for rows, batch in zip(rows_of, micro_batches):
             losses, best, figures = forward(model, batch, rows, reference["training"], world, args)
             sft_loss = -best / tokens
             (losses / count + args.sft_coef * sft_loss).backward()
             sums += torch.cat([sft_loss.detach()[None], figures / count])
         sft_loss, *figures = world.sum(*sums)
-        figures = with_loss(dict(zip(FIGURES, figures)), sft_loss, args)
+        figures = with_loss(dict(zip(METRICS, figures)), sft_loss, args)
         grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
         fsdp.check_finite(args, step, loss=figures["loss"], grad_norm=grad_norm)
         optimizer.step()

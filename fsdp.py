@@ -116,8 +116,8 @@ def arguments(parser, training=True):
     add("--save_adapter", action="store_true", help="adapters (no projector) in OUT/adapter too, as PEFT's")
 
 
-LEAST = {  # the smallest value an option can have
-    1: ("batch_size", "micro_batch", "replicas", "max_len", "num_samples", "max_new",
+MINIMUMS = {  # the smallest value an option can have
+    1: ("batch_size", "micro_batch", "replicas", "max_len", "num_samples", "max_new_tokens",
         "rollout_batch", "samples_per_prompt", "ppo_epochs", "kl_horizon"),
     0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "projector_lr", "warmup",
         "weight_decay", "adam_beta2", "seed", "top_k", "temperature", "lora_rank", "center_coef",
@@ -173,7 +173,7 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "--rollout_batch (prompts per iteration, over all ranks)": "rollout_batch_size",
     "--samples_per_prompt": "num_generations rloo_k",
     "--num_samples": "num_return_sequences best_of",
-    "--max_new": "max_new_tokens max_completion_length response_length generation_max_length",
+    "--max_new_tokens": "max_new max_completion_length response_length generation_max_length",
     "--missing_eos_score (a score, not a penalty taken off)": "missing_eos_penalty",
     "--kl_coef": "init_kl_coef",
     "--ppo_epochs": "num_ppo_epochs",
@@ -265,7 +265,7 @@ def parse(parser, data_file, shapes, argv=None):
     name = os.path.splitext(os.path.basename(parser.prog))[0]
     name += "" if hasattr(args, "save_every") else ".jsonl"
     args.out = args.out or os.path.join(ROOT, "runs", name)
-    for least, options in LEAST.items():
+    for least, options in MINIMUMS.items():
         for option in options:
             value = getattr(args, option, None)
             if value is not None and not least <= value < math.inf:
@@ -816,7 +816,7 @@ def equal_tensors(a, b, rows=4096):
 
 
 @torch.no_grad()
-def fill(model, tensors, grown, seed):
+def load_weights(model, tensors, grown, seed):
     """Streams every parameter in: each rank reads its own rows only. Rows that the vocabulary has grown by
     are the mean of the old ones; parameters without a tensor are drawn, keyed by (seed, name)."""
     for name, parameter in data.progress([*model.named_parameters()], "tensors read"):
@@ -942,7 +942,7 @@ def file_digest(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def open_other(option, processor, args, world, reward=False):
+def open_second_model(option, processor, args, world, reward=False):
     """A second LLaVA, named by an option → Checkpoint. Its tokenizer has to be the processor's. reward: it
     needs a scalar head, as rm.py leaves it, and has a template and picture settings of its own."""
     other = argparse.Namespace(**vars(args))
@@ -992,7 +992,7 @@ def build(checkpoint, args, world, trainable=(), score=False):
     check_names(model, tensors, checkpoint.grown, fresh, checkpoint.folders)
     shard(model, world, DTYPES[args.dtype])
     model.to_empty(device=world.device)
-    fill(model, tensors, checkpoint.grown, args.seed)
+    load_weights(model, tensors, checkpoint.grown, args.seed)
     if args.compile:
         model.compile_layers()
     return model
@@ -1057,7 +1057,7 @@ def reshard(*models):
 
 
 @contextlib.contextmanager
-def gathered(model):
+def unsharded(model):
     """Inside, whole weights are held on every rank, so that ranks can decode at their own pace. No
     gradients."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -1093,7 +1093,7 @@ def schedule(step, steps, warmup):
 
 RUN_FILES = ("log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
-FREE = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb", "micro_batch",
+RESUME_MAY_DIFFER = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb", "micro_batch",
         "replicas", "show_every", "save_rollouts"}  # options that may differ after a resume
 LOCKS = []  # (path, the open file that holds its lock, the folders created for it)
 
@@ -1131,7 +1131,7 @@ def unlock():
 
 
 def check_out_file(args, world):
-    """predict.py's check_out: --out is a file, and OUT.args.json says what it was made of."""
+    """predict.py's check_out_dir: --out is a file, and OUT.args.json says what it was made of."""
     def check():
         if os.path.isdir(args.out):
             raise UserError(f"got --out {args.out}, which is a folder, need a .jsonl file")
@@ -1149,7 +1149,7 @@ def check_out_file(args, world):
     world.earlier = world.on_rank0(check)
 
 
-def check_out(args, world):
+def check_out_dir(args, world):
     """Locks --out, and refuses a folder that holds anything, unless --resume or --overwrite says that the run
     in it is meant."""
     if args.wandb and not importlib.util.find_spec("wandb"):
@@ -1193,7 +1193,7 @@ def earlier_args(path, args):
                         "the options given now") from error
     differ = [f"--{key} {as_given(earlier.get(key))} then, {as_given(value)} now"
               for key, value in vars(args).items()
-              if key not in FREE and earlier.get(key, value) != value]
+              if key not in RESUME_MAY_DIFFER and earlier.get(key, value) != value]
     if differ:
         raise UserError(f"cannot resume {args.out}: got {'; '.join(differ)}; use the old values")
     return earlier
@@ -1341,7 +1341,7 @@ def checkpoint_steps(out):
                   and os.path.isdir(os.path.join(folder, name)))
 
 
-def trained_state(model, optimizers):
+def checkpoint_state(model, optimizers):
     """The trained parameters, buffers and AdamW's state under stable names; the state is made where no step
     was taken yet, to be loaded into."""
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
@@ -1365,7 +1365,7 @@ def save_checkpoint(args, world, step, model, *optimizers):
     if world.sum(not finite)[0]:
         raise Diverged(f"step {step}: a weight is not finite: nothing was saved or exported; start again "
                        "with a lower learning rate")
-    dcp.save(trained_state(model, optimizers), checkpoint_id=folder + ".part")
+    dcp.save(checkpoint_state(model, optimizers), checkpoint_id=folder + ".part")
 
     def rename():
         shutil.rmtree(folder, ignore_errors=True)
@@ -1383,7 +1383,7 @@ def load_checkpoint(args, world, model, *optimizers):
     folder = os.path.join(args.out, "checkpoints", f"step_{steps[-1]}")
     try:
         world.on_rank0(check_metadata, folder)
-        dcp.load(trained_state(model, optimizers), checkpoint_id=folder)
+        dcp.load(checkpoint_state(model, optimizers), checkpoint_id=folder)
     except (OSError, EOFError, pickle.UnpicklingError, ValueError, AttributeError) as error:
         damage = error  # of the metadata
     except dcp.CheckpointException as error:  # of the data, unless it is about something else

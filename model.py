@@ -332,10 +332,10 @@ class TokenLogProbs(torch.autograd.Function):
         # of the vocabulary so far: log Σ exp(logit), from a finite −∞ (0 · ∞ is NaN), and the entropy
         lse = torch.full((N,), torch.finfo(torch.float64).min, dtype=torch.float64, device=states.device)
         entropy, at_target = torch.zeros_like(lse), torch.zeros_like(lse)
-        for part in parts(len(head), N):
-            logits = F.linear(states, head[part]).float().div_(temperature)  # [N, v]
-            here, column = in_part(target, part)
-            at_target = torch.where(here, logits.gather(1, column).squeeze(1), at_target)
+        for chunk in chunks(len(head), N):
+            logits = F.linear(states, head[chunk]).float().div_(temperature)  # [N, v]
+            inside, column = in_chunk(target, chunk)
+            at_target = torch.where(inside, logits.gather(1, column).squeeze(1), at_target)
             before, lse = lse, torch.logaddexp(lse, logits.logsumexp(-1).double())
             if with_entropy:  # every log p so far moves by the shift: e^shift (H − shift) − Σ_part p log p
                 shift, logp = before - lse, logits.sub_(lse.float()[:, None])
@@ -350,33 +350,33 @@ class TokenLogProbs(torch.autograd.Function):
         states, head, target, lse, entropy = ctx.saved_tensors
         d_states = torch.zeros_like(states, dtype=torch.float32)
         d_head = torch.empty_like(head) if ctx.needs_input_grad[1] else None
-        for part in parts(len(head), len(target)):
-            logp = F.linear(states, head[part]).float().div_(ctx.temperature).sub_(lse[:, None])  # [N, v]
+        for chunk in chunks(len(head), len(target)):
+            logp = F.linear(states, head[chunk]).float().div_(ctx.temperature).sub_(lse[:, None])  # [N, v]
             times_p = -d_logprob[:, None]
             if entropy is not None:
                 times_p = times_p - (logp + entropy[:, None]) * d_entropy[:, None]
             d = logp.exp_().mul_(times_p)
-            here, column = in_part(target, part)
-            d.scatter_add_(1, column, (here * d_logprob)[:, None])
+            inside, column = in_chunk(target, chunk)
+            d.scatter_add_(1, column, (inside * d_logprob)[:, None])
             d = d.div_(ctx.temperature).to(states.dtype)
-            d_states += d @ head[part]
+            d_states += d @ head[chunk]
             if d_head is not None:
-                d_head[part] = d.T @ states
+                d_head[chunk] = d.T @ states
         return d_states.to(states.dtype), d_head, None, None, None
 
 
-def parts(V, N, elements=2**22, least=1024):
+def chunks(V, N, elements=2**22, least=1024):
     """Slices of a vocabulary of V: a part's [N, v] logits stay near `elements` numbers (16 MB in fp32), or it
     is of the `least` tokens that keep its products efficient."""
     v = max(least, elements // max(1, N))
     return [slice(start, min(start + v, V)) for start in range(0, V, v)]
 
 
-def in_part(target, part):
+def in_chunk(target, chunk):
     """Which targets [N] are in a part of the vocabulary, and their columns in it [N, 1] (for the others,
     any)."""
-    here = (target >= part.start) & (target < part.stop)
-    return here, (target - part.start).clamp(0, part.stop - part.start - 1)[:, None]
+    inside = (target >= chunk.start) & (target < chunk.stop)
+    return inside, (target - chunk.start).clamp(0, chunk.stop - chunk.start - 1)[:, None]
 
 
 # ---- rankings: of rewards in rm.py, of log-ratios in dpo.py ----
@@ -457,11 +457,11 @@ class VisionLLM(nn.Module):
             if isinstance(module, LoRA):
                 module.on = on
 
-    def states(self, batch, features, at, read, cache=None):
+    def hidden(self, batch, features, at, read, cache=None):
         """read(final states [N, D] at the flat positions `at` [N], head [V, D]) for a Batch (see data.py)."""
         projected = self.multi_modal_projector(features).unflatten(0, features.shape[:2])  # [M, I, D]
         images = projected[batch.image]  # [R, I, D]
-        mask, T, n = None, batch.ids.shape[1], batch.causal
+        mask, T, n = None, batch.ids.shape[1], batch.causal_prefix
         if n < T:
             column = torch.arange(T, device=batch.ids.device)
             mask = visible(batch.branch[:, n:], batch.branch, column[n:], column)  # [B, 1, T − n, T]
@@ -473,13 +473,13 @@ class VisionLLM(nn.Module):
         state at source n."""
         def read(states, head):
             return TokenLogProbs.apply(states, head, batch.target, temperature, entropy)
-        logprob, entropies = self.states(batch, features, batch.source, read)
+        logprob, entropies = self.hidden(batch, features, batch.logit_position, read)
         return (logprob, entropies) if entropy else logprob
 
     def scores(self, batch, features, at):
-        """The scalar head's output at flat positions at [N] → [N] (fp32): rewards at batch.last, values at
-        batch.source."""
-        return self.score(self.states(batch, features, at, lambda states, head: states)).squeeze(-1)
+        """The scalar head's output at flat positions at [N] → [N] (fp32): rewards at batch.last_token, values at
+        batch.logit_position."""
+        return self.score(self.hidden(batch, features, at, lambda states, head: states)).squeeze(-1)
 
 
 # ---- checkpoints: their configurations and the names in them ----
@@ -694,7 +694,7 @@ def keyed_uniforms(seed, iteration, prompts, samples, steps):
         for prompt in prompts]))
 
 
-def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """logits [..., V] (fp32) → token ids [...]: the most likely (uniform None or temperature 0), else the
     inverse CDF of the uniform [...] under the softmax at that temperature, cut to the top_k likeliest and to
     the smallest set whose probability reaches top_p."""
@@ -728,7 +728,7 @@ def generate(model, batch, features, max_new, stop, banned=(), uniforms=None, sa
     cache.append(batch.branch)
     length = (batch.branch == 0).sum(1)  # [B]
     ends = torch.arange(B, device=device) * T + length - 1  # where every answer's first token is predicted
-    logits = model.states(batch, features, ends, F.linear, cache)  # [B, V]
+    logits = model.hidden(batch, features, ends, F.linear, cache)  # [B, V]
     logits = logits[:, None].expand(-1, samples, -1)  # [B, samples, V]
     stop, banned = (torch.tensor(sorted(ids), device=device, dtype=torch.long) for ids in (stop, banned))
     branch = torch.arange(1, samples + 1, device=device).expand(B, -1)
@@ -741,7 +741,7 @@ def generate(model, batch, features, max_new, stop, banned=(), uniforms=None, sa
         logits = logits.float()
         uniform = None if uniforms is None else uniforms[:, :, step].to(device)
         allowed = logits.index_fill(-1, banned, -torch.inf)
-        token = choose(allowed, uniform, temperature, top_k, top_p)  # [B, samples]
+        token = sample_token(allowed, uniform, temperature, top_k, top_p)  # [B, samples]
         tokens[:, :, step] = token
         lengths += running
         logprob += running * F.log_softmax(logits, dim=-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)

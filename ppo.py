@@ -85,7 +85,7 @@ def value_loss(values, old_values, returns, kept, clip):
     return (0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * kept).sum()
 
 
-def moments(tensors, kepts, world):
+def masked_mean_std(tensors, kepts, world):
     """Mean and standard deviation (of a sample: n − 1) over the kept elements of all tensors on all ranks."""
     kept = torch.cat([t[k].double() for t, k in zip(tensors, kepts)])
     n, total, squares = world.sum(len(kept), kept.sum(), kept.square().sum())
@@ -126,12 +126,12 @@ class Judge:
                                      f"{len(scores)} scores for {len(said)} answers, need a finite number "
                                      f"each: {scores}")
             return torch.tensor(sum(found, []), dtype=torch.float32, device=rollout.features.device)
-        read = [dataclasses.replace(self.prompts[example.index], answers=example.answers, kept=example.kept)
+        read = [dataclasses.replace(self.prompts[example.index], answers=example.answers, token_masks=example.token_masks)
                 for example in rollout.examples]
         batch = data.collate(read, self.processor, rollout.batch.pixels.cpu() if self.same_images else None)
         batch = batch.to(rollout.features.device)
         features = rollout.features if self.shared else self.model.vision_tower(batch.pixels)
-        return self.model.scores(batch, features, batch.last)
+        return self.model.scores(batch, features, batch.last_token)
 
 
 def load_function(name):
@@ -170,7 +170,7 @@ class Rollout:
 
 def decoding(policy, args):
     """Around a rollout: whole weights on every rank, which then decodes at its own pace, or sharded ones."""
-    return fsdp.gathered(policy) if args.rollout == "gathered" else contextlib.nullcontext()
+    return fsdp.unsharded(policy) if args.rollout == "gathered" else contextlib.nullcontext()
 
 
 def interrupted(stop, world, args):
@@ -180,19 +180,19 @@ def interrupted(stop, world, args):
 
 
 @torch.no_grad()
-def roll_out(policy, batch, examples, processor, args, world, minibatch_number):
+def generate_rollout(policy, batch, examples, processor, args, world, minibatch_number):
     """Samples --samples_per_prompt answers of each prompt → Rollout with rows of prompt and answers. The
     draws are keyed by the minibatch's number."""
     batch, K = batch.to(world.device), args.samples_per_prompt
     features = policy.vision_tower(batch.pixels)
     uniforms = None
     if examples:
-        uniforms = keyed_uniforms(args.seed, minibatch_number, [e.index for e in examples], K, args.max_new)
+        uniforms = keyed_uniforms(args.seed, minibatch_number, [e.index for e in examples], K, args.max_new_tokens)
     anyone = world.any if args.rollout == "sharded" else torch.any  # sharded weights: ranks decode in step
-    answers, _ = generate(policy, batch, features, args.max_new, processor.stop, processor.banned, uniforms,
+    answers, _ = generate(policy, batch, features, args.max_new_tokens, processor.stop, processor.banned, uniforms,
                           K, args.temperature, args.top_k, args.top_p, anyone)
     rows = [dataclasses.replace(example, answers=[np.array(ids, dtype=np.int32) for ids in row],
-                                kept=[np.ones(len(ids), dtype=bool) for ids in row])
+                                token_masks=[np.ones(len(ids), dtype=bool) for ids in row])
             for example, row in zip(examples, answers)]
     whole = data.collate(rows, processor, batch.pixels.cpu()).to(world.device)
     ended = [int(ids[-1]) in processor.stop for row in rows for ids in row.answers]
@@ -200,30 +200,30 @@ def roll_out(policy, batch, examples, processor, args, world, minibatch_number):
 
 
 @torch.no_grad()
-def forward_passes(rollout, policy, reference, critic, args):
+def logprobs_and_values(rollout, policy, reference, critic, args):
     """The sampled tokens' log-probabilities under policy and reference, and their values, by the very forward
     passes that the update will take. reference None: the policy without its adapters."""
     batch, features = rollout.batch, rollout.features
-    rollout.logprob, rollout.kept = data.by_row(policy(batch, features, args.temperature), batch.answer)
+    rollout.logprob, rollout.token_mask = data.pad_by_sequence(policy(batch, features, args.temperature), batch.answer)
     policy.set_adapters(False)
     ref_logprob = (reference or policy)(batch, features, args.temperature)
     policy.set_adapters(True)
-    rollout.ref_logprob, _ = data.by_row(ref_logprob, batch.answer)
+    rollout.ref_logprob, _ = data.pad_by_sequence(ref_logprob, batch.answer)
     rollout.kl = (rollout.logprob - rollout.ref_logprob).sum(1)
     shared = critic.vision_tower is policy.vision_tower
     rollout.critic_features = features if shared else critic.vision_tower(batch.pixels)
-    rollout.values, _ = data.by_row(critic.scores(batch, rollout.critic_features, batch.source), batch.answer)
+    rollout.values, _ = data.pad_by_sequence(critic.scores(batch, rollout.critic_features, batch.logit_position), batch.answer)
 
 
 @torch.no_grad()
-def normalise(training, rollouts, args, world):
+def fit_score_scale(training, rollouts, args, world):
     """Fixes the scale of all scores by those of whole answers before training, and brings a critic that was
     the reward model to it."""
     ended, = world.sum(sum(int(r.ended.sum()) for r in rollouts))
     if ended < 2:
         raise UserError(f"got --normalize_scores, but {ended:.0f} of the first iteration's answers have "
-                         "their end token: raise --max_new")
-    mean, std = moments([r.score for r in rollouts], [r.ended for r in rollouts], world)
+                         "their end token: raise --max_new_tokens")
+    mean, std = masked_mean_std([r.score for r in rollouts], [r.ended for r in rollouts], world)
     if std < 1e-6:
         raise UserError(f"got --normalize_scores, but whole answers of iteration 1 all score {mean}: "
                          "leave it out")
@@ -234,7 +234,7 @@ def normalise(training, rollouts, args, world):
         head.bias.copy_((head.bias - mean) / std)
 
 
-def final_scores(rollouts, score_moments, args):
+def postprocess_scores(rollouts, score_moments, args):
     """What the judge said, in place: brought to the scale of the first iteration's (--normalize_scores),
     clipped, and a fixed score for an answer without its end token."""
     mean, std = score_moments.tolist()
@@ -245,43 +245,43 @@ def final_scores(rollouts, score_moments, args):
         rollout.score = torch.where(rollout.ended, score, args.missing_eos_score)
 
 
-def advantages_of(rollouts, beta, args, world):
+def compute_advantages(rollouts, beta, args, world):
     """KL rewards, GAE and whitened advantages of all of an iteration's rollouts, in place."""
     for r in rollouts:
-        r.rewards = kl_reward(r.logprob, r.ref_logprob, r.score, r.kept, beta)
+        r.rewards = kl_reward(r.logprob, r.ref_logprob, r.score, r.token_mask, beta)
     if args.whiten_rewards:
-        _, std = moments([r.rewards for r in rollouts], [r.kept for r in rollouts], world)
+        _, std = masked_mean_std([r.rewards for r in rollouts], [r.token_mask for r in rollouts], world)
         for r in rollouts:
             r.rewards = r.rewards / (std + 1e-8)
     for r in rollouts:
-        r.advantages, r.returns = gae(r.rewards, r.values, r.kept, args.gamma, args.lam)
-    mean, std = moments([r.advantages for r in rollouts], [r.kept for r in rollouts], world)
+        r.advantages, r.returns = gae(r.rewards, r.values, r.token_mask, args.gamma, args.lam)
+    mean, std = masked_mean_std([r.advantages for r in rollouts], [r.token_mask for r in rollouts], world)
     for r in rollouts:
-        r.advantages = (r.advantages - mean) / (std + 1e-8) * r.kept
+        r.advantages = (r.advantages - mean) / (std + 1e-8) * r.token_mask
 
 
 def minibatch_gradients(rollouts, policy, critic, args, world):
     """Backward passes of one optimiser step's rollouts. policy None: while the critic learns alone. → its
     figures, means over its tokens, and their number"""
-    count, = world.sum(sum(int(r.kept.sum()) for r in rollouts))
+    count, = world.sum(sum(int(r.token_mask.sum()) for r in rollouts))
     sums = {}
     for r in rollouts:
         parts = {}
         if policy:
             logprob, entropy = policy(r.batch, r.features, args.temperature, entropy=True)  # [N] each
-            logprob, _ = data.by_row(logprob, r.batch.answer)  # [A, L]
-            loss = policy_loss(logprob, r.logprob, r.advantages, r.kept, args.clip_range)
+            logprob, _ = data.pad_by_sequence(logprob, r.batch.answer)  # [A, L]
+            loss = policy_loss(logprob, r.logprob, r.advantages, r.token_mask, args.clip_range)
             ((loss - args.entropy_coef * entropy.sum()) / count).backward()
-            change = (logprob.detach() - r.logprob)[r.kept]
+            change = (logprob.detach() - r.logprob)[r.token_mask]
             ratio = change.exp()
             parts |= {"loss/policy": loss, "policy/approxkl": 0.5 * change.square(),
                       "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/ratio": ratio,
                       "policy/entropy": entropy}
-        values = critic.scores(r.batch, r.critic_features, r.batch.source)  # [N]
-        values, _ = data.by_row(values, r.batch.answer)
-        error = value_loss(values, r.values, r.returns, r.kept, args.value_clip)
+        values = critic.scores(r.batch, r.critic_features, r.batch.logit_position)  # [N]
+        values, _ = data.pad_by_sequence(values, r.batch.answer)
+        error = value_loss(values, r.values, r.returns, r.token_mask, args.value_clip)
         (error / count).backward()
-        moved = (values.detach() - r.values)[r.kept].abs()
+        moved = (values.detach() - r.values)[r.token_mask].abs()
         parts |= {"loss/value": error, "val/clipfrac": moved > args.value_clip}
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.detach().sum() / count
@@ -302,28 +302,28 @@ def ptx_gradients(micro_batches, policy, args, world):
 
 
 @torch.no_grad()
-def objectives(rollouts, beta, world):
+def rollout_metrics(rollouts, beta, world):
     """What the iteration's answers are worth, means over answers, and how much of the returns' variance the
     critic explains."""
     names = ("kl", "entropy", "scores", "non_score_reward", "length", "no_eos")
     sums = torch.zeros(len(names), device=world.device)
     for r in rollouts:
         sums += torch.stack([value.sum() for value in (
-            r.kl, -r.logprob, r.score, -beta * r.kl, r.kept, ~r.ended)])
+            r.kl, -r.logprob, r.score, -beta * r.kl, r.token_mask, ~r.ended)])
     *sums, count = world.sum(*sums, sum(len(r.score) for r in rollouts))
     kl, entropy, scores, non_score, length, no_eos = (value / count for value in sums)
     figures = {"objective/kl": kl, "objective/entropy": entropy, "objective/scores": scores,
                "objective/non_score_reward": non_score, "objective/rlhf_reward": scores + non_score,
                "answer/length": length, "answer/no_eos": no_eos}
     if rollouts[0].returns is not None:
-        kepts = [r.kept for r in rollouts]
-        _, left = moments([r.returns - r.values for r in rollouts], kepts, world)
-        _, whole = moments([r.returns for r in rollouts], kepts, world)
+        kepts = [r.token_mask for r in rollouts]
+        _, left = masked_mean_std([r.returns - r.values for r in rollouts], kepts, world)
+        _, whole = masked_mean_std([r.returns for r in rollouts], kepts, world)
         figures["val/explained_variance"] = 1 - left**2 / max(whole**2, 1e-12)
     return figures
 
 
-def answers_of(rollouts, processor, beta):
+def rollout_records(rollouts, processor, beta):
     """What was sampled, an answer a line: {"id", "answer", "score", "kl", "total"}"""
     lines = []
     for r in rollouts:
@@ -333,7 +333,7 @@ def answers_of(rollouts, processor, beta):
     return lines
 
 
-def held_out_figures(steps, models, judge, processor, score_moments, beta, args, world, stop):
+def evaluate_rollouts(steps, models, judge, processor, score_moments, beta, args, world, stop):
     """Answers sampled to each held-out prompt, scored: the objectives, as eval_…; {} where SIGTERM cuts it
     short."""
     policy, reference, critic = models
@@ -344,16 +344,16 @@ def held_out_figures(steps, models, judge, processor, score_moments, beta, args,
                 if interrupted(stop, world, args):
                     continue
                 prompts = [steps.examples[i] for i in rows]
-                rollouts.append(roll_out(policy, batch, prompts, processor, args, world, 0))
+                rollouts.append(generate_rollout(policy, batch, prompts, processor, args, world, 0))
     rollouts = [] if stop.asked(world) else rollouts  # a rank that heard of it has fewer
     for rollout in stop.until(rollouts, world):
         rollout.score = judge.scores(rollout, processor)
-        forward_passes(rollout, policy, reference, critic, args)
+        logprobs_and_values(rollout, policy, reference, critic, args)
     fsdp.reshard(*[model for model in (*models, judge.model) if model])
     if stop.asked(world):
         return {}
-    final_scores(rollouts, score_moments, args)
-    figures = objectives(rollouts, beta, world)
+    postprocess_scores(rollouts, score_moments, args)
+    figures = rollout_metrics(rollouts, beta, world)
     return {f"eval_{name}": value for name, value in figures.items()}
 
 
@@ -371,7 +371,7 @@ def parse_args():
         "critic starts from (policy: with V = 0)")
     add("--rollout_batch", type=int, default=512, help="prompts an iteration, over all ranks")
     add("--samples_per_prompt", type=int, default=1, help="answers sampled of each")
-    add("--max_new", type=int, default=256, help="tokens an answer, at most; not part of --max_len")
+    add("--max_new_tokens", type=int, default=256, help="tokens an answer, at most; not part of --max_len")
     add("--temperature", type=float, default=1.0, help="of sampling, and of all log-probabilities")
     add("--top_k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
     add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens up to this mass")
@@ -401,7 +401,7 @@ def parse_args():
     add("--show_every", type=int, default=10, help="iterations between shown answers (0: never)")
     args = fsdp.parse(parser, data_file="prompts.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=128, micro_batch=128, rollout_batch=128,
-        max_steps=40, max_new=28, lr=2e-4, critic_lr=3e-4, ppo_epochs=2, critic_warmup=2,
+        max_steps=40, max_new_tokens=28, lr=2e-4, critic_lr=3e-4, ppo_epochs=2, critic_warmup=2,
         missing_eos_score=-3.0, normalize_scores=True, **fsdp.left_by("sft"),
         **fsdp.left_by("rm", "reward_model")))
     if not args.reward_model:
@@ -449,7 +449,7 @@ def main():
     # check
     args = parse_args()
     world = fsdp.launch(args)
-    fsdp.check_out(args, world)
+    fsdp.check_out_dir(args, world)
     train = args.train.split(",")
     parts = {"projector": "multi_modal_projector.", "llm": "language_model."}
     if not set(train) <= set(parts):
@@ -464,7 +464,7 @@ def main():
     checkpoint = fsdp.open_checkpoint(args, world)
     processor = checkpoint.processor
     if not by_rule:
-        reward_checkpoint = fsdp.open_other("reward_model", processor, args, world, reward=True)
+        reward_checkpoint = fsdp.open_second_model("reward_model", processor, args, world, reward=True)
         judge.processor = reward_checkpoint.processor
         sizes = [(p.size, p.image_tokens) for p in (processor, judge.processor)]
         if args.critic == "reward" and sizes[0] != sizes[1]:
@@ -520,7 +520,7 @@ def main():
     log.say(f"{len(examples)} prompts, {total} iterations")
 
     def evaluate():
-        return held_out_figures(eval_steps, (policy, reference, critic), eval_judge, processor,
+        return evaluate_rollouts(eval_steps, (policy, reference, critic), eval_judge, processor,
                                 training.score_moments, float(training.beta), args, world, stop)
 
     def abandon(iteration):  # its weights are still those that the last one left
@@ -556,7 +556,7 @@ def main():
                         continue
                     prompts = [examples[i] for i in rows]
                     rollouts[m].append(
-                        roll_out(policy, batch, prompts, processor, args, world, first + m + 1))
+                        generate_rollout(policy, batch, prompts, processor, args, world, first + m + 1))
         if stop.asked(world):
             return abandon(iteration)
         every = [rollout for minibatch in rollouts for rollout in minibatch]
@@ -568,14 +568,14 @@ def main():
         if stop.asked(world):
             return abandon(iteration)
         if args.normalize_scores and iteration == 1:
-            normalise(training, every, args, world)
-        final_scores(every, training.score_moments, args)
+            fit_score_scale(training, every, args, world)
+        postprocess_scores(every, training.score_moments, args)
         fsdp.check_finite(args, iteration, scores=world.sum(sum(r.score.sum() for r in every))[0])
         seconds["score"] = log.seconds()
 
         # log-probabilities under policy and reference, values: rows → [A, L] each
         for rollout in stop.until(every, world):
-            forward_passes(rollout, policy, reference, critic, args)
+            logprobs_and_values(rollout, policy, reference, critic, args)
         fsdp.reshard(*models)
         if stop.asked(world):
             return abandon(iteration)
@@ -583,12 +583,12 @@ def main():
 
         # KL reward, GAE, whitening: [A, L] → advantages and returns [A, L]
         beta = float(training.beta)
-        advantages_of(every, beta, args, world)
+        compute_advantages(every, beta, args, world)
 
         # minibatch epochs: the same row groups every time, in an order of their own
         train_policy, figures, tokens, norms, ptx_losses = iteration > args.critic_warmup, [], [], {}, []
         order = [m for epoch in range(args.ppo_epochs)
-                 for m in data.shuffled(minibatches, args.seed, iteration, epoch)]
+                 for m in data.keyed_permutation(minibatches, args.seed, iteration, epoch)]
         start = (iteration - 1 - args.critic_warmup) * len(order)
         ptx_batches = [None] * len(order)
         if ptx and train_policy:
@@ -617,7 +617,7 @@ def main():
         seconds["update"] = log.seconds()
 
         # log, evaluate, save
-        line = objectives(every, beta, world)
+        line = rollout_metrics(every, beta, world)
         line |= {name: np.average([step[name] for step in figures], weights=tokens) for name in figures[0]}
         line |= {f"first/{name}": value for name, value in figures[0].items()}
         line |= {f"seconds/{name}": value for name, value in seconds.items()}
@@ -629,10 +629,10 @@ def main():
         if args.target_kl and train_policy:
             training.beta.fill_(adapted_beta(beta, line["objective/kl"], args.target_kl, args.kl_horizon, n))
         if args.show_every and iteration % args.show_every == 0:
-            answers = answers_of(every, processor, beta)
+            answers = rollout_records(every, processor, beta)
             log.say("\n".join(f"    {answer}" for answer in answers[::max(1, len(answers) // 3)][:3]))
         if args.save_rollouts:
-            answers = sum(world.gather(answers_of(every, processor, beta)), [])
+            answers = sum(world.gather(rollout_records(every, processor, beta)), [])
             answers.sort(key=lambda answer: answer["id"])
             text = "".join(json.dumps(answer) + "\n" for answer in answers)
             world.on_rank0(fsdp.write_text, os.path.join(args.out, "rollouts", f"{iteration}.jsonl"), text)

@@ -16,7 +16,7 @@ answer null. Lines are written as they are done; --resume continues where they e
 inputs that OUT.args.json names.
 
 Best of n: the prompt passes the policy once for its K samples, and the reward model once with all of them in
-one row (README: rows). A sample that --max_new cuts is rewarded as it stands.
+one row (README: rows). A sample that --max_new_tokens cuts is rewarded as it stands.
 
 Legend: A answers of a batch, N their tokens.
 """
@@ -39,8 +39,8 @@ from model import generate, keyed_uniforms
 def score(model, batch, features, processor, examples):
     """Log-probability and length of the rows' own answers, by teacher forcing. → answers of each example"""
     logprob = model(batch, features)  # [N]
-    total = logprob.new_zeros(len(batch.last)).index_add(0, batch.answer, logprob).tolist()
-    tokens = torch.bincount(batch.answer, minlength=len(batch.last)).tolist()
+    total = logprob.new_zeros(len(batch.last_token)).index_add(0, batch.answer, logprob).tolist()
+    tokens = torch.bincount(batch.answer, minlength=len(batch.last_token)).tolist()
     scored = iter(zip(total, tokens))
     return [[{"text": processor.text(answer), "logprob": logprob, "tokens": n}
              for answer, (logprob, n) in zip(example.answers, scored)] for example in examples]
@@ -51,9 +51,9 @@ def sample(model, batch, features, processor, examples, args, anyone):
     example, and their ids"""
     uniforms = None
     if args.temperature > 0 and examples:
-        uniforms = keyed_uniforms(args.seed, 0, [e.index for e in examples], args.num_samples, args.max_new)
+        uniforms = keyed_uniforms(args.seed, 0, [e.index for e in examples], args.num_samples, args.max_new_tokens)
     sampled, logprob = generate(
-        model, batch, features, args.max_new, processor.stop, processor.banned, uniforms, args.num_samples,
+        model, batch, features, args.max_new_tokens, processor.stop, processor.banned, uniforms, args.num_samples,
         args.temperature, args.top_k, args.top_p, anyone)
     sampled = sampled[:len(examples)]  # a batch of padding has one row, and no example
     answers = [[{"text": processor.text(ids), "logprob": lp} for ids, lp in zip(*row)]
@@ -68,7 +68,7 @@ def add_rewards(answers, judged, reward, processor, batch, features, same_images
     row = data.collate(judged, processor, batch.pixels.cpu() if same_images else None).to(features.device)
     if not shared:
         features = reward.vision_tower(row.pixels)
-    scores = iter(reward.scores(row, features, row.last).tolist())
+    scores = iter(reward.scores(row, features, row.last_token).tolist())
     for answer in (answer for row_answers in answers for answer in row_answers):
         answer["reward"] = next(scores)
 
@@ -147,7 +147,7 @@ def parse_args():
     fsdp.arguments(parser, training=False)
     add = parser.add_argument_group("prediction").add_argument
     add("--micro_batch", type=int, default=8, help="rows a forward pass on one rank")
-    add("--max_new", type=int, default=256, help="tokens an answer, at most")
+    add("--max_new_tokens", type=int, default=256, help="tokens an answer, at most")
     add("--num_samples", type=int, default=1, help="answers a row")
     add("--temperature", type=float, help="0: greedy (default: 0, or 1 with --num_samples)")
     add("--top_k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
@@ -156,7 +156,7 @@ def parse_args():
     add("--reward_model", help="what rm.py leaves: scores answers too, and picks the best sample")
     add("--sharded", action="store_true", help="keep weights sharded while decoding: less memory, slower")
     args = fsdp.parse(parser, data_file="test.json",
-                      shapes=dict(micro_batch=64, max_new=32, **fsdp.left_by("sft")))
+                      shapes=dict(micro_batch=64, max_new_tokens=32, **fsdp.left_by("sft")))
     if args.score and (args.num_samples > 1 or args.temperature is not None or args.top_k or args.top_p < 1):
         parser.error("got --score with options of sampling: it takes the rows' own answers")
     if args.temperature is None:
@@ -180,7 +180,7 @@ def main():
     rows, conversations = fsdp.read_conversations(args.data, args, world, data.ANSWERS_NEEDED[which])
     examples, counts = data.build_examples(conversations, processor, which)
     if args.reward_model:
-        judge = fsdp.open_other("reward_model", processor, args, world, reward=True)
+        judge = fsdp.open_second_model("reward_model", processor, args, world, reward=True)
         judged, _ = data.build_examples(conversations, judge.processor, which)
         judged = {example.index: example for example in judged}
         fits = [example for example in examples if example.index in judged]
@@ -193,7 +193,7 @@ def main():
         reward = fsdp.build(judge, args, world, score=True)
         same_images = processor.pictures == judge.processor.pictures
         shared = same_images and fsdp.share_tower(model, reward, world)
-    whole = contextlib.nullcontext() if args.sharded else fsdp.gathered(model)
+    whole = contextlib.nullcontext() if args.sharded else fsdp.unsharded(model)
     fsdp.record_templates(world, checkpoint, *([judge] if args.reward_model else []))
     writer = Writer(args, rows, conversations, processor) if world.rank == 0 else None
     world.on_rank0(fsdp.write_args, f"{args.out}.args.json", args, world)
@@ -224,7 +224,7 @@ def main():
                 given = [judged[example.index] for example in mine]
                 if not args.score:  # sampled ids as they are, behind the reward model's own prompt
                     given = [dataclasses.replace(example, answers=[np.array(ids) for ids in row],
-                                                 kept=[np.ones(len(ids), bool) for ids in row])
+                                                 token_masks=[np.ones(len(ids), bool) for ids in row])
                              for example, row in zip(given, sampled)]
                 add_rewards(answers, given, reward, judge.processor, batch, features, same_images, shared)
             check_answers(mine, answers)

@@ -59,7 +59,7 @@ def score_rows(model, steps, last, world, args, stop):
     for step, micro_batches in enumerate(stop.until(data.loader(steps, 0, last, args.workers), world)):
         for group, batch in zip(steps.groups(step), micro_batches):
             batch = batch.to(world.device)
-            scores = model.scores(batch, model.vision_tower(batch.pixels), batch.last).tolist()
+            scores = model.scores(batch, model.vision_tower(batch.pixels), batch.last_token).tolist()
             answers = [(i, len(answer)) for i in group for answer in steps.examples[i].answers]
             found += [(i, length, score) for (i, length), score in zip(answers, scores)]
     fsdp.reshard(model)
@@ -78,7 +78,7 @@ def evaluate(model, steps, world, args, log, stop):
     rows, lengths, scores = (np.array(column) for column in zip(*answers))
     first = np.flatnonzero(np.diff(rows, prepend=-1))
     batch_row = torch.from_numpy(np.repeat(np.arange(len(first)), np.diff(first, append=len(rows))))
-    accuracy, margin = pairwise(*data.by_row(torch.from_numpy(scores), batch_row))
+    accuracy, margin = pairwise(*data.pad_by_sequence(torch.from_numpy(scores), batch_row))
     figures = {"eval_accuracy": accuracy.mean(), "eval_margin": margin.mean(), "eval_score": scores.mean()}
     edges = np.quantile(lengths, [0.25, 0.5, 0.75])
     quartile = np.searchsorted(edges, lengths)
@@ -109,7 +109,7 @@ def main():
     # check
     args = parse_args()
     world = fsdp.launch(args)
-    fsdp.check_out(args, world)
+    fsdp.check_out_dir(args, world)
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.model.", "vision": "vision_tower."}
     train = args.train.split(",")
     if not set(train) <= set(parts):
@@ -167,7 +167,7 @@ def main():
             batch = batch.to(world.device)
             margin = torch.tensor([examples[i].margin for i in rows], device=world.device)  # [B]
             features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
-            scores, kept = data.by_row(model.scores(batch, features, batch.last), batch.row)  # [B, K] each
+            scores, kept = data.pad_by_sequence(model.scores(batch, features, batch.last_token), batch.sequence)  # [B, K] each
             micro_loss = rm_loss(scores, kept, margin, args.center_coef) / count
             micro_loss.backward()
             with torch.no_grad():

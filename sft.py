@@ -54,13 +54,13 @@ def show_answers(model, examples, processor, world, log, max_new=64):
     prompts = []
     for example in examples[:3]:
         images = example.images[:int((example.prompt == processor.image_token).sum())]
-        prompts.append(dataclasses.replace(example, answers=[], kept=[], images=images))
+        prompts.append(dataclasses.replace(example, answers=[], token_masks=[], images=images))
     batch = data.collate(prompts, processor).to(world.device)
-    with fsdp.gathered(model):
+    with fsdp.unsharded(model):
         features = model.vision_tower(batch.pixels)
         answers, _ = generate(model, batch, features, max_new, processor.stop, processor.banned)
     for example, (ids,) in zip(examples, answers):
-        kept = example.kept[0].tolist()
+        kept = example.token_masks[0].tolist()
         given = example.answers[0][:kept.index(False) if False in kept else None]  # of the first turn
         log.say(f"    {data.shown(example.id)}: {processor.text(ids)!r}  (given: {processor.text(given)!r})")
 
@@ -81,7 +81,7 @@ def main():
     # check
     args = parse_args()
     world = fsdp.launch(args)
-    fsdp.check_out(args, world)
+    fsdp.check_out_dir(args, world)
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
     train = args.train.split(",")
     if not set(train) <= set(parts):

@@ -20,7 +20,7 @@ def ours(setup):
 
     def step():
         with torch.no_grad():
-            _, logprob, _ = dpo.answer_logprobs(model, batch, model.vision_tower(batch.pixels))
+            _, logprob, _ = dpo.sequence_logprobs(model, batch, model.vision_tower(batch.pixels))
         fsdp.reshard(model)
         known.setdefault("reference", dict(zip(rows, logprob.view(len(rows), -1).tolist())))
         losses, _, _ = dpo.forward(model, batch, rows, known["reference"], setup.world, setup.options)

@@ -20,7 +20,7 @@ import predict
 
 def ours(setup):
     model = fsdp.build(setup.checkpoint, setup.options, setup.world)
-    whole = fsdp.gathered(model)
+    whole = fsdp.unsharded(model)
     whole.__enter__()
     processor = dataclasses.replace(setup.processor, stop=frozenset(), banned=frozenset())
 
@@ -39,7 +39,7 @@ def theirs(setup):
     model.generation_config.eos_token_id = None
     inputs, _ = common.their_rows(setup)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    samples, max_new = setup.options.num_samples, setup.options.max_new
+    samples, max_new = setup.options.num_samples, setup.options.max_new_tokens
     how = {"do_sample": True, "top_k": 0, "num_return_sequences": samples} if samples > 1 else {}
 
     def step():
@@ -51,7 +51,7 @@ def theirs(setup):
 def flops(setup):
     """A forward pass of the prompts, then one of each token but the last, which sees all that came before."""
     config, (tokens, pairs) = setup.checkpoint.config, common.visible_pairs(setup.batch)
-    B, K, n = len(setup.examples), setup.options.num_samples, setup.options.max_new
+    B, K, n = len(setup.examples), setup.options.num_samples, setup.options.max_new_tokens
     prefill = common.forward_flops(config, B, tokens, pairs, B)
     pairs = K * sum(tokens + B * t for t in range(1, n))
     decoding = common.forward_flops(config, 0, B * K * (n - 1), pairs, B * K * (n - 1))
@@ -64,12 +64,12 @@ def main():
 
     def run(title, args, *options):
         return common.forked(common.compare, title, args, predict, ours, theirs, flops, 0, options)
-    prefill = run("prefill", args, "--max_new", "1")
-    whole = run("prefill and greedy decoding", args, "--max_new", str(args.answer))
+    prefill = run("prefill", args, "--max_new_tokens", "1")
+    whole = run("prefill and greedy decoding", args, "--max_new_tokens", str(args.answer))
     a, b = (np.array(side) - np.median(first) for side, first in zip(whole, prefill))
     print(f"greedy decoding alone: ours {common.spread(a)} s, theirs {common.spread(b)} s, "
           f"ratio {common.spread(b / a)}")
-    run("8 samples of a picture", one, "--max_new", str(args.answer), "--num_samples", "8")
+    run("8 samples of a picture", one, "--max_new_tokens", str(args.answer), "--num_samples", "8")
 
 
 if __name__ == "__main__":

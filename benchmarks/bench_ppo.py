@@ -33,13 +33,13 @@ def ours(setup):
 
     def step():
         with ppo.decoding(policy, options):
-            rollout = ppo.roll_out(policy, setup.batch, setup.examples, setup.processor, options, world, 1)
+            rollout = ppo.generate_rollout(policy, setup.batch, setup.examples, setup.processor, options, world, 1)
         rollout.ended[:] = True
         rollout.score = judge.scores(rollout, setup.processor)
-        ppo.final_scores([rollout], torch.tensor([0.0, 1.0]), options)
-        ppo.forward_passes(rollout, policy, reference, critic, options)
+        ppo.postprocess_scores([rollout], torch.tensor([0.0, 1.0]), options)
+        ppo.logprobs_and_values(rollout, policy, reference, critic, options)
         fsdp.reshard(policy, reference, critic, judge.model)
-        ppo.advantages_of([rollout], options.kl_coef, options, world)
+        ppo.compute_advantages([rollout], options.kl_coef, options, world)
         figures, _ = ppo.minibatch_gradients([rollout], policy, critic, options, world)
         for model, adam in adams:
             fsdp.clip_gradients([p for p in model.parameters() if p.requires_grad], options.grad_clip)
@@ -50,7 +50,7 @@ def ours(setup):
 
 
 def theirs(setup):
-    options, inputs, n = setup.options, common.their_rows(setup)[0], setup.options.max_new
+    options, inputs, n = setup.options, common.their_rows(setup)[0], setup.options.max_new_tokens
     policy, critic = common.build_theirs(setup), common.build_theirs(setup).model
     reference, judge = (common.build_theirs(setup, fsdp.DTYPES[setup.args.dtype]) for _ in range(2))
     critic_head, judge_head = common.their_head(setup), common.their_head(setup)
@@ -96,7 +96,7 @@ def flops(setup):
     """The tower once; a prefill; n − 1 tokens an answer; four forward passes of whole rows (reward model,
     policy, reference, critic), and the policy's and the critic's training passes."""
     config, (tokens, pairs) = setup.checkpoint.config, common.visible_pairs(setup.batch)
-    B, n = len(setup.examples), setup.options.max_new
+    B, n = len(setup.examples), setup.options.max_new_tokens
     prefill = common.forward_flops(config, B, tokens, pairs, B)
     more = sum(tokens + B * t for t in range(1, n + 1))  # pairs: each new token sees what came before
     decoding = common.forward_flops(config, 0, B * (n - 1), more, B * (n - 1))
@@ -107,7 +107,7 @@ def flops(setup):
 
 def main():
     args = common.parse(common.options(__doc__), batch=16, answer=64)
-    options = ("--reward_model", ".", "--max_new", str(args.answer), "--top_k", "1")
+    options = ("--reward_model", ".", "--max_new_tokens", str(args.answer), "--top_k", "1")
     common.compare("PPO against transformers", args, ppo, ours, theirs, flops, 0, options)
 
 

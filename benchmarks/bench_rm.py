@@ -21,7 +21,7 @@ def ours(setup):
 
     def step():
         features = model.vision_tower(batch.pixels)
-        scores, kept = data.by_row(model.scores(batch, features, batch.last), batch.row)
+        scores, kept = data.pad_by_sequence(model.scores(batch, features, batch.last_token), batch.sequence)
         loss = rm.rm_loss(scores, kept, margin, setup.options.center_coef) / len(margin)
         loss.backward()
         update()

@@ -350,7 +350,7 @@ def write_image(content, name, folder, written):
         path.parent.mkdir(parents=True, exist_ok=True)
         written.append(path)
         path.write_bytes(content)
-        if error := data.picture_error(str(path)):
+        if error := data.image_error(str(path)):
             error = error.replace(f"{folder}/", "")
             raise ValueError(f"got a bad image ({error}), need a complete one: replace it")
     return path.relative_to(folder).as_posix()

@@ -8,7 +8,7 @@ a cell. Its true caption names them in reading order: "a red circle, a blue squa
     python examples/shapes.py --rank ANSWERS.jsonl --pairs_out FILE.json
                                                             rank its sampled answers by the truth
     python examples/shapes.py --pairs SCORED.jsonl ...      judge the rewards of predict.py --score
-    python examples/shapes.py --summary FIGURES.json ...    one table of several seeds' figures (--json)
+    python examples/shapes.py --summary METRICS.json ...    one table of several seeds' figures (--json)
     python examples/shapes.py --curve DIR                   reward and truth over PPO's iterations
 
 What making it leaves in DIR:

@@ -13,7 +13,7 @@ train() {  # SCRIPT NAME options: trains from the fine-tuned model
 }
 answer() {  # MODEL NAME options: answers, or scores, of the test pictures
   $python predict.py --model "$dir/$1" --data "$world/test.json" --images "$world/images" --out "$dir/$2.jsonl" \
-    --seed "$seed" --max_new 32 --micro_batch 64 --overwrite "${@:3}"
+    --seed "$seed" --max_new_tokens 32 --micro_batch 64 --overwrite "${@:3}"
 }
 
 $python examples/shapes.py --out "$world" --seed "$seed" --if_missing
@@ -29,7 +29,7 @@ $python examples/shapes.py --world "$world" --rank "$dir/sft-sampled.jsonl" --pa
 train rm rm --model "$dir/sft" --data "$dir/pairs.json" --eval_data "$world/test_pairs.json" --eval_every 0 --batch_size 64 --micro_batch 64 --lr 7e-4 --warmup 60 --max_steps 350
 train dpo dpo --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 3e-4 --warmup 10 --max_steps 80 --sft_coef 1
 train ppo ppo --model "$dir/sft" --reward_model "$dir/rm" --data "$world/prompts.json" --rollout_batch 128 --batch_size 128 \
-  --micro_batch 128 --max_new 28 --max_steps 40 --lr 2e-4 --critic_lr 3e-4 --ppo_epochs 2 --critic_warmup 2 --kl_coef 0.05 \
+  --micro_batch 128 --max_new_tokens 28 --max_steps 40 --lr 2e-4 --critic_lr 3e-4 --ppo_epochs 2 --critic_warmup 2 --kl_coef 0.05 \
   --missing_eos_score -3 --normalize_scores --save_rollouts
 for name in dpo ppo; do
   answer $name $name-greedy

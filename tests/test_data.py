@@ -542,7 +542,7 @@ def test_ids_of_many_records(loaded, template, name):
     for example, (_, c) in zip(examples, conversations):
         ids, kept = encode_by_piece(processor.template, c.roles, c.contents, c.answers[0])
         assert [*example.prompt, *example.answers[0]] == ids, c
-        assert [False] * len(example.prompt) + example.kept[0].tolist() == kept
+        assert [False] * len(example.prompt) + example.token_masks[0].tolist() == kept
     for text in ["", " ", "  ", "▁", " ▁", "x", "x ", "x  ", " x", "\n ", "a  b ▁c", *TRICKY]:
         assert processor.template.ids(text) == processor.tokenizer.encode(
             text, add_special_tokens=False, split_special_tokens=True), repr(text)
@@ -841,7 +841,7 @@ def test_length_turns(loaded, turns):
             seen.add("left out")
             continue
         got = np.concatenate([example.prompt, example.answers[0]])
-        assert columns(processor, got, [False] * len(example.prompt) + example.kept[0].tolist()) == left
+        assert columns(processor, got, [False] * len(example.prompt) + example.token_masks[0].tolist()) == left
         assert len(short.expand(example.prompt)) == P
         assert cut == (sum(keep for _, keep in left) < sum(keep for _, keep in full))
         assert example.images == conversation.images[: (got == processor.image_token).sum()]
@@ -861,7 +861,7 @@ def test_length_answers(loaded):
         short = data.dataclasses.replace(processor, max_len=P + room)
         (example,), counts = data.build_examples([(0, conversation)], short, "answers")
         assert example.prompt.tolist() == full.prompt.tolist() and example.images == ["a.png"]
-        for got, kept, want in zip(example.answers, example.kept, full.answers):
+        for got, kept, want in zip(example.answers, example.token_masks, full.answers):
             assert got.tolist() == want[:room].tolist() and kept.all() and len(kept) == len(got)
             assert (got[-1] == processor.tokenizer.eos_token_id) == (room >= len(want))
         assert counts == {"too_long": 0, "cut": int(room < max(lengths))}
@@ -981,7 +981,7 @@ def test_a_narrow_image_costs_little_memory(tmp_path, mode, edges):
     """A file of a hundred bytes does not take gigabytes; its pixels stay finite and show the image."""
     Image.new("RGB", edges, (255, 255, 255)).save(tmp_path / "a.png")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pixels = data.to_pixels(data.read_picture(tmp_path / "a.png"), 336, mode)
+    pixels = data.to_pixels(data.read_image(tmp_path / "a.png"), 336, mode)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KB
     white = data.levels(data.CLIP_MEAN, data.CLIP_STD)[0, 255].item()
     assert pixels.shape == (3, 336, 336) and (pixels[0] == white).all() == (mode == "crop")
@@ -1033,7 +1033,7 @@ def test_exif_orientation(tmp_path, orientation):
     stored, exif = noise(5, 3), Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
-    upright = data.read_picture(tmp_path / "a.png")
+    upright = data.read_image(tmp_path / "a.png")
     assert np.array_equal(np.asarray(upright), UPRIGHT[orientation](np.asarray(stored)))
 
 
@@ -1063,8 +1063,8 @@ def test_kinds_of_pictures(tmp_path, name):
     """Every mode becomes RGB, as transformers does it, and passes as a good picture."""
     picture, kind, colour = kinds_of_pictures()[name]
     picture.save(tmp_path / "a", kind)
-    read = data.read_picture(tmp_path / "a")
-    assert read.mode == "RGB" and read.size == (12, 10) and data.picture_error(tmp_path / "a") is None
+    read = data.read_image(tmp_path / "a")
+    assert read.mode == "RGB" and read.size == (12, 10) and data.image_error(tmp_path / "a") is None
     if colour:
         assert max(abs(a - b) for a, b in zip(read.getpixel((0, 0)), colour)) <= 2
     with Image.open(tmp_path / "a") as opened:
@@ -1080,7 +1080,7 @@ def test_16_bit_grey(tmp_path):
     Image.fromarray(values).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as opened:
         assert opened.mode.startswith("I")
-    read = np.asarray(data.read_picture(tmp_path / "a.png"))
+    read = np.asarray(data.read_image(tmp_path / "a.png"))
     assert read.shape == (1, 6, 3) and np.abs(read[0] - values[0, :, None] / 257).max() < 1
     assert read[0, [0, 1, 3, 4, 5], 0].tolist() == [0, 1, 128, 254, 255]
 
@@ -1092,11 +1092,11 @@ def test_torn_pictures(tmp_path, kind, options, share):
     buffer = io.BytesIO()
     noise(300, 200).save(buffer, kind, **options)
     (tmp_path / "a.img").write_bytes(buffer.getvalue())
-    assert data.picture_error(tmp_path / "a.img") is None
+    assert data.image_error(tmp_path / "a.img") is None
     (tmp_path / "a.img").write_bytes(buffer.getvalue()[: int(share * len(buffer.getvalue()))])
     assert re.search(
         r"cannot read the picture .*a\.img: .*(truncated|broken)",
-        data.picture_error(tmp_path / "a.img"),
+        data.image_error(tmp_path / "a.img"),
         re.I,
     )
 
@@ -1107,18 +1107,18 @@ def test_only_common_formats_are_opened(tmp_path, monkeypatch):
     image = noise(12, 10)
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
         image.save(tmp_path / "a.jpg", kind)
-        assert data.picture_error(str(tmp_path / "a.jpg")) is None
+        assert data.image_error(str(tmp_path / "a.jpg")) is None
     image.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[noise(12, 10, seed=1)])
     with Image.open(tmp_path / "phone.jpg") as opened:
         assert opened.format == "MPO"
-    assert data.picture_error(str(tmp_path / "phone.jpg")) is None
-    assert data.read_picture(str(tmp_path / "phone.jpg")).size == (12, 10)
+    assert data.image_error(str(tmp_path / "phone.jpg")) is None
+    assert data.read_image(str(tmp_path / "phone.jpg")).size == (12, 10)
     monkeypatch.setattr(subprocess, "Popen", None)
     for kind in ("EPS", "PPM", "ICO", "TGA", "PCX"):
         image.save(tmp_path / "photo.jpg", kind)
         with pytest.raises(data.UserError, match="not one of the formats that are opened .JPEG, PNG, WEBP"):
-            data.read_picture(str(tmp_path / "photo.jpg"))
-        assert "photo.jpg: corrupt, or not one of the" in data.picture_error(str(tmp_path / "photo.jpg"))
+            data.read_image(str(tmp_path / "photo.jpg"))
+        assert "photo.jpg: corrupt, or not one of the" in data.image_error(str(tmp_path / "photo.jpg"))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -1128,27 +1128,27 @@ def test_too_many_pixels(tmp_path, monkeypatch, limit, value, edges):
     """Above Pillow's limit, of which Pillow itself only warns up to twice as many, an image is bad."""
     noise(*edges).save(tmp_path / "a.png")
     path, holder = str(tmp_path / "a.png"), data.Image if "." in limit else data
-    assert data.picture_error(path) is None
+    assert data.image_error(path) is None
     monkeypatch.setattr(holder, limit.split(".")[-1], value)
-    assert re.search(r"a\.png: got \d+ × \d+ pixels, need at most", data.picture_error(path))
+    assert re.search(r"a\.png: got \d+ × \d+ pixels, need at most", data.image_error(path))
     with pytest.raises(data.UserError, match="need at most"):
-        data.read_picture(path)
+        data.read_image(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>", b"\x89PNG\r\n\x1a\n"])
 def test_not_a_picture(tmp_path, content):
     """Something else under a picture's name is found and named."""
     (tmp_path / "a.jpg").write_bytes(content)
-    assert re.search(r"cannot read the picture .*a\.jpg: ", data.picture_error(tmp_path / "a.jpg"))
+    assert re.search(r"cannot read the picture .*a\.jpg: ", data.image_error(tmp_path / "a.jpg"))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_broken_exif(tmp_path, kind):
-    """What picture_error passes, read_picture can read: also with EXIF data that is none."""
+    """What image_error passes, read_image can read: also with EXIF data that is none."""
     noise(9, 7).save(tmp_path / "a", kind, exif=b"Exif\0\0garbage-garbage")
-    if data.picture_error(tmp_path / "a") is None:
-        assert data.read_picture(tmp_path / "a").size == (9, 7)
+    if data.image_error(tmp_path / "a") is None:
+        assert data.read_image(tmp_path / "a").size == (9, 7)
 
 
 # ---- 6. batches ----
@@ -1218,7 +1218,7 @@ def collate_by_hand(examples):
             row += [(token, None, 0)] * (TOKENS if token == IMAGE_ID else 1)
         row = [(token, i, 0) for i, (token, _, _) in enumerate(row)]
         P = len(row)
-        for a, (ids, kept) in enumerate(zip(example.answers, example.kept)):
+        for a, (ids, kept) in enumerate(zip(example.answers, example.token_masks)):
             position, before = P, P - 1  # before: the column that predicts the next token
             for token, keep in zip(ids.tolist(), kept.tolist()):
                 for _ in range(TOKENS if token == IMAGE_ID else 1):
@@ -1244,12 +1244,12 @@ def collate_by_hand(examples):
         position=position,
         branch=branch,
         target=target,
-        source=[b * T + t for b, t in source],
+        logit_position=[b * T + t for b, t in source],
         answer=answer,
-        last=[b * T + t for b, t in last],
-        row=owner,
+        last_token=[b * T + t for b, t in last],
+        sequence=owner,
         image=[distinct.index(p) for p in paths],
-        causal=min([T, *(branch[b].tolist().count(0) for b, e in enumerate(examples) if len(e.answers) > 1)]),
+        causal_prefix=min([T, *(branch[b].tolist().count(0) for b, e in enumerate(examples) if len(e.answers) > 1)]),
     ), distinct
 
 
@@ -1262,12 +1262,12 @@ def test_collate_by_definition(pictures, answers):
         batch, (expected, distinct) = data.collate(examples, picture_processor()), collate_by_hand(examples)
         for name, want in expected.items():
             got = getattr(batch, name)
-            if name == "causal":
+            if name == "causal_prefix":
                 assert got == want
                 continue
             assert got.dtype == torch.int64, name
             assert got.tolist() == (want.tolist() if torch.is_tensor(want) else want), name
-        wanted = [data.to_pixels(data.read_picture(path), S) for path in distinct] or [torch.zeros(3, S, S)]
+        wanted = [data.to_pixels(data.read_image(path), S) for path in distinct] or [torch.zeros(3, S, S)]
         assert batch.pixels.dtype == torch.float32
         assert torch.equal(batch.pixels, torch.stack(wanted))
 
@@ -1275,7 +1275,7 @@ def test_collate_by_definition(pictures, answers):
 def test_collate_shares_pictures(pictures, monkeypatch):
     """A picture that several rows and several places show is decoded and held once."""
     read = []
-    monkeypatch.setattr(data, "read_picture", lambda path, f=data.read_picture: read.append(path) or f(path))
+    monkeypatch.setattr(data, "read_picture", lambda path, f=data.read_image: read.append(path) or f(path))
     prompt = np.array([1, IMAGE_ID, IMAGE_ID, 2], dtype=np.int32)
     examples = [data.Example(i, "", prompt, [], [], [pictures[i], pictures[1]]) for i in range(2)]
     batch = data.collate(examples, picture_processor())
@@ -1391,9 +1391,9 @@ def test_steps_that_are_whole():
     few = make_steps(make_examples(5), drop_last=True)
     assert len(few) == 1 and sorted(sum(few.groups(4), [])) == [0, 1, 2, 3, 4]
     keys = [(7,), (7, 0), (7, 0, 0), (7, 1), (7, 1, 0), (7, 0, 1), (8, 0)]
-    orders = [data.shuffled(50, *key).tolist() for key in keys]
+    orders = [data.keyed_permutation(50, *key).tolist() for key in keys]
     assert len(set(map(tuple, orders))) == len(keys) and all(sorted(o) == list(range(50)) for o in orders)
-    assert orders == [data.shuffled(50, *key).tolist() for key in keys]
+    assert orders == [data.keyed_permutation(50, *key).tolist() for key in keys]
     drawn = [[7, iteration, prompt, k] for iteration in (0, 1) for prompt in range(4) for k in range(4)]
     assert not any(np.random.default_rng(key).permutation(50).tolist() in orders for key in drawn)
 
@@ -2409,7 +2409,7 @@ def test_ranked_examples_hold_every_answer(loaded, images):
     (ranked,), _ = data.build_examples(good, processor, "ranked")
     (same,), _ = data.build_examples(good, processor, "answers")
     assert [a.tolist() for a in ranked.answers] == [a.tolist() for a in same.answers]
-    assert ranked.prompt.tolist() == same.prompt.tolist() and all(kept.all() for kept in ranked.kept)
+    assert ranked.prompt.tolist() == same.prompt.tolist() and all(kept.all() for kept in ranked.token_masks)
     assert [processor.text(a.tolist()) for a in ranked.answers] == ["best", "middle one", "worst"]
 
 
@@ -2417,13 +2417,13 @@ def test_by_row_by_hand():
     """Three rows of 3, 1 and 2 answers: each in its place, zeros where there is none, gradients through;
     no answers, no rows."""
     values = torch.arange(1.0, 7.0, requires_grad=True)
-    grid, kept = data.by_row(values, torch.tensor([0, 0, 0, 1, 2, 2]))
+    grid, kept = data.pad_by_sequence(values, torch.tensor([0, 0, 0, 1, 2, 2]))
     assert grid.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 0]]
     assert kept.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
     (grid * torch.tensor([[1.0, 2, 3], [4, 99, 99], [5, 6, 99]])).sum().backward()
     assert values.grad.tolist() == [1, 2, 3, 4, 5, 6]
     none = torch.zeros(0, requires_grad=True)
-    grid, kept = data.by_row(none, torch.zeros(0, dtype=torch.long))
+    grid, kept = data.pad_by_sequence(none, torch.zeros(0, dtype=torch.long))
     assert grid.shape == kept.shape == (0, 0)
     grid.sum().backward()  # still a part of the graph
     assert none.grad.shape == (0,)
@@ -2434,7 +2434,7 @@ def test_by_row_of_a_batch(pictures):
     rng = random.Random(5)
     batch = data.collate([random_example(rng, i, pictures, n) for i, n in enumerate([2, 5, 3])],
                          picture_processor())
-    grid, kept = data.by_row(torch.arange(1, 11), batch.row)
+    grid, kept = data.pad_by_sequence(torch.arange(1, 11), batch.sequence)
     assert kept.sum(1).tolist() == [2, 5, 3]
     assert [row[keep].tolist() for row, keep in zip(grid, kept)] == [[1, 2], [3, 4, 5, 6, 7], [8, 9, 10]]
 
@@ -2450,7 +2450,7 @@ def test_collate_takes_pixels_at_hand(pictures, monkeypatch):
     again = data.collate(examples, picture_processor(), marked)
     assert again.pixels is marked
     for field in data.dataclasses.fields(batch):
-        if field.name not in ("pixels", "causal"):
+        if field.name not in ("pixels", "causal_prefix"):
             assert torch.equal(getattr(again, field.name), getattr(batch, field.name)), field.name
     blank = data.collate([], picture_processor(), marked[:1])
     assert blank.pixels.shape[0] == 1 and len(blank.image) == 0 and len(blank.last) == 0

@@ -40,8 +40,8 @@ DATA = {"sft": "rows", "rm": "margins", "dpo": "ranked", "ppo": "trained/rows", 
 FILES = {script: f"--model model --data {data}.json --images images --workers 0"
          for script, data in DATA.items()}
 FILES["ppo"] += " --model trained/model --reward_model trained/reward"
-FILES["predict"] += " --model trained/model --max_new 20 --micro_batch 3"
-PPO = (" --batch_size 5 --rollout_batch 10 --micro_batch 5 --samples_per_prompt 2 --max_new 8 --ppo_epochs 2"
+FILES["predict"] += " --model trained/model --max_new_tokens 20 --micro_batch 3"
+PPO = (" --batch_size 5 --rollout_batch 10 --micro_batch 5 --samples_per_prompt 2 --max_new_tokens 8 --ppo_epochs 2"
        " --max_steps 1 --lr 1e-3 --show_every 0")
 
 
@@ -64,7 +64,7 @@ START = {  # five steps, of records of unequal lengths
     "sft": " --max_steps 5 --lr 1e-2 --save_every 0", "rm": " --max_steps 5 --lr 3e-3 --save_every 0",
     "dpo": " --max_steps 5 --lr 2e-3 --save_every 0", "predict": "",
     # five records in steps of one a rank: three rounds, and rank 1 has none in the last
-    "ppo": PPO + " --micro_batch 1 --max_new 12 --ppo_epochs 1 --score_clip 2 --whiten_rewards"
+    "ppo": PPO + " --micro_batch 1 --max_new_tokens 12 --ppo_epochs 1 --score_clip 2 --whiten_rewards"
            " --save_rollouts --eval_data trained/rows.json"}
 LORA = "--batch_size 5 --micro_batch 2 --lora_rank 3 --lora_alpha 6 --save_adapter"
 ALL = "--train projector,llm,vision"
@@ -374,7 +374,7 @@ LONG = {  # the last optimisation is that of the third epoch; evaluations and th
     "sft": FILES["sft"] + SAVED + " --epochs 3",  # of 10 records: 3 steps an epoch, the last of them short
     "rm": FILES["rm"] + SAVED + " --epochs 2 --eval_data pairs.json --eval_every 2",
     "dpo": FILES["dpo"] + SAVED + " --max_steps 5 --eval_data pairs.json --eval_every 2",
-    "ppo": FILES["ppo"] + PPO + " --max_steps 3 --save_every 1 --target_kl 0.5 --kl_horizon 100 --max_new 10"
+    "ppo": FILES["ppo"] + PPO + " --max_steps 3 --save_every 1 --target_kl 0.5 --kl_horizon 100 --max_new_tokens 10"
            " --normalize_scores --critic_warmup 1 --ptx_data trained/turns.json",
 }
 STEPS = {"sft": 9, "rm": 6, "dpo": 5, "ppo": 3}
@@ -623,7 +623,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--train vision": "got --train vision, need projector, llm or both",
         "--ptx_data {}/prompt.json": "(id row 10): got no answer",
         "--eval_data {}/nowhere.json": "no such file",
-        "--max_new 0": "got --max_new 0, need at least 1",
+        "--max_new_tokens 0": "got --max_new_tokens 0, need at least 1",
         "--samples_per_prompt 0": "got --samples_per_prompt 0, need at least 1",
         "--ppo_epochs 0": "got --ppo_epochs 0, need at least 1",
         "--clip_range 0": "got --clip_range 0.0, need ",
@@ -633,7 +633,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--out {}": "which is a folder, need a .jsonl file",
         "--num_samples 2 --temperature 0": "need a temperature above 0",
         "--num_samples 0": "got --num_samples 0, need at least 1",
-        "--max_new 0": "got --max_new 0, need at least 1",
+        "--max_new_tokens 0": "got --max_new_tokens 0, need at least 1",
         "--data {}/prompt.json --score": "(id row 10): got no answer",
         "--top_k 5": "got --top_k or --top_p, but greedy decoding: give --temperature, or",
         "--score --num_samples 2": "got --score with options of sampling",
@@ -917,11 +917,11 @@ CUT_SHORT = {  # options; what SIGTERM comes in; the last checkpoint
     "rm": (EVALUATED, ("rm.evaluate", 1), 2),
     "dpo": (EVALUATED, ("dpo.evaluate", 2), 4),
     "dpo, the last": (EVALUATED, ("dpo.evaluate", 3), 5),
-    "ppo": (EVALUATED + " --eval_data trained/rows.json", ("ppo.held_out_figures", 1), 2),
-    "ppo, scoring": (EVALUATED + " --eval_data trained/rows.json", ("ppo.forward_passes", 12), 1),
+    "ppo": (EVALUATED + " --eval_data trained/rows.json", ("ppo.evaluate_rollouts", 1), 2),
+    "ppo, scoring": (EVALUATED + " --eval_data trained/rows.json", ("ppo.logprobs_and_values", 12), 1),
     "ppo, scoring held-out answers": (EVALUATED + " --eval_data trained/rows.json",
-                                      ("ppo.held_out_figures", 1), 2),
-    "ppo, a rollout": (EVALUATED + " --eval_data trained/rows.json", ("ppo.roll_out", 12), 1)}
+                                      ("ppo.evaluate_rollouts", 1), 2),
+    "ppo, a rollout": (EVALUATED + " --eval_data trained/rows.json", ("ppo.generate_rollout", 12), 1)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

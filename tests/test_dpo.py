@@ -126,13 +126,13 @@ def test_a_micro_batch_by_hand(name, rows, processor, world):
                               **options})
     batch, logprob = batch_of_pairs(processor, rows)
     losses, best, figures = dpo.forward(Said(logprob), batch, rows, REFERENCE.tolist(), world, args)
-    figures = dict(zip(dpo.FIGURES, figures.tolist(), strict=True))
-    by_row = {
+    figures = dict(zip(dpo.METRICS, figures.tolist(), strict=True))
+    pad_by_sequence = {
         "loss/dpo": expected, "rewards/chosen": [0, 0.01, -0.09], "rewards/rejected": [0, -0.99, -2.09],
         "rewards/accuracies": [math.nan, 1, 1], "rewards/margins": [0, 1, 2], "logps/chosen": [-0.5, -10, -1],
         "logps/rejected": [-0.1, -30, -21], "logratio/chosen": [0, 0.1 / 8, -0.9 / 4],
         "logratio/rejected": [0, -9.9 / 9, -20.9 / 6]}
-    sums = {name: sum(values[i] for i in rows) for name, values in by_row.items()}
+    sums = {name: sum(values[i] for i in rows) for name, values in pad_by_sequence.items()}
     if 0 in rows:  # whose rewards are equal but for rounding
         figures["rewards/accuracies"] = math.nan
     assert figures == pytest.approx(sums, rel=1e-5, abs=1e-5, nan_ok=True)
@@ -146,20 +146,20 @@ def test_figures_of_more_answers_by_hand():
     policy, reference = torch.tensor([[3.0, 1.0, 0.0], [2.0, 6.0, 4.0]]), torch.zeros(2, 3)
     kept = torch.tensor([[True, True, False], [True, True, True]])
     length = torch.tensor([[3, 2, 0], [1, 2, 4]])
-    found = dpo.figures_of(torch.tensor([0.5, 0.25]), policy, reference, kept, length, beta=2.0)
+    found = dpo.dpo_metrics(torch.tensor([0.5, 0.25]), policy, reference, kept, length, beta=2.0)
     expected = {
         "loss/dpo": 0.75, "rewards/chosen": 6 + 4, "rewards/rejected": 2 + 10,
         "rewards/accuracies": 1 + 1 / 3, "rewards/margins": 4 - 6, "logps/chosen": 5, "logps/rejected": 1 + 5,
         "logratio/chosen": 1 + 2, "logratio/rejected": 1 / 2 + (3 + 1) / 2}
-    assert dict(zip(dpo.FIGURES, found.tolist(), strict=True)) == pytest.approx(expected)
+    assert dict(zip(dpo.METRICS, found.tolist(), strict=True)) == pytest.approx(expected)
 
 
 def test_a_tie_counts_half():
     """Of one pair in two, and of one pair in three answers: 1 > 1, 1 > 0, 1 > 0."""
     kept = torch.tensor([[True, True, False], [True, True, True]])
     policy = torch.tensor([[2.0, 2.0, 0.0], [1.0, 1.0, 0.0]])
-    sums = dpo.figures_of(torch.zeros(2), policy, torch.zeros(2, 3), kept, torch.ones(2, 3), beta=1.0)
-    assert sums[dpo.FIGURES.index("rewards/accuracies")].item() == pytest.approx(0.5 + 2.5 / 3)
+    sums = dpo.dpo_metrics(torch.zeros(2), policy, torch.zeros(2, 3), kept, torch.ones(2, 3), beta=1.0)
+    assert sums[dpo.METRICS.index("rewards/accuracies")].item() == pytest.approx(0.5 + 2.5 / 3)
 
 
 def random_logratios(B, K, seed=0):
@@ -241,10 +241,10 @@ def loss_of_separate_rows(model, processor, examples, reference, beta, tokens):
     loss = 0.0
     for example, given in zip(examples, reference):
         logratio = []
-        for k, (answer, kept) in enumerate(zip(example.answers, example.kept)):
+        for k, (answer, kept) in enumerate(zip(example.answers, example.token_masks)):
             one = data.Example(0, "", example.prompt, [answer], [kept], example.images)
             batch = data.collate([one], processor)
-            assert batch.causal == batch.ids.shape[1]
+            assert batch.causal_prefix == batch.ids.shape[1]
             logprob = model(batch, model.vision_tower(batch.pixels))
             logratio.append(beta * (logprob.sum() - given[k]))
             loss = loss - 0.5 * logprob.sum() / tokens if k == 0 else loss
@@ -302,7 +302,7 @@ def test_a_user_prefers(place, tmp_path):
     assert last["eval_rewards/margins"] > 0.5 and last["eval_rewards/accuracies"] > 0.5
     assert last["loss"] < first["loss"]
     assert [line["step"] for line in tiny.log(out) if "eval_loss" in line] == [10]
-    assert {f"eval_{name}" for name in dpo.FIGURES} < last.keys()
+    assert {f"eval_{name}" for name in dpo.METRICS} < last.keys()
     assert "rewards/margins" in done.out and f"wrote {out}" in done.out
     again = fork("dpo", *files(place), "--model", out, "--out", tmp_path / "again", "--max_steps", 1)
     assert again.code == 0, again.err
@@ -349,7 +349,7 @@ def test_evaluation_is_a_mean_over_rows(place, world, tmp_path):
         inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / name, "--eval_data",
                place / "ranked.json", *step, *options)
     one, parts = (tiny.log(tmp_path / name)[0] for name in ("one", "parts"))
-    for name in ("loss", "loss/sft", *dpo.FIGURES):
+    for name in ("loss", "loss/sft", *dpo.METRICS):
         assert parts[f"eval_{name}"] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
     assert one["rewards/margins"] != parts["rewards/margins"]
 
@@ -374,7 +374,7 @@ def test_the_file_is_a_resident_reference(place, world, tmp_path):
     for step in range(len(steps)):
         for rows, batch in zip(steps.groups(step), steps[step]):
             with torch.no_grad():
-                _, resident, _ = dpo.answer_logprobs(model, batch, model.vision_tower(batch.pixels))
+                _, resident, _ = dpo.sequence_logprobs(model, batch, model.vision_tower(batch.pixels))
             values = [value for i in rows for value in saved["training"][i]]
             assert values == pytest.approx(resident.tolist(), rel=1e-6)
     peer = tiny.hf.LlavaForConditionalGeneration.from_pretrained(place / "model").eval()

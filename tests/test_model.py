@@ -127,11 +127,11 @@ def make_batch(rows, image=(), extra=0, pad=0):
         ids.contiguous(), position.contiguous(), branch.contiguous(), pixels,
         image=torch.tensor(image, dtype=torch.long),
         target=torch.tensor([token for *_, token, _ in predicted], dtype=torch.long),
-        source=torch.tensor([b * T + column for b, column, *_ in predicted], dtype=torch.long),
+        logit_position=torch.tensor([b * T + column for b, column, *_ in predicted], dtype=torch.long),
         answer=torch.tensor([a for *_, a in predicted], dtype=torch.long),
-        last=torch.tensor([b * T + column for b, column in last], dtype=torch.long),
-        row=torch.tensor(owner, dtype=torch.long),
-        causal=min([T, *(len(prompt) for prompt, answers in rows if len(answers) > 1)]))
+        last_token=torch.tensor([b * T + column for b, column in last], dtype=torch.long),
+        sequence=torch.tensor(owner, dtype=torch.long),
+        causal_prefix=min([T, *(len(prompt) for prompt, answers in rows if len(answers) > 1)]))
 
 
 def row_of_padding():
@@ -192,7 +192,7 @@ def peer_distribution(peer, batch):
     """log softmax [N, V] where the batch's targets are predicted, by transformers; rows of one answer."""
     pictures = {"pixel_values": batch.pixels[batch.image]} if len(batch.image) else {}
     logits = peer(input_ids=batch.ids, attention_mask=(batch.branch >= 0).long(), **pictures).logits
-    return F.log_softmax(logits.flatten(0, 1)[batch.source], dim=-1)
+    return F.log_softmax(logits.flatten(0, 1)[batch.logit_position], dim=-1)
 
 
 def at_targets(logp, target):
@@ -398,7 +398,7 @@ def head_inputs(N, D=8, V=50, dtype=torch.float32):
 
 def cut(monkeypatch, n):
     """Makes parts of n tokens of the vocabulary."""
-    monkeypatch.setattr(ours, "parts", lambda V, N: [slice(i, min(i + n, V)) for i in range(0, V, n)])
+    monkeypatch.setattr(ours, "chunks", lambda V, N: [slice(i, min(i + n, V)) for i in range(0, V, n)])
 
 
 def plain(states, head, target, temperature):
@@ -491,7 +491,7 @@ def test_bf16_gradients_are_not_summed_in_bf16(monkeypatch):
 def test_parts():
     """Parts cover the vocabulary once, in order, and hold at most `elements` logits, or `least` columns."""
     for V, N, elements, least in itertools.product((1, 7, 64), (0, 3, 50), (10, 100, 1000), (1, 5)):
-        parts = ours.parts(V, N, elements, least)
+        parts = ours.chunks(V, N, elements, least)
         assert [i for part in parts for i in range(V)[part]] == list(range(V))
         assert all(0 < part.stop - part.start <= max(least, elements // max(1, N)) for part in parts)
 
@@ -499,7 +499,7 @@ def test_parts():
 def test_no_logits_are_kept(monkeypatch):
     """Nothing as large as targets × vocabulary is ever made, nor saved between forward and backward."""
     N, D, V, elements = 512, 8, 2048, 2**13
-    monkeypatch.setattr(ours.parts, "__defaults__", (elements, 1))
+    monkeypatch.setattr(ours.chunks, "__defaults__", (elements, 1))
     states, head, target = head_inputs(N, D, V)
     saved = []
 
@@ -551,8 +551,8 @@ def test_shared_prompt_is_separate_rows(K):
     answers = [random_words(n, n) + [2] for n in (4, 1, 7, 2, 0)[:K]]
     shared = make_batch([(ONE[0], answers), (TEXT[0], answers[::-1])], [0])
     separate = make_batch([(ONE[0], [a]) for a in answers] + [(TEXT[0], [a]) for a in answers[::-1]], [0] * K)
-    assert shared.causal == (shared.ids.shape[1] if K == 1 else len(TEXT[0]))
-    assert separate.causal == separate.ids.shape[1]
+    assert shared.causal_prefix == (shared.ids.shape[1] if K == 1 else len(TEXT[0]))
+    assert separate.causal_prefix == separate.ids.shape[1]
     assert len(shared.target) == len(separate.target) and shared.answer.tolist() == separate.answer.tolist()
     a, b = logprobs(model, shared), logprobs(model, separate)
     close(a, b)
@@ -566,8 +566,8 @@ def test_states_at_last_are_separate_rows():
     states = []
     for rows in ([(ONE[0], answers)], [(ONE[0], [a]) for a in answers]):
         batch = make_batch(rows, [0] * len(rows))
-        states.append(model.states(batch, model.vision_tower(batch.pixels), batch.last, lambda x, head: x))
-        assert (batch.ids.flatten()[batch.last] == 2).all()
+        states.append(model.hidden(batch, model.vision_tower(batch.pixels), batch.last_token, lambda x, head: x))
+        assert (batch.ids.flatten()[batch.last_token] == 2).all()
     assert states[0].shape == (3, 32)
     close(*states)
 
@@ -594,7 +594,7 @@ def test_batch_order_does_not_matter(rows):
     a, b = logprobs(model, first), logprobs(model, second)
     T, order = first.ids.shape[1], []
     for row in (2, 1, 0):
-        order += torch.nonzero(first.source // T == row).squeeze(1).tolist()
+        order += torch.nonzero(first.logit_position // T == row).squeeze(1).tolist()
     close(a[order], b)
     weight = torch.linspace(-1, 2, len(a))
     same_gradients(gradients(model, (a * weight).sum()), gradients(model, (b * weight[order]).sum()), 1e-5)
@@ -656,9 +656,9 @@ def test_collate_is_the_definition(tmp_path):
                              [short(answer) < USER for answer in answers], images[i])
                 for i, (prompt, answers) in enumerate(rows)]
     found, expected = data.collate(examples, processor), make_batch(rows, [0, 1, 0])
-    for name in ("ids", "position", "branch", "image", "target", "source", "answer", "last", "row"):
+    for name in ("ids", "position", "branch", "image", "target", "logit_position", "answer", "last_token", "sequence"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), msg=name)
-    assert found.pixels.shape == (2, 3, 8, 8) and found.causal == expected.causal
+    assert found.pixels.shape == (2, 3, 8, 8) and found.causal_prefix == expected.causal_prefix
     assert found.pixels[0, 2].mean() > found.pixels[0, 0].mean()  # the first picture met is blue
 
 
@@ -787,7 +787,7 @@ def test_choose_follows_the_softmax():
     logits = torch.tensor([0.5, -1.0, 1.2, 0.0, -0.3, 0.9, -2.0, 0.1])
     N = 20_000
     uniform = ours.keyed_uniforms(0, 0, [0], 1, N)[0, 0]
-    counts = torch.bincount(ours.choose(logits.expand(N, -1), uniform, 0.7), minlength=8)
+    counts = torch.bincount(ours.sample_token(logits.expand(N, -1), uniform, 0.7), minlength=8)
 
     def chi_square(temperature):
         expected = N * F.softmax(logits.double() / temperature, dim=-1)
@@ -802,7 +802,7 @@ def shares(logits, **options):
     """The share of evenly spread uniforms that each token gets."""
     N = 1680
     uniform = (torch.arange(N, dtype=torch.float64) + 0.5) / N
-    return torch.bincount(ours.choose(logits.expand(N, -1), uniform, **options), minlength=len(logits)) / N
+    return torch.bincount(ours.sample_token(logits.expand(N, -1), uniform, **options), minlength=len(logits)) / N
 
 
 @pytest.mark.parametrize("options, expected", [
@@ -840,10 +840,10 @@ def test_choose_keeps_what_transformers_keeps(top_k, top_p):
         warped = hf.TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
         kept = F.softmax(warped[0].double(), dim=-1)
         middle = kept.cumsum(0) - kept / 2  # a uniform in the middle of each token's interval
-        chosen = ours.choose(logits.expand(30, -1), middle, top_k=top_k, top_p=top_p)
+        chosen = ours.sample_token(logits.expand(30, -1), middle, top_k=top_k, top_p=top_p)
         assert torch.equal(chosen[kept > 0], torch.arange(30)[kept > 0])
         grid = torch.linspace(0, 1 - 1e-16, 101, dtype=torch.float64)
-        assert (kept[ours.choose(logits.expand(101, -1), grid, top_k=top_k, top_p=top_p)] > 0).all()
+        assert (kept[ours.sample_token(logits.expand(101, -1), grid, top_k=top_k, top_p=top_p)] > 0).all()
 
 
 @pytest.mark.parametrize("likely", [[0], [3], [7], [2, 5], [0, 7], list(range(1, 7))])
@@ -854,13 +854,13 @@ def test_choose_never_takes_probability_zero(likely):
     ends = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64)
     assert ends[1] < 1
     for temperature in (0.3, 1.0, 3.0):
-        assert ours.choose(logits.expand(2, -1), ends, temperature).tolist() == [likely[0], likely[-1]]
+        assert ours.sample_token(logits.expand(2, -1), ends, temperature).tolist() == [likely[0], likely[-1]]
 
 
 def test_choose_greedy():
     """No uniform, or temperature 0: the likeliest token, whatever the cuts."""
-    assert ours.choose(EIGHTHS, None) == ours.choose(EIGHTHS, None, 2.0, top_k=3, top_p=0.9) == 1
-    assert ours.choose(EIGHTHS, torch.tensor(0.99), temperature=0.0) == 1
+    assert ours.sample_token(EIGHTHS, None) == ours.sample_token(EIGHTHS, None, 2.0, top_k=3, top_p=0.9) == 1
+    assert ours.sample_token(EIGHTHS, torch.tensor(0.99), temperature=0.0) == 1
 
 
 def test_keyed_uniforms_depend_on_their_key_only():

@@ -42,7 +42,7 @@ def files(place, reward="reward"):
             "--images", place / "images", "--workers", 0]
 
 
-SMALL = ["--batch_size", 5, "--rollout_batch", 10, "--micro_batch", 5, "--samples_per_prompt", 2, "--max_new",
+SMALL = ["--batch_size", 5, "--rollout_batch", 10, "--micro_batch", 5, "--samples_per_prompt", 2, "--max_new_tokens",
          8, "--ppo_epochs", 2, "--max_steps", 1, "--lr", "1e-3", "--show_every", 0]
 
 
@@ -192,17 +192,17 @@ def test_moments_by_hand(world):
     the deviation is 0; a large mean costs nothing."""
     tensors = [torch.tensor([[1.0, 9.0], [2.0, 3.0]]), torch.tensor([6.0])]
     kepts = [torch.tensor([[True, False], [True, True]]), torch.tensor([True])]
-    mean, std = ppo.moments(tensors, kepts, world)
+    mean, std = ppo.masked_mean_std(tensors, kepts, world)
     assert mean == pytest.approx(3) and std == pytest.approx((14 / 3) ** 0.5)
-    assert ppo.moments(tensors[1:], kepts[1:], world) == (6, 0)
-    _, shifted = ppo.moments([t + 2.0**20 for t in tensors], kepts, world)
+    assert ppo.masked_mean_std(tensors[1:], kepts[1:], world) == (6, 0)
+    _, shifted = ppo.masked_mean_std([t + 2.0**20 for t in tensors], kepts, world)
     assert shifted == pytest.approx(std, rel=1e-6)
 
 
 def given(rewards, values, kept, beta=0.0):
     """A Rollout whose KL rewards are the given ones: by log-probabilities for β = 1, the score 0."""
     logprob = -rewards * kept
-    return ppo.Rollout([], None, None, kept=kept, logprob=logprob, ref_logprob=torch.zeros_like(logprob),
+    return ppo.Rollout([], None, None, token_mask=kept, logprob=logprob, ref_logprob=torch.zeros_like(logprob),
                        values=values, score=torch.zeros(len(kept)))
 
 
@@ -213,18 +213,18 @@ def advantage_args(**changes):
 def test_advantages_are_whitened_over_all_answers(world):
     """Mean 0 and deviation 1 over the kept tokens of all rollouts; returns are of the advantages before."""
     r = given(LAST, LAST, ragged(4))
-    ppo.advantages_of([r], 1.0, advantage_args(), world)
+    ppo.compute_advantages([r], 1.0, advantage_args(), world)
     mean, std = sum(DISCOUNTED) / 4, torch.tensor(DISCOUNTED).std()
     close(r.advantages, [[(a - mean) / std for a in DISCOUNTED]])
     close(r.returns, [[*DISCOUNTED[:3], 1.0]])
     kepts = [ragged(3, 1, 5), ragged(2, 2)]
     rollouts = [given(noise(kept, i), noise(kept, i + 7), kept) for i, kept in enumerate(kepts)]
-    ppo.advantages_of(rollouts, 1.0, advantage_args(), world)
-    raw = [ppo.gae(-r.logprob, r.values, r.kept, 0.9, 0.95)[0] for r in rollouts]
+    ppo.compute_advantages(rollouts, 1.0, advantage_args(), world)
+    raw = [ppo.gae(-r.logprob, r.values, r.token_mask, 0.9, 0.95)[0] for r in rollouts]
     every = torch.cat([a[k] for a, k in zip(raw, kepts)])
     for r, a in zip(rollouts, raw):
-        close(r.advantages, (a - every.mean()) / every.std() * r.kept, 1e-5)
-        assert not r.advantages[~r.kept].any()
+        close(r.advantages, (a - every.mean()) / every.std() * r.token_mask, 1e-5)
+        assert not r.advantages[~r.token_mask].any()
 
 
 def test_rewards_are_divided_by_their_deviation(world):
@@ -232,12 +232,12 @@ def test_rewards_are_divided_by_their_deviation(world):
     kepts = [ragged(3, 1), ragged(2, 4)]
     plain, whitened = ([given(noise(kept, i) + 2, noise(kept, i + 7), kept) for i, kept in enumerate(kepts)]
                        for _ in range(2))
-    ppo.advantages_of(plain, 1.0, advantage_args(), world)
-    ppo.advantages_of(whitened, 1.0, advantage_args(whiten_rewards=True), world)
-    every = torch.cat([r.rewards[r.kept] for r in plain])
+    ppo.compute_advantages(plain, 1.0, advantage_args(), world)
+    ppo.compute_advantages(whitened, 1.0, advantage_args(whiten_rewards=True), world)
+    every = torch.cat([r.rewards[r.token_mask] for r in plain])
     for r, w in zip(plain, whitened):
         close(w.rewards, r.rewards / every.std(), 1e-5)
-        close(w.returns, ppo.gae(w.rewards, w.values, w.kept, 0.9, 0.95)[1], 1e-5)
+        close(w.returns, ppo.gae(w.rewards, w.values, w.token_mask, 0.9, 0.95)[1], 1e-5)
 
 
 def step_of(logprob, world):
@@ -245,7 +245,7 @@ def step_of(logprob, world):
     kept, now = torch.ones_like(logprob).bool(), logprob.flatten().requires_grad_()  # [A, L], [N]
     nought = torch.zeros_like(logprob)
     r = dataclasses.replace(given(nought, nought, kept), advantages=nought, returns=nought,
-                            batch=SimpleNamespace(answer=kept.nonzero()[:, 0], source=None))
+                            batch=SimpleNamespace(answer=kept.nonzero()[:, 0], logit_position=None))
     critic = SimpleNamespace(scores=lambda *_: torch.zeros(len(now), requires_grad=True))
     args = SimpleNamespace(temperature=1.0, entropy_coef=0.0, clip_range=0.2, value_clip=0.2)
     return ppo.minibatch_gradients([r], lambda *_, entropy: (now, now), critic, args, world)[0]
@@ -256,22 +256,22 @@ def test_objectives_by_hand(world):
     variance over all six tokens the critic explains; without returns it is not said."""
     r = dict(examples=[], batch=None, features=None)
     rollouts = [
-        ppo.Rollout(**r, kept=ragged(3, 1), logprob=torch.tensor([[-1.0, -2.0, -0.5], [-4.0, 0.0, 0.0]]),
+        ppo.Rollout(**r, token_mask=ragged(3, 1), logprob=torch.tensor([[-1.0, -2.0, -0.5], [-4.0, 0.0, 0.0]]),
                     kl=torch.tensor([0.5, -0.25]), score=torch.tensor([2.0, -1.0]),
                     ended=torch.tensor([True, False]),
                     values=torch.tensor([[1.0, 2.0, 3.0], [0.0, 9.0, 9.0]]),
                     returns=torch.tensor([[2.0, 2.0, 4.0], [-2.0, 0.0, 0.0]])),
-        ppo.Rollout(**r, kept=ragged(2), logprob=torch.tensor([[-0.25, -0.75]]), kl=torch.tensor([1.25]),
+        ppo.Rollout(**r, token_mask=ragged(2), logprob=torch.tensor([[-0.25, -0.75]]), kl=torch.tensor([1.25]),
                     score=torch.tensor([5.0]), ended=torch.tensor([True]), values=torch.tensor([[1.0, 2.0]]),
                     returns=torch.tensor([[1.0, 5.0]]))]
-    found = ppo.objectives(rollouts, 0.1, world)
+    found = ppo.rollout_metrics(rollouts, 0.1, world)
     # R = 2, 2, 4, −2, 1, 5 of variance 30 / 5; R − V = 1, 0, 1, −2, 0, 3 of 13.5 / 5
     expected = {"objective/kl": 1.5 / 3, "objective/entropy": 8.5 / 3, "objective/scores": 2.0,
                 "objective/non_score_reward": -0.05, "objective/rlhf_reward": 1.95, "answer/length": 2.0,
                 "answer/no_eos": 1 / 3, "val/explained_variance": 1 - 13.5 / 30}
     assert found == pytest.approx(expected, rel=1e-6)
     rollouts[0].returns = None
-    assert found.keys() - ppo.objectives(rollouts, 0.1, world).keys() == {"val/explained_variance"}
+    assert found.keys() - ppo.rollout_metrics(rollouts, 0.1, world).keys() == {"val/explained_variance"}
 
 
 @pytest.mark.skipif(not ORACLES.is_file(), reason="no ../shared/oracles.json")
@@ -287,7 +287,7 @@ def test_the_hand_is_the_oracle(world):
             close(advantages, o["adv_raw"], 2e-6)
         else:  # whitened, with the mean added again
             r = given(rewards, values, torch.ones_like(values).bool())
-            ppo.advantages_of([r], 1.0, advantage_args(gamma=o["gamma"], lam=o["lam"]), world)
+            ppo.compute_advantages([r], 1.0, advantage_args(gamma=o["gamma"], lam=o["lam"]), world)
             close(r.advantages + advantages.mean(), o["adv_whitened_shift_mean_true"], 2e-6)
     o = oracles["ppo_policy_loss eps=.2 adv=1"]
     old = torch.tensor([o["old"]])
@@ -315,7 +315,7 @@ def prepared(place, world, *argv, reward="reward"):
     args = tiny.arguments("ppo", *files(place, reward), *SMALL, *argv)
     checkpoint = fsdp.open_checkpoint(args, world)
     processor = checkpoint.processor
-    other = fsdp.open_other("reward_model", processor, args, world, reward=True)
+    other = fsdp.open_second_model("reward_model", processor, args, world, reward=True)
     judge = ppo.Judge(processor=other.processor)
     examples, judge = ppo.read_prompts(args.data, judge, processor, args, world)
     parts = ["language_model."] if args.lora_rank else PARTS
@@ -331,9 +331,9 @@ def prepared(place, world, *argv, reward="reward"):
 def rolled(bench, examples, iteration=1, reference=None):
     """Rollouts of the examples, one micro-batch, scored and looked at."""
     b, prompts = bench, data.collate(examples, bench.processor)
-    rollout = ppo.roll_out(b.policy, prompts, examples, b.processor, b.args, b.world, iteration)
+    rollout = ppo.generate_rollout(b.policy, prompts, examples, b.processor, b.args, b.world, iteration)
     rollout.score = b.judge.scores(rollout, b.processor)
-    ppo.forward_passes(rollout, b.policy, reference, b.critic, b.args)
+    ppo.logprobs_and_values(rollout, b.policy, reference, b.critic, b.args)
     fsdp.reshard(b.policy, b.critic, b.judge.model)
     return rollout
 
@@ -345,9 +345,9 @@ def bench(place, world):
 
 def disturbed(bench, rollout):
     """As in a later epoch: old log-probabilities and values are others, some far enough to be clipped."""
-    kept = rollout.kept
+    kept = rollout.token_mask
     rollout.ref_logprob = rollout.logprob + noise(kept, 1, 0.3) * kept
-    ppo.advantages_of([rollout], 0.1, bench.args, bench.world)
+    ppo.compute_advantages([rollout], 0.1, bench.args, bench.world)
     rollout.logprob = rollout.logprob + noise(kept, 2, 0.3) * kept
     rollout.values = rollout.values + noise(kept, 3, 0.3) * kept
     return rollout
@@ -357,7 +357,7 @@ def gradients(bench, rollouts):
     """→ the gradients of policy and critic, and the figures"""
     b = bench
     found, count = ppo.minibatch_gradients(rollouts, b.policy, b.critic, b.args, b.world)
-    assert count == sum(int(r.kept.sum()) for r in rollouts)
+    assert count == sum(int(r.token_mask.sum()) for r in rollouts)
     return taken(b), found
 
 
@@ -384,21 +384,21 @@ def expected(bench, rollout):
 
 
 def alone(example, k):
-    return dataclasses.replace(example, answers=[example.answers[k]], kept=[example.kept[k]])
+    return dataclasses.replace(example, answers=[example.answers[k]], token_masks=[example.token_masks[k]])
 
 
 def everywhere(model, batch, read):
-    return model.states(batch, model.vision_tower(batch.pixels), torch.arange(batch.ids.numel()), read)
+    return model.hidden(batch, model.vision_tower(batch.pixels), torch.arange(batch.ids.numel()), read)
 
 
 def by_definition(bench, rollout):
     """Both losses of a step, every answer in a row of its own, from logits and values at all positions.
     → loss to be differentiated; log-probabilities, values and entropies of each answer"""
-    args, count, loss, found = bench.args, int(rollout.kept.sum()), 0.0, []
+    args, count, loss, found = bench.args, int(rollout.token_mask.sum()), 0.0, []
     answers = [(e, k) for e in rollout.examples for k in range(len(e.answers))]
     for a, (example, k) in enumerate(answers):
         row = data.collate([alone(example, k)], bench.processor)
-        assert row.causal == row.ids.shape[1]
+        assert row.causal_prefix == row.ids.shape[1]
         n, ids = len(example.answers[k]), torch.from_numpy(example.answers[k]).long()
         before = slice(row.ids.shape[1] - n - 1, -1)  # the state in front of each token
         logp = (everywhere(bench.policy, row, F.linear)[before] / args.temperature).log_softmax(-1)
@@ -425,12 +425,12 @@ def test_samples_that_share_a_row_are_rows_of_their_own(bench, rollout, expected
     loss.backward()
     assert_same_gradients(expected[0], taken(bench))
     fresh = dataclasses.replace(rollout)
-    ppo.forward_passes(fresh, bench.policy, None, bench.critic, bench.args)
+    ppo.logprobs_and_values(fresh, bench.policy, None, bench.critic, bench.args)
     fsdp.reshard(bench.policy, bench.critic)
     for a, (logprob, values, _) in enumerate(found):
         close(fresh.logprob[a, :len(logprob)], logprob, 1e-5)
         close(fresh.values[a, :len(values)], values, 1e-5)
-        assert fresh.kept[a].sum() == len(logprob) and not fresh.logprob[a, len(logprob):].any()
+        assert fresh.token_mask[a].sum() == len(logprob) and not fresh.logprob[a, len(logprob):].any()
 
 
 def test_one_by_one_is_the_micro_batch(bench, rollout, expected):
@@ -452,9 +452,9 @@ def test_one_by_one_is_the_micro_batch(bench, rollout, expected):
 def test_the_figures_of_an_update(bench, rollout, expected):
     """Means over the step's kept tokens, by hand from the log-probabilities and values before and after."""
     fresh = dataclasses.replace(rollout)
-    ppo.forward_passes(fresh, bench.policy, None, bench.critic, bench.args)
+    ppo.logprobs_and_values(fresh, bench.policy, None, bench.critic, bench.args)
     fsdp.reshard(bench.policy, bench.critic)
-    change, moved = ((ours - old)[rollout.kept] for ours, old in (
+    change, moved = ((ours - old)[rollout.token_mask] for ours, old in (
         (fresh.logprob, rollout.logprob), (fresh.values, rollout.values)))
     found = expected[1]
     assert found["policy/approxkl"] == pytest.approx(float(change.square().mean() / 2), rel=1e-4)
@@ -462,13 +462,13 @@ def test_the_figures_of_an_update(bench, rollout, expected):
     far = (change.exp() < 0.8) | (change.exp() > 1.2)
     assert found["policy/clipfrac"] == pytest.approx(float(far.float().mean()), abs=1e-6) and 0 < far.sum()
     assert found["val/clipfrac"] == pytest.approx(float((moved.abs() > 0.2).float().mean()), abs=1e-6)
-    terms = (fresh.logprob, rollout.logprob, rollout.advantages, rollout.kept, 0.2)
-    mean = ppo.policy_loss(*terms) / rollout.kept.sum()
+    terms = (fresh.logprob, rollout.logprob, rollout.advantages, rollout.token_mask, 0.2)
+    mean = ppo.policy_loss(*terms) / rollout.token_mask.sum()
     assert found["loss/policy"] == pytest.approx(float(mean), rel=1e-4)
     with torch.no_grad():
         entropies = torch.cat([entropy for *_, entropy in by_definition(bench, rollout)[1]])
     fsdp.reshard(bench.policy, bench.critic)
-    assert len(entropies) == rollout.kept.sum() and entropies.mean() > 0.1
+    assert len(entropies) == rollout.token_mask.sum() and entropies.mean() > 0.1
     assert found["policy/entropy"] == pytest.approx(float(entropies.mean()), rel=1e-4)
 
 
@@ -487,7 +487,7 @@ def test_what_is_not_kept_has_no_gradient(name, bench, rollout, expected):
             position=batch.position.where(batch.branch >= 0, 33)))
     else:
         values = getattr(rollout, name)
-        changed = dataclasses.replace(rollout, **{name: values.where(rollout.kept, GARBAGE[name])})
+        changed = dataclasses.replace(rollout, **{name: values.where(rollout.token_mask, GARBAGE[name])})
     found = gradients(bench, [changed])
     assert_same_gradients(found[0], expected[0])
     assert found[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-5)
@@ -497,27 +497,27 @@ def test_what_is_not_kept_has_no_reward(bench, rollout):
     """Other log-probabilities and values behind the answers' ends change no reward, advantage or return."""
     plain, changed = dataclasses.replace(rollout), dataclasses.replace(rollout)
     for name, value in (("logprob", 40.0), ("ref_logprob", -40.0), ("values", 25.0)):
-        setattr(changed, name, getattr(rollout, name).where(rollout.kept, value))
+        setattr(changed, name, getattr(rollout, name).where(rollout.token_mask, value))
     for r in (plain, changed):
-        ppo.advantages_of([r], 0.1, bench.args, bench.world)
+        ppo.compute_advantages([r], 0.1, bench.args, bench.world)
     for name in ("rewards", "advantages", "returns"):
         close(getattr(changed, name), getattr(plain, name))
-        assert getattr(plain, name)[rollout.kept].all() and not getattr(plain, name)[~rollout.kept].any()
+        assert getattr(plain, name)[rollout.token_mask].all() and not getattr(plain, name)[~rollout.token_mask].any()
 
 
 # ---- rollout ----
 
 def test_greedy_is_predict(bench, place, tmp_path, monkeypatch):
-    """Without uniforms roll_out takes the tokens that predict.py answers with; with them too where --top_k or
+    """Without uniforms generate_rollout takes the tokens that predict.py answers with; with them too where --top_k or
     --top_p leave one."""
     inside("predict", "--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
-           "--out", tmp_path / "answers.jsonl", "--max_new", 8, "--workers", 0, "--micro_batch", 4)
+           "--out", tmp_path / "answers.jsonl", "--max_new_tokens", 8, "--workers", 0, "--micro_batch", 4)
     answers = [json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     prompts = data.collate(bench.examples, bench.processor)
 
     def found(*argv):
         args = tiny.arguments("ppo", *files(place), *SMALL, "--samples_per_prompt", 3, *argv)
-        r = ppo.roll_out(bench.policy, prompts, bench.examples, bench.processor, args, bench.world, 1)
+        r = ppo.generate_rollout(bench.policy, prompts, bench.examples, bench.processor, args, bench.world, 1)
         fsdp.reshard(bench.policy)
         return [[bench.processor.text(ids) for ids in example.answers] for example in r.examples]
 
@@ -529,14 +529,14 @@ def test_greedy_is_predict(bench, place, tmp_path, monkeypatch):
 
 def test_the_caches_logprobs_are_the_forward_passs(bench):
     """Token by token: what generate says of n tokens less what it says of n − 1, drawn with the same
-    uniforms, is what the training forward says of token n; roll_out's answers are generate's."""
+    uniforms, is what the training forward says of token n; generate_rollout's answers are generate's."""
     args = SimpleNamespace(**{**vars(bench.args), "temperature": 1.0})
     examples, K = bench.examples, args.samples_per_prompt
     prompts = data.collate(examples, bench.processor)
-    r = ppo.roll_out(bench.policy, prompts, examples, bench.processor, args, bench.world, 5)
-    ppo.forward_passes(r, bench.policy, None, bench.critic, args)
+    r = ppo.generate_rollout(bench.policy, prompts, examples, bench.processor, args, bench.world, 5)
+    ppo.logprobs_and_values(r, bench.policy, None, bench.critic, args)
     before = torch.zeros(len(examples), K)
-    for n in range(1, args.max_new + 1):
+    for n in range(1, args.max_new_tokens + 1):
         uniforms = network.keyed_uniforms(args.seed, 5, [e.index for e in examples], K, n)
         answers, total = network.generate(bench.policy, prompts, r.features, n, bench.processor.stop,
                                           bench.processor.banned, uniforms, K)
@@ -545,7 +545,7 @@ def test_the_caches_logprobs_are_the_forward_passs(bench):
         close((total - before).flatten(), r.logprob[:, n - 1], 1e-4)
         before = total
     fsdp.reshard(bench.policy, bench.critic)
-    assert r.kept.sum(1).min() < args.max_new == r.kept.sum(1).max()
+    assert r.token_mask.sum(1).min() < args.max_new_tokens == r.token_mask.sum(1).max()
 
 
 def chi_square(drawn, p, least=5.0):
@@ -578,9 +578,9 @@ def test_tokens_are_drawn_from_the_policy(temperature, bench):
     prompt = data.collate([example], bench.processor)
 
     def draw(samples, max_new, iteration):
-        args = SimpleNamespace(**{**vars(bench.args), "samples_per_prompt": samples, "max_new": max_new,
+        args = SimpleNamespace(**{**vars(bench.args), "samples_per_prompt": samples, "max_new_tokens": max_new,
                                   "temperature": temperature})
-        r = ppo.roll_out(bench.policy, prompt, [example], bench.processor, args, bench.world, iteration)
+        r = ppo.generate_rollout(bench.policy, prompt, [example], bench.processor, args, bench.world, iteration)
         return [ids.tolist() for ids in r.examples[0].answers]
 
     first = [ids[0] for ids in draw(4000, 1, 1)]
@@ -602,7 +602,7 @@ def test_every_prompt_sample_and_iteration_draws_its_own(bench):
     def draw(examples, iteration=1, **changes):
         args = SimpleNamespace(**{**vars(bench.args), **changes})
         prompts = data.collate(examples, bench.processor)
-        r = ppo.roll_out(bench.policy, prompts, examples, bench.processor, args, bench.world, iteration)
+        r = ppo.generate_rollout(bench.policy, prompts, examples, bench.processor, args, bench.world, iteration)
         return [[ids.tolist() for ids in e.answers] for e in r.examples]
 
     every = draw(bench.examples)
@@ -650,7 +650,7 @@ def test_a_reward_model_reads_prompts_its_own_way(reward, bench, rollout, place,
         theirs = rollout.batch.ids[i][rollout.batch.branch[i] == 0]
         assert (theirs.tolist() == batch.ids[i][batch.branch[i] == 0].tolist()) == (reward == "tower")
     with torch.no_grad():
-        expected = scores(batch, b.judge.model.vision_tower(batch.pixels), batch.last)
+        expected = scores(batch, b.judge.model.vision_tower(batch.pixels), batch.last_token)
     fsdp.reshard(b.judge.model)
     close(found, expected, 1e-5)
     assert (found - rollout.score).abs().max() > 1e-3
@@ -662,10 +662,10 @@ def test_final_scores_by_hand():
     args = SimpleNamespace(score_clip=1.5, missing_eos_score=-9.0)
     r = ppo.Rollout([], None, None, score=torch.tensor([1.0, 5.0, 9.0, 2.0, -9.0]),
                     ended=torch.tensor([True, True, True, False, True]))
-    ppo.final_scores([r], torch.tensor([3.0, 4.0], dtype=torch.float64), args)
+    ppo.postprocess_scores([r], torch.tensor([3.0, 4.0], dtype=torch.float64), args)
     assert r.score.tolist() == [-0.5, 0.5, 1.5, -9.0, -1.5]
     r.score = torch.tensor([1.0, 5.0, 9.0, 2.0, -9.0])
-    ppo.final_scores([r], torch.tensor([0.0, 1.0], dtype=torch.float64),
+    ppo.postprocess_scores([r], torch.tensor([0.0, 1.0], dtype=torch.float64),
                      SimpleNamespace(score_clip=0.0, missing_eos_score=-1.0))
     assert r.score.tolist() == [1.0, 5.0, 9.0, -1.0, -9.0]
 
@@ -679,15 +679,15 @@ def test_normalised_scores(place, world):
     training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
     before = r.score[r.ended]
     assert 1 < len(before) < len(r.score)
-    ppo.normalise(training, [r], b.args, world)
+    ppo.fit_score_scale(training, [r], b.args, world)
     mean, std = training.score_moments.tolist()
     assert mean == pytest.approx(float(before.mean()), rel=1e-5) and std == pytest.approx(float(before.std()))
-    ppo.final_scores([r], training.score_moments, b.args)
+    ppo.postprocess_scores([r], training.score_moments, b.args)
     close([r.score[r.ended].mean(), r.score[r.ended].std()], [0.0, 1.0], 1e-5)
     assert (r.score[~r.ended] == -1).all()
     fresh = dataclasses.replace(r)
-    ppo.forward_passes(fresh, b.policy, None, b.critic, b.args)
-    close(fresh.values[r.kept], (r.values[r.kept] - mean) / std, 1e-5)
+    ppo.logprobs_and_values(fresh, b.policy, None, b.critic, b.args)
+    close(fresh.values[r.token_mask], (r.values[r.token_mask] - mean) / std, 1e-5)
 
 
 # ---- runs ----
@@ -704,7 +704,7 @@ def run(place, world, tmp_path_factory):
     return made
 
 
-TWICE = ("--max_steps", 2, "--micro_batch", 3, "--max_new", 10)
+TWICE = ("--max_steps", 2, "--micro_batch", 3, "--max_new_tokens", 10)
 
 
 def built(place, world, folder="reward", **changes):
@@ -761,10 +761,10 @@ def test_equal_towers_are_one(run, world):
 
 def watch(monkeypatch):
     """→ a list that all rollouts of a run are put in, with their advantages"""
-    seen, advantages_of = [], ppo.advantages_of
+    seen, compute_advantages = [], ppo.compute_advantages
 
     def watched(every, *rest):
-        advantages_of(every, *rest)
+        compute_advantages(every, *rest)
         seen.extend(every)
     monkeypatch.setattr(ppo, "advantages_of", watched)
     return seen
@@ -796,10 +796,10 @@ def test_minibatches_in_orders_of_their_own(place, world, tmp_path, monkeypatch,
     met = [number[id(rollouts[0])] for (rollouts, *_), _ in steps]
     orders = [met[k:k + 4] for k in range(0, 24, 4)]
     keys = [(3, iteration, epoch) for iteration in (1, 2) for epoch in (0, 1, 2)]
-    assert orders == [data.shuffled(4, *key).tolist() for key in keys]
+    assert orders == [data.keyed_permutation(4, *key).tolist() for key in keys]
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders) and len(set(map(tuple, orders))) > 4
     for i, line in enumerate(tiny.log(tmp_path / "out")):
-        taken = [(found, sum(int(r.kept.sum()) for r in rollouts), count)
+        taken = [(found, sum(int(r.token_mask.sum()) for r in rollouts), count)
                  for (rollouts, *_), (found, count) in steps[12 * i:][:12]]
         tokens = [n for _, n, _ in taken]
         assert tokens == [count for *_, count in taken] and len(set(tokens)) > 2
@@ -827,7 +827,7 @@ def test_learning_rates(place, world, tmp_path, monkeypatch):
         assert all(group["eps"] == 1e-5 for group in optimizer.param_groups)
         return step(optimizer)
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--max_new", 2, "--ppo_epochs", 1, "--max_steps",
+    inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--max_new_tokens", 2, "--ppo_epochs", 1, "--max_steps",
            6, "--critic_warmup", 2, "--warmup", 2, "--critic_lr", "5e-3", "--out", tmp_path / "out")
     lines = tiny.log(tmp_path / "out")
     policy = [1e-3 * factor for factor in (1 / 3, 1 / 3, 1 / 3, 2 / 3, 1, 1 / 2)]
@@ -843,7 +843,7 @@ def test_critic_from_the_policy(place, world, tmp_path, monkeypatch):
     *_, critic = inside("ppo", *files(place, "rewards.py:red"), *SMALL, "--critic", "policy", "--batch_size",
                         10, "--out", tmp_path / "out")
     assert not any(r.values.any() for r in seen) and any(r.returns.any() for r in seen)
-    squares = sum(float(r.returns.square().sum()) for r in seen) / sum(int(r.kept.sum()) for r in seen)
+    squares = sum(float(r.returns.square().sum()) for r in seen) / sum(int(r.token_mask.sum()) for r in seen)
     assert tiny.log(tmp_path / "out")[0]["first/loss/value"] == pytest.approx(squares / 2, rel=1e-5)
     assert critic.score.weight.full_tensor().any()
 
@@ -866,7 +866,7 @@ def test_a_function_scores_the_texts(place, world, tmp_path, monkeypatch):
 
 
 BANDIT = ["--batch_size", 10, "--rollout_batch", 10, "--micro_batch", 10, "--samples_per_prompt", 6,
-          "--max_new", 8, "--ppo_epochs", 3, "--lr", "4e-3", "--critic_lr", "4e-3", "--missing_eos_score", 0,
+          "--max_new_tokens", 8, "--ppo_epochs", 3, "--lr", "4e-3", "--critic_lr", "4e-3", "--missing_eos_score", 0,
           "--critic", "policy", "--max_steps", 10]
 
 
@@ -924,7 +924,7 @@ def still_run(place):
 def test_critic_warmup(place, world, tmp_path, monkeypatch):
     """--critic_warmup: in these iterations the policy is not run for a loss and stays bit for bit, and the
     critic moves; then both. Rows of --ptx_data are read from the first on."""
-    seen, look = [], ppo.forward_passes
+    seen, look = [], ppo.logprobs_and_values
 
     def watched(rollout, policy, reference, critic, args):
         seen.append((tiny.state(policy), tiny.state(critic)))
@@ -1000,10 +1000,10 @@ def test_the_reference_under_lora_is_the_base(place, world):
     with torch.no_grad():
         for i, module in enumerate(adapted(b.policy).values()):
             module.lora_B.weight.copy_(module.lora_B.weight + 0.2 * (-1) ** i)
-    ppo.forward_passes(r, b.policy, None, b.critic, b.args)
+    ppo.logprobs_and_values(r, b.policy, None, b.critic, b.args)
     close(plain.logprob, plain.ref_logprob, 1e-5)
     close(r.ref_logprob, plain.ref_logprob, 1e-5)
-    close(r.kl, [(ours[k] - base[k]).sum() for ours, base, k in zip(r.logprob, r.ref_logprob, r.kept)], 1e-5)
+    close(r.kl, [(ours[k] - base[k]).sum() for ours, base, k in zip(r.logprob, r.ref_logprob, r.token_mask)], 1e-5)
     assert (r.logprob - plain.logprob).abs().max() > 0.05
     assert all(module.on for module in adapted(b.policy).values())
     fsdp.reshard(b.policy, b.critic)
@@ -1044,8 +1044,8 @@ def test_ptx_is_mixed_in(run, place, world, tmp_path):
 
 
 @pytest.mark.parametrize("ended, scores, message", [
-    (0, [1.0, 2.0, 3.0], "but 0 of the first iteration's answers have their end token: raise --max_new"),
-    (1, [1.0, 2.0, 3.0], "but 1 of the first iteration's answers have their end token: raise --max_new"),
+    (0, [1.0, 2.0, 3.0], "but 0 of the first iteration's answers have their end token: raise --max_new_tokens"),
+    (1, [1.0, 2.0, 3.0], "but 1 of the first iteration's answers have their end token: raise --max_new_tokens"),
     (2, [4.0, 4.0, 5.0], "but whole answers of iteration 1 all score 4.0: leave it out")])
 def test_scores_that_have_no_scale(ended, scores, message, world):
     """--normalize_scores where no answer of the first iteration ends, or one, or all score the same: an error
@@ -1055,7 +1055,7 @@ def test_scores_that_have_no_scale(ended, scores, message, world):
     training["critic"].score = training["critic"]["score"]
     training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
     with pytest.raises(ValueError, match=message):
-        ppo.normalise(training, [r], SimpleNamespace(critic="reward"), world)
+        ppo.fit_score_scale(training, [r], SimpleNamespace(critic="reward"), world)
     assert training.score_moments.tolist() == [0, 1]
 
 
@@ -1103,7 +1103,7 @@ def test_a_reward_function_gets_its_record_of_any_file(place, world, monkeypatch
 
 def test_the_reference_keeps_its_projector_under_lora(place, world, tmp_path, monkeypatch):
     """--lora_rank --train projector,llm: the reference of the second iteration is that of the first."""
-    seen, look = [], ppo.forward_passes
+    seen, look = [], ppo.logprobs_and_values
 
     def watched(rollout, policy, reference, critic, args):
         seen.append(tiny.state(reference or policy)["multi_modal_projector.linear_1.weight"])

@@ -24,7 +24,7 @@ def predict(place, tmp_path_factory):
     def run(*options, ranks=1, data="rows.json"):
         out = tmp_path_factory.mktemp("out") / "answers.jsonl"
         done = fork("predict", "--model", place / "model", "--data", place / data, "--images",
-                    place / "images", "--out", out, "--max_new", 20, "--workers", 0, *options, ranks=ranks)
+                    place / "images", "--out", out, "--max_new_tokens", 20, "--workers", 0, *options, ranks=ranks)
         assert done.code == 0, done.err
         return done, out.read_text()
     return run
@@ -130,7 +130,7 @@ def test_a_sampled_logprob_is_its_score(place, predict):
     scored = {line["id"]: line["answers"] for line in lines(predict("--score", data="sampled.json")[1])}
     equal = [math.isclose(a["logprob"], b["logprob"], rel_tol=1e-4)
              for line in sampled for a, b in zip(line["answers"], scored.get(line["id"], []))]
-    assert sum(equal) > len(equal) / 2  # others were cut at --max_new, or have a spelling of their own
+    assert sum(equal) > len(equal) / 2  # others were cut at --max_new_tokens, or have a spelling of their own
 
 
 def test_a_row_without_room_has_no_answer(predict, place):
@@ -164,7 +164,7 @@ def test_a_records_other_fields_come_along(predict, place, tmp_path):
     assert f"4 rows, 0 too long, 0 cut, exact match {right:.4f} of 2" in done.out
     assert lines(predict("--score", data="rows.json")[1])[0].keys() == {"id", "image", "prompt", "answers"}
     argv = ["--model", place / "model", "--data", place / "more.json", "--images", place / "images", "--out",
-            tmp_path / "out.jsonl", "--max_new", 20, "--micro_batch", 4]
+            tmp_path / "out.jsonl", "--max_new_tokens", 20, "--micro_batch", 4]
     assert fork("predict", *argv).code == 0
     done = fork("predict", *argv, "--resume")
     assert done.code == 0 and "answered again" not in done.out
@@ -184,7 +184,7 @@ def test_rows_without_an_answer_have_no_label(predict, place):
 def test_a_user_predicts_on_two_ranks(place, predict, tmp_path):
     """torchrun, into a folder that is not there yet; then --overwrite's rule."""
     argv = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
-            "--out", tmp_path / "new" / "answers.jsonl", "--max_new", 20, "--micro_batch", 3]
+            "--out", tmp_path / "new" / "answers.jsonl", "--max_new_tokens", 20, "--micro_batch", 3]
     done = tiny.command("predict", *argv, ranks=2)
     assert done.code == 0, done.err
     assert "wrote" in done.out and "Traceback" not in done.err
@@ -193,7 +193,7 @@ def test_a_user_predicts_on_two_ranks(place, predict, tmp_path):
     done = fork("predict", *argv)
     assert done.code == 2 and "which exists: --resume continues it, --overwrite replaces it" in done.error
     assert (tmp_path / "new" / "answers.jsonl").read_text() == text
-    assert fork("predict", *argv, "--max_new", 1, "--overwrite").code == 0
+    assert fork("predict", *argv, "--max_new_tokens", 1, "--overwrite").code == 0
     assert (tmp_path / "new" / "answers.jsonl").read_text() != text
     names = {path.name for path in (tmp_path / "new").iterdir()}
     assert names == {"answers.jsonl", "answers.jsonl.args.json"}
@@ -204,7 +204,7 @@ def test_answers_are_written_as_they_are_done(place, predict, tmp_path):
     on; with other options it is refused; of what is complete it changes nothing."""
     out = tmp_path / "answers.jsonl"
     argv = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
-            "--out", out, "--max_new", 20]
+            "--out", out, "--max_new_tokens", 20]
     hook = functools.partial(tiny.at_call, "predict.generate", 3, tiny.die)
     assert fork("predict", *argv, "--micro_batch", 3, prepare=hook).code != 0
     lines = out.read_bytes().splitlines(keepends=True)
@@ -235,7 +235,7 @@ def test_lines_that_are_not_of_their_records_are_answered_again(damage, place, p
     """From the first of them on, and it is said."""
     out, (spoil, kept) = tmp_path / "answers.jsonl", DAMAGE[damage]
     argv = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
-            "--out", out, "--max_new", 20, "--micro_batch", 1]
+            "--out", out, "--max_new_tokens", 20, "--micro_batch", 1]
     assert fork("predict", *argv).code == 0
     text = out.read_bytes()
     out.write_bytes(b"".join(spoil(text.splitlines(keepends=True))))
@@ -248,7 +248,7 @@ def test_answers_are_not_mixed_up(place, tmp_path):
     """--out is no data file; answers whose options are not known are not continued."""
     data = tmp_path / "rows.jsonl"
     data.write_bytes((place / "rows.json").read_bytes())
-    argv = ["--model", place / "model", "--data", data, "--images", place / "images", "--max_new", 1]
+    argv = ["--model", place / "model", "--data", data, "--images", place / "images", "--max_new_tokens", 1]
     for option in ("--resume", "--overwrite"):
         done = fork("predict", *argv, "--out", data, option)
         assert done.code == 2 and f"got --out {data}, which is --data too" in done.error
@@ -267,7 +267,7 @@ def test_numbers_that_are_not_finite_are_no_answer(options, place, tmp_path):
     tensors["language_model.model.norm.weight"][3] = torch.nan
     tiny.write(tmp_path / "model", tensors)
     done = fork("predict", "--model", tmp_path / "model", "--data", place / "rows.json", "--images",
-                place / "images", "--out", tmp_path / "answers.jsonl", "--max_new", 4, *options)
+                place / "images", "--out", tmp_path / "answers.jsonl", "--max_new_tokens", 4, *options)
     assert done.code == 1, done.err
     assert "row 0 (id row 0): got the logprob nan, need a finite number" in done.error
     assert not (tmp_path / "answers.jsonl").exists()
@@ -360,7 +360,7 @@ def test_an_equal_tower_is_run_once(name, options, passes, place, tmp_path):
     alike, else each model's. Each sampled answer has the reward of its very ids in a row of their own, with
     pictures as the reward model sees them."""
     done = fork("predict", "--model", place / "model", "--data", place / "rows.json", "--images",
-                place / "images", "--out", tmp_path / "out.jsonl", "--max_new", 12, "--workers", 0, *BEST,
+                place / "images", "--out", tmp_path / "out.jsonl", "--max_new_tokens", 12, "--workers", 0, *BEST,
                 "--reward_model", place / name, *options,
                 prepare=functools.partial(watched, tmp_path / "seen.json"))
     assert done.code == 0, done.err

@@ -39,7 +39,7 @@ def build(folder, world, trainable=(), **changes):
 
 
 def scores_of(model, batch):
-    return model.scores(batch, model.vision_tower(batch.pixels), batch.last)
+    return model.scores(batch, model.vision_tower(batch.pixels), batch.last_token)
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def test_pairwise_by_hand():
 def test_no_rows():
     """A micro-batch of padding: loss 0, still a part of the graph, and no accuracy to add."""
     scores = torch.zeros(0, requires_grad=True)
-    grid, kept = data.by_row(scores, torch.zeros(0, dtype=torch.long))
+    grid, kept = data.pad_by_sequence(scores, torch.zeros(0, dtype=torch.long))
     loss = rm.rm_loss(grid, kept, torch.tensor([]), 0.5)
     loss.backward()
     assert loss == 0 and scores.grad.shape == (0,)
@@ -177,7 +177,7 @@ def test_nothing_to_predict_reaches_every_parameter(place, world):
     """The same of a whole model: gradients of exactly zero, which the other ranks' are added to."""
     model, processor = build(place / "model", world, ["multi_modal_projector.", "score.weight"])
     batch = data.collate([], processor)
-    rm.rm_loss(*data.by_row(scores_of(model, batch), batch.row), torch.tensor([]), 0.1).backward()
+    rm.rm_loss(*data.pad_by_sequence(scores_of(model, batch), batch.sequence), torch.tensor([]), 0.1).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 5 and all(not p.grad.full_tensor().any() for p in trained)
 
@@ -189,8 +189,8 @@ EVERY = [*PARTS.values(), "score."]
 
 def one_answer_each(examples):
     """Every answer behind a prompt of its own."""
-    return [data.dataclasses.replace(example, answers=[answer], kept=[kept])
-            for example in examples for answer, kept in zip(example.answers, example.kept)]
+    return [data.dataclasses.replace(example, answers=[answer], token_masks=[kept])
+            for example in examples for answer, kept in zip(example.answers, example.token_masks)]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -203,7 +203,7 @@ def test_a_shared_prompt_is_prompts_of_their_own(recompute, place, world):
     for sequences in (examples, one_answer_each(examples)):
         scores = scores_of(model, data.collate(sequences, processor))
         record = torch.tensor([i for i, example in enumerate(examples) for _ in example.answers])
-        rm.rm_loss(*data.by_row(scores, record), torch.zeros(6), 0.1).backward()
+        rm.rm_loss(*data.pad_by_sequence(scores, record), torch.zeros(6), 0.1).backward()
         found.append((scores.detach(), {name: p.grad.full_tensor().clone() for name, p in
                                         model.named_parameters() if p.requires_grad}))
         model.zero_grad()
@@ -223,9 +223,9 @@ def test_a_score_is_read_at_the_last_token(place, world):
     everywhere = torch.arange(batch.ids.numel())
     with torch.no_grad():
         features = model.vision_tower(batch.pixels)
-        states = model.states(batch, features, everywhere, lambda states, head: states)
+        states = model.hidden(batch, features, everywhere, lambda states, head: states)
         weight, bias = model.score.weight.full_tensor(), model.score.bias.full_tensor()
-        scores = model.scores(batch, features, batch.last)
+        scores = model.scores(batch, features, batch.last_token)
     at = [int((batch.branch[b] == a).nonzero().max()) + b * batch.ids.shape[1]
           for b, example in enumerate(examples) for a in range(1, len(example.answers) + 1)]
     assert all(batch.ids.flatten()[t] == processor.tokenizer.eos_token_id for t in at)

@@ -425,7 +425,7 @@ def write_images(folder, changes, **config):
 
 
 def our_pixels(folder, image, image_mode="auto"):
-    settings = data.picture_settings(str(folder), str(folder), S, image_mode)
+    settings = data.image_settings(str(folder), str(folder), S, image_mode)
     return data.to_pixels(image, S, *settings)
 
 
@@ -482,7 +482,7 @@ def test_an_image_setting_that_is_done_matters(tmp_path, name):
     b = write_images(tmp_path / "b", {**changes, name: GIVEN.get(name)})
     for pixels in (our_pixels, peer_pixels):
         assert (pixels(a, image) - pixels(b, image)).abs().max() > 0.01
-    assert data.picture_settings(a, a, S, "auto") != data.picture_settings(b, b, S, "auto")
+    assert data.image_settings(a, a, S, "auto") != data.image_settings(b, b, S, "auto")
 
 
 @pytest.mark.parametrize("name", IMAGE_NO_EFFECT)
@@ -521,7 +521,7 @@ def test_processor_config_comes_first(tmp_path):
     for content, edge in (({}, 30), ({"image_processor": None}, 30), ({"image_processor": GIVEN}, 20)):
         (tmp_path / "processor_config.json").write_text(json.dumps({"crop_size": 7, **content}))
         assert_same_pixels(tmp_path)
-        assert data.picture_settings(tmp_path, tmp_path, S, "auto")[3] == edge
+        assert data.image_settings(tmp_path, tmp_path, S, "auto")[3] == edge
 
 
 def test_an_unnamed_image_processor_is_that_of_the_model(tmp_path):
@@ -529,7 +529,7 @@ def test_an_unnamed_image_processor_is_that_of_the_model(tmp_path):
     for model_type, mode in (("llava", "pad"), ("clip", "crop")):
         folder = write_images(tmp_path, {"image_processor_type": None, "do_pad": True}, model_type=model_type)
         assert_same_pixels(folder)
-        assert data.picture_settings(folder, folder, S, "auto")[0] == mode
+        assert data.image_settings(folder, folder, S, "auto")[0] == mode
 
 
 @pytest.mark.parametrize("image_mode", ["crop", "pad"])
@@ -584,5 +584,5 @@ def test_an_original_llava_pads_what_its_tower_wants(tmp_path):
     """image_aspect_ratio of its own config.json, all else from the folder of the tower."""
     write_images(tmp_path / "clip", {})
     own = write_images(tmp_path / "llava", {"image_mean": [0.9] * 3}, image_aspect_ratio="pad")
-    expected = data.picture_settings(tmp_path, write_images(tmp_path / "wanted", PAD), S, "auto")
-    assert data.picture_settings(own, tmp_path / "clip", S, "auto") == expected
+    expected = data.image_settings(tmp_path, write_images(tmp_path / "wanted", PAD), S, "auto")
+    assert data.image_settings(own, tmp_path / "clip", S, "auto") == expected
