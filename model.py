@@ -1,20 +1,25 @@
 """What the network computes: a CLIP vision tower, a projector and a LLaMA, joined into one vision-LLM.
 
     pixels ──CLIPVision──> features ──Projector──┐
-    ids ─────embedding──────────────────────────┴─> Llama ──> states read at chosen positions
+    ids ─────embedding──────────────────────────┴─> Llama ──> hidden states at chosen positions ──> head_fn
 
-The input is a row: a prompt once, then its answers end to end, each seeing the prompt and itself only:
+The input is packed: one sequence holds a prompt once, then its answers end to end. Each answer attends to the
+prompt and to itself only:
 
     ids       <bos> USER: <image>…<image> prompt | answer 1 | answer 2 | pad
     position  0 1 2 …                       P-1  | P P+1 …  | P P+1 …  |
     branch    0 0 0 …                         0  | 1 1 …    | 2 2 …    | -1
 
-Module names are those of the Hugging Face checkpoint llava-hf/llava-1.5-7b-hf, configurations are
-transformers'. Logits are made only where they are read, a part of the vocabulary at a time; no [B, T, V]
-tensor exists.
+The hidden state of a token predicts the next token of its answer; that of the last prompt token predicts the
+first token of every answer. Logits are computed only where a token is predicted, one chunk of the vocabulary
+at a time: no [B, T, V] tensor exists in training.
 
-Legend: B rows, T positions, N positions read, M images, I tokens an image, R image runs in the rows, D width,
-H heads, K kv-heads, C channels a head, V vocabulary, S cached columns. A mask says what is kept.
+Module names are those of the checkpoint llava-hf/llava-1.5-7b-hf; configurations are transformers' classes.
+
+Legend: B sequences, T positions, N targets (predicted tokens), D width, H heads, K kv-heads, C channels per
+head, V vocabulary, v tokens of one vocabulary chunk, S cached positions, M distinct images, I tokens per
+image, R image runs (image slots in all sequences of the batch). Tq queries, Tk keys. "Flat position" means
+an index into [B · T]. Boolean masks are True where attention or a loss term is allowed.
 
 Papers: CLIP arXiv:2103.00020, LLaVA arXiv:2304.08485, LLaVA-1.5 arXiv:2310.03744, LLaMA arXiv:2302.13971,
 RoPE arXiv:2104.09864, GQA arXiv:2305.13245, LoRA arXiv:2106.09685.
@@ -44,14 +49,14 @@ ACTIVATIONS = {
 
 
 def activation(name):
-    """The function a configuration's activation name stands for; UserError for one that is not here."""
+    """The function for an activation name of a configuration; UserError for an unknown name."""
     if name not in ACTIVATIONS:
         raise UserError(f"got the activation {name!r}, need one of {sorted(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 class CLIPEmbeddings(nn.Module):
-    """pixels [M, 3, S, S] → patches behind one class token, positions added [M, 1 + patches, D]."""
+    """pixels [M, 3, height, width] → class token and patches, with positions added [M, 1 + patches, D]."""
 
     def __init__(self, config):
         super().__init__()
@@ -62,57 +67,45 @@ class CLIPEmbeddings(nn.Module):
 
     def forward(self, pixels):
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [M, patches, D]
-        first = self.class_embedding.expand(len(pixels), 1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
-
-
-class CLIPAttention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        D = config.hidden_size
-        self.heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [M, H, tokens, C]
-                   for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class CLIPMLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.activation = activation(config.hidden_act)
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x):
-        return self.fc2(self.activation(self.fc1(x)))
+        class_token = self.class_embedding.expand(len(pixels), 1, -1)  # [M, 1, D]
+        return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight
 
 
 class CLIPLayer(nn.Module):
+    """One pre-norm transformer block, all tokens attending to all: [M, 1 + patches, D] → the same shape."""
+
     def __init__(self, config):
         super().__init__()
-        self.self_attn = CLIPAttention(config)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = CLIPMLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        D, hidden, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        self.heads, self.activation = config.num_attention_heads, activation(config.hidden_act)
+        projections = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(D, D) for name in projections})
+        self.layer_norm1 = nn.LayerNorm(D, eps=eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, hidden), "fc2": nn.Linear(hidden, D)})
+        self.layer_norm2 = nn.LayerNorm(D, eps=eps)
+
+    def attention(self, x):
+        projections = self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)  # [M, H, T, C]
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [M, T, D]
+        return self.self_attn.out_proj(mixed)
 
     def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + self.attention(self.layer_norm1(x))
+        return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
 
 
 class CLIPVision(nn.Module):
-    """pixels [M, 3, S, S] → the hidden states of one layer [M, I, D], class token dropped or kept.
+    """pixels [M, 3, height, width] → the hidden states of one layer [M, I, D of the tower].
 
-    `feature_layer` counts as transformers' hidden_states do: 0 is the embedding, -1 the last layer's output.
-    Later layers and `post_layernorm` are never reached; they are there to be loaded and exported. """
+    `feature_layer` indexes transformers' hidden_states: 0 is the embedding, -1 the last layer's output.
+    `drop_class` removes the class token, so that I = patches. Later layers and `post_layernorm` are never
+    computed; they exist so that the checkpoint can be loaded and exported in full."""
 
     def __init__(self, config, feature_layer=-2, drop_class=True):
         super().__init__()
         L = config.num_hidden_layers
-        self.depth = feature_layer if feature_layer >= 0 else L + 1 + feature_layer
+        self.depth = feature_layer if feature_layer >= 0 else L + 1 + feature_layer  # layers to compute
         if not 0 <= self.depth <= L:
             raise UserError(f"got vision_feature_layer {feature_layer}, need {-L - 1}..{L} for {L} layers")
         self.drop_class = drop_class
@@ -126,17 +119,21 @@ class CLIPVision(nn.Module):
 
     def forward(self, pixels):
         x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
-        for layer in self.vision_model.encoder.layers[: self.depth]:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x)
-        return x[:, 1:].clone() if self.drop_class else x  # FSDP wants no view returned
+        for layer in self.vision_model.encoder.layers[:self.depth]:
+            x = recomputed(layer, x) if self.recompute else layer(x)
+        return x[:, 1:].clone() if self.drop_class else x  # an FSDP root must not return a view
+
+
+def recomputed(function, *inputs):
+    """function(*inputs), keeping only the inputs for backward, which runs the function again."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Projector(nn.Module):
-    """features [M, I, D of the tower] → [M · I, D of the LLaMA]: two layers with an activation, or `linear`:
-    one."""
+    """features [M, I, D of the tower] → [M · I, D of the LLaMA]: two linear layers with an activation
+    between them, or a single linear layer (the first LLaVA)."""
 
     def __init__(self, config):
         super().__init__()
@@ -146,24 +143,25 @@ class Projector(nn.Module):
         self.linear_2 = None if is_linear(config) else nn.Linear(D, D, bias=bias)
 
     def forward(self, features):
-        x = self.linear_1(features.flatten(0, 1))  # [M · I, D]: FSDP wants no view returned
+        x = self.linear_1(features.flatten(0, 1))  # [M · I, D]; an FSDP root must not return a view
         return x if self.linear_2 is None else self.linear_2(self.activation(x))
 
 
 def is_linear(config):
-    """Whether the projector is one linear layer. transformers knows two layers only, so such a checkpoint is
-    written with the identity as its second layer and this mark in its configuration."""
+    """Whether the projector is a single linear layer. transformers only implements two layers, so such a
+    checkpoint is exported with the identity as its second layer and with this mark in its configuration."""
     return getattr(config, "mm_projector_type", None) == "linear"
 
 
 # ---- LLaMA ----
 
 def rope_frequencies(config):
-    """Radians a position for each pair of channels [C/2] (fp32), with linear or llama3 scaling.
+    """RoPE frequencies in radians per position, one for each channel pair [C/2] (fp32), with linear or llama3
+    scaling. UserError for any other scaling.
 
-    llama3 (as in Meta's LLaMA-3.1 code): wavelengths longer than the original context over `low_freq_factor`
-    are stretched by `factor`, those shorter than it over `high_freq_factor` are kept, those between are
-    interpolated. """
+    llama3 (Meta's LLaMA-3.1 code) looks at the turns that a pair makes in the original context: below
+    `low_freq_factor` turns the frequency is divided by `factor`, above `high_freq_factor` turns it is
+    unchanged, and in between it is interpolated linearly in the number of turns."""
     rope = config.rope_parameters
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise UserError(f"got partial_rotary_factor {rope['partial_rotary_factor']}, need 1")
@@ -177,24 +175,23 @@ def rope_frequencies(config):
     if kind != "llama3":
         raise UserError(f"got rope_type {kind!r}, need default, linear or llama3")
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in that context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * frequency + (1 - keep) * frequency / rope["factor"]
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    unscaled = ((turns - low) / (high - low)).clamp(0, 1)  # weight of the unchanged frequency
+    return unscaled * frequency + (1 - unscaled) * frequency / rope["factor"]
 
 
 def rotate(x, cos, sin):
-    """Rotates channel pairs (c, c + C/2) of x [B, H, T, C] by angles of cos, sin [B, 1, T, C], sin negated in
-    its first half (RoPE, Eq. 34)."""
+    """RoPE (Eq. 34, arXiv:2104.09864): rotates the channel pairs (c, c + C/2) of x [B, H, T, C]. cos and sin
+    are [B, 1, T, C]; the first half of sin is negated."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def visible(q_branch, k_branch, q_index, k_index):
-    """The row mask [B, 1, Tq, Tk]: a query sees a key that is no later, not padding, and of the prompt or its
-    own answer.
+def attention_mask(q_branch, k_branch, q_index, k_index):
+    """The mask of packed sequences [B, 1, Tq, Tk]: a query sees a key iff the key comes no later, is not
+    padding, and belongs to the prompt or to the query's own answer.
 
-    branch [B, T]: 0 prompt, 1… answers, -1 padding; index [T]: column in the row.
-    """
-    q, k = q_branch[:, None, :, None], k_branch[:, None, None, :]
+    branch [B, Tq or Tk]: 0 prompt, 1, 2, … answers, -1 padding; index [Tq or Tk]: index in the sequence."""
+    q, k = q_branch[:, None, :, None], k_branch[:, None, None, :]  # [B, 1, Tq, 1], [B, 1, 1, Tk]
     return (k_index <= q_index[:, None]) & (k >= 0) & ((k == 0) | (k == q))
 
 
@@ -205,26 +202,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        h = x.float()
-        return self.weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 @torch.compiler.disable  # compiled for varying lengths, backward fails: "expected … stride" (torch 2.13)
 def attend(q, k, v, mask):
-    """q [B, H, T, C], k and v [B, K, S, C] → [B, H, T, C]. mask [B, 1, Tq, S] is of the last Tq queries
-    (None: of none); those before are plain causal, as padding comes after all real tokens."""
-    n, g, out = q.shape[2] - (0 if mask is None else mask.shape[2]), q.shape[1] // k.shape[1], []
-    if n:
-        keys, values = (t[:, :, :n].repeat_interleave(g, dim=1) for t in (k, v))
-        out.append(F.scaled_dot_product_attention(q[:, :, :n], keys, values, is_causal=True))
-    if mask is not None:  # the g heads of a kv-head as more queries of it: no copies of a long cache
-        grouped = q[:, :, n:].unflatten(1, (-1, g)).flatten(2, 3)  # [B, K, g · Tq, C]
-        masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, g, 1))
-        out.append(masked.unflatten(2, (g, -1)).flatten(1, 2))
-    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+    """Attention: q [B, H, T, C], k and v [B, K, S, C] → [B, H, T, C].
+
+    `mask` [B, 1, Tq, S] applies to the last Tq queries; earlier queries are causal, which is exact because
+    padding is on the right. None: all are causal."""
+    group, outputs = q.shape[1] // k.shape[1], []  # query heads per kv-head
+    n_causal = q.shape[2] - (0 if mask is None else mask.shape[2])
+    if n_causal:
+        keys, values = (t[:, :, :n_causal].repeat_interleave(group, dim=1) for t in (k, v))  # [B, H, …, C]
+        outputs.append(F.scaled_dot_product_attention(q[:, :, :n_causal], keys, values, is_causal=True))
+    if mask is not None:  # heads of a group become further queries of their kv-head: no copy of a long cache
+        grouped = q[:, :, n_causal:].unflatten(1, (-1, group)).flatten(2, 3)  # [B, K, group · Tq, C]
+        masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, group, 1))
+        outputs.append(masked.unflatten(2, (group, -1)).flatten(1, 2))  # [B, H, Tq, C]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 class LlamaAttention(nn.Module):
+    """Grouped-query attention with RoPE. Biases: everywhere for a LLaMA with `attention_bias`, on q, k and v
+    for Qwen2, none for Mistral."""
+
     def __init__(self, config):
         super().__init__()
         D, bias = config.hidden_size, config.model_type == "llama" and config.attention_bias
@@ -239,11 +241,11 @@ class LlamaAttention(nn.Module):
     def forward(self, x, rope, mask, cache=None):
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, C]
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [B, K, T, C]
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [B, K, T, C]
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(self, k, v)  # [B, K, S, C]
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # [B, T, D]
 
 
 class LlamaMLP(nn.Module):
@@ -261,8 +263,8 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """x [B, T, D] → [B, T, D]. With `recompute` only its input is kept for the backward pass; `compiled` is
-    what torch.compile makes of `compute`, where asked for. With a cache, longer each step, it is not used."""
+    """One transformer block: x [B, T, D] → [B, T, D]. `compiled` is torch.compile(self.compute), or None.
+    Decoding never uses it, because the cache has another length at each step."""
 
     def __init__(self, config):
         super().__init__()
@@ -276,9 +278,7 @@ class LlamaLayer(nn.Module):
         if cache is not None:
             return self.compute(x, rope, mask, cache)
         compute = self.compiled or self.compute
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(compute, x, rope, mask, use_reentrant=False, preserve_rng_state=False)
-        return compute(x, rope, mask)
+        return recomputed(compute, x, rope, mask) if self.recompute else compute(x, rope, mask)
 
     def compute(self, x, rope, mask, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
@@ -286,12 +286,12 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Token and image embeddings through the decoder; what is read of the final states is up to `read`."""
+    """Embeds tokens and images, runs the decoder layers, and applies `head_fn` to chosen hidden states."""
 
     def __init__(self, config, image_token):
         super().__init__()
         self.image_token = image_token
-        self.frequencies = rope_frequencies(config)  # no buffer: a model built on `meta` needs its numbers
+        self.frequencies = rope_frequencies(config)  # not a buffer: it has values in a model built on `meta`
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers)),
@@ -301,101 +301,107 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids, position, mask, at, read, images=None, cache=None):
-        """ids, position [B, T]; mask [B, 1, Tq, S] of the last Tq positions (the others are plain causal) or
-        None; images [R, I, D]: what stands at the image tokens, in row order. → read(states [N, D] at the
-        flat positions `at` [N], head weight [V, D])."""
+    def forward(self, ids, position, mask, positions, head_fn, images=None, cache=None):
+        """→ head_fn(hidden [N, D], head weight [V, D]), where hidden are the final hidden states at the flat
+        `positions` [N].
+
+        ids, position [B, T]; mask [B, 1, Tq, S] as in `attend`; images [R, I, D]: the embeddings that
+        replace the image tokens, in the order in which these stand in the batch."""
         x = self.model.embed_tokens(ids)  # [B, T, D]
         if images is not None:
+            # mask [B, T, 1]; takes images [R · I, D] in order
             x = x.masked_scatter((ids == self.image_token).unsqueeze(-1), images.to(x.dtype))
         angle = position[:, None, :, None] * self.frequencies.to(position.device)  # [B, 1, T, C/2]
         cos, sin = angle.cos(), angle.sin()
         rope = torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
         for layer in self.model.layers:
             x = layer(x, rope, mask, cache)
-        return read(self.model.norm(x.flatten(0, 1)[at]), self.lm_head.weight)
+        hidden = self.model.norm(x.flatten(0, 1)[positions])  # [B · T, D] → [N, D]
+        return head_fn(hidden, self.lm_head.weight)
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(states · headᵀ / temperature)[target], and if asked the distribution's entropy (else None),
-    with logits made for a part of the vocabulary at a time.
+    """log softmax(hidden · headᵀ / temperature)[target] [N] and, with `with_entropy`, the entropy of that
+    softmax [N] (else None), both in nats. Logits exist for one chunk of the vocabulary at a time.
 
-    Forward keeps no logits, backward makes them again. With p the softmax and H the entropy:
+    Forward saves no logits; backward computes them again. With p the softmax and H its entropy:
     ∂ logp / ∂ logit_v = [v = target] − p_v, ∂ H / ∂ logit_v = −p_v (log p_v + H).
-    Parts divide the vocabulary, not the rows: a part's rows of d_head come whole from one product. Only
-    d_states is summed over parts, in fp32, and [N], in fp64.
+    Chunks divide the vocabulary, not the targets, so the rows of d_head for a chunk are complete after one
+    product. Only d_hidden is summed over chunks (in fp32), and lse and entropy (in fp64).
     """
 
     @staticmethod
-    def forward(ctx, states, head, target, temperature, with_entropy=False):
+    def forward(ctx, hidden, head, target, temperature, with_entropy=False):
         N = len(target)
-        # of the vocabulary so far: log Σ exp(logit), from a finite −∞ (0 · ∞ is NaN), and the entropy
-        lse = torch.full((N,), torch.finfo(torch.float64).min, dtype=torch.float64, device=states.device)
-        entropy, at_target = torch.zeros_like(lse), torch.zeros_like(lse)
+        # over the chunks so far: entropy, and lse = log Σ exp(logit), from a finite minimum as 0 · ∞ is NaN
+        lse = torch.full((N,), torch.finfo(torch.float64).min, dtype=torch.float64, device=hidden.device)
+        entropy, target_logit = torch.zeros_like(lse), torch.zeros_like(lse)
         for chunk in chunks(len(head), N):
-            logits = F.linear(states, head[chunk]).float().div_(temperature)  # [N, v]
+            logits = F.linear(hidden, head[chunk]).float().div_(temperature)  # [N, v]
             inside, column = in_chunk(target, chunk)
-            at_target = torch.where(inside, logits.gather(1, column).squeeze(1), at_target)
-            before, lse = lse, torch.logaddexp(lse, logits.logsumexp(-1).double())
-            if with_entropy:  # every log p so far moves by the shift: e^shift (H − shift) − Σ_part p log p
-                shift, logp = before - lse, logits.sub_(lse.float()[:, None])
+            target_logit = torch.where(inside, logits.gather(1, column).squeeze(1), target_logit)
+            previous, lse = lse, torch.logaddexp(lse, logits.logsumexp(-1).double())
+            if with_entropy:  # earlier log p move by `shift`: H ← e^shift (H − shift) − Σ_chunk p log p
+                shift, logp = previous - lse, logits.sub_(lse.float()[:, None])
                 entropy = shift.exp() * (entropy - shift) - (logp.exp() * logp).sum(-1)
         entropy = entropy.float() if with_entropy else None
-        ctx.save_for_backward(states, head, target, lse.float(), entropy)
+        ctx.save_for_backward(hidden, head, target, lse.float(), entropy)
         ctx.temperature = temperature
-        return (at_target - lse).float(), entropy
+        return (target_logit - lse).float(), entropy
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy):
-        states, head, target, lse, entropy = ctx.saved_tensors
-        d_states = torch.zeros_like(states, dtype=torch.float32)
+        hidden, head, target, lse, entropy = ctx.saved_tensors
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         d_head = torch.empty_like(head) if ctx.needs_input_grad[1] else None
         for chunk in chunks(len(head), len(target)):
-            logp = F.linear(states, head[chunk]).float().div_(ctx.temperature).sub_(lse[:, None])  # [N, v]
-            times_p = -d_logprob[:, None]
+            logp = F.linear(hidden, head[chunk]).float().div_(ctx.temperature).sub_(lse[:, None])  # [N, v]
+            factor = -d_logprob[:, None]  # what p_v is multiplied by
             if entropy is not None:
-                times_p = times_p - (logp + entropy[:, None]) * d_entropy[:, None]
-            d = logp.exp_().mul_(times_p)
+                factor = factor - (logp + entropy[:, None]) * d_entropy[:, None]
+            d_logits = logp.exp_().mul_(factor)  # [N, v]
             inside, column = in_chunk(target, chunk)
-            d.scatter_add_(1, column, (inside * d_logprob)[:, None])
-            d = d.div_(ctx.temperature).to(states.dtype)
-            d_states += d @ head[chunk]
+            d_logits.scatter_add_(1, column, (inside * d_logprob)[:, None])
+            d_logits = d_logits.div_(ctx.temperature).to(hidden.dtype)
+            d_hidden += d_logits @ head[chunk]
             if d_head is not None:
-                d_head[chunk] = d.T @ states
-        return d_states.to(states.dtype), d_head, None, None, None
+                d_head[chunk] = d_logits.T @ hidden
+        return d_hidden.to(hidden.dtype), d_head, None, None, None
 
 
 def chunks(V, N, elements=2**22, least=1024):
-    """Slices of a vocabulary of V: a part's [N, v] logits stay near `elements` numbers (16 MB in fp32), or it
-    is of the `least` tokens that keep its products efficient."""
+    """Slices of a vocabulary of V tokens. The logits of a chunk [N, v] have at most `elements` numbers (16 MB
+    in fp32), unless v would be below `least`, where matrix products become inefficient."""
     v = max(least, elements // max(1, N))
     return [slice(start, min(start + v, V)) for start in range(0, V, v)]
 
 
 def in_chunk(target, chunk):
-    """Which targets [N] are in a part of the vocabulary, and their columns in it [N, 1] (for the others,
-    any)."""
+    """→ which targets lie in the chunk [N], and their columns in its logits [N, 1] (others: clamped)."""
     inside = (target >= chunk.start) & (target < chunk.stop)
     return inside, (target - chunk.start).clamp(0, chunk.stop - chunk.start - 1)[:, None]
 
 
 # ---- rankings: of rewards in rm.py, of log-ratios in dpo.py ----
 
-def plackett_luce(values, kept):
-    """− log P(ranking) of each row [B]: Σ_k logsumexp(values_k … values_K) − values_k (Eq. 18,
-    arXiv:2305.18290). values [B, K], best first; kept [B, K]: which answers there are (the others' terms are
-    a finite number times 0: with −inf they would be NaN)."""
+def plackett_luce(values, mask):
+    """−log P(ranking) per sequence [B]: Σ_k logsumexp(values_k … values_K) − values_k (Eq. 18,
+    arXiv:2305.18290), for K answers here.
+
+    values [B, K], best first; mask [B, K]: True for answers, False for padding. Padding is filled with a
+    finite minimum, because −inf times a zero mask would be NaN."""
     K = values.shape[1]
-    left = torch.ones(K, K, dtype=torch.bool, device=values.device).triu() & kept[:, None, :]  # [B, k, j ≥ k]
-    rest = values[:, None, :].masked_fill(~left, torch.finfo(values.dtype).min).logsumexp(-1)  # [B, K]
-    return ((rest - values) * kept).sum(-1)
+    not_better = torch.ones(K, K, dtype=torch.bool, device=values.device).triu()  # [k, j]: j ≥ k
+    remaining = not_better & mask[:, None, :]  # [B, K, K]
+    lse = values[:, None, :].masked_fill(~remaining, torch.finfo(values.dtype).min).logsumexp(-1)  # [B, K]
+    return ((lse - values) * mask).sum(-1)
 
 
 # ---- LoRA ----
 
 class LoRA(nn.Module):
-    """A frozen linear layer with a low-rank update beside it: x Wᵀ + alpha / rank · x Aᵀ Bᵀ (Eq. 3,
-    arXiv:2106.09685). B starts at 0, so nothing changes at first."""
+    """A frozen linear layer plus a low-rank update: x Wᵀ + alpha / rank · x Aᵀ Bᵀ (Eq. 3, arXiv:2106.09685).
+    B is initialised to 0, so the output is unchanged at first. `on` = False leaves the update out."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__()
@@ -410,21 +416,21 @@ class LoRA(nn.Module):
 
 
 def add_lora(model, rank, alpha):
-    """Puts an adapter on each of the seven projections of every LLaMA layer; the weights keep their names."""
+    """Replaces the seven projections of each LLaMA layer by LoRA layers. Frozen weights keep their names."""
     for layer in model.language_model.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, linear in list(part.named_children()):
-                setattr(part, name, LoRA(linear, rank, alpha))
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(block.named_children()):
+                setattr(block, name, LoRA(linear, rank, alpha))
 
 
-# ---- the whole ----
+# ---- the vision-LLM ----
 
 class VisionLLM(nn.Module):
-    """CLIP tower, projector and LLaMA under the names of a Hugging Face LLaVA checkpoint (config:
-    LlavaConfig); with `score` also a scalar head, for rewards and values.
+    """CLIP tower, projector and LLaMA, under the names of a Hugging Face LLaVA checkpoint (config:
+    LlavaConfig). With `score` it also has a scalar head, for rewards or values.
 
-    `features = model.vision_tower(batch.pixels)` is called first and passed in, so that models with equal
-    frozen towers can share one pass. """
+    The caller computes `features = model.vision_tower(batch.pixels)` [M, I, D of the tower] and passes them
+    in, so that models with the same frozen tower can share them."""
 
     def __init__(self, config, score=False):
         super().__init__()
@@ -437,60 +443,60 @@ class VisionLLM(nn.Module):
             self.score = nn.Linear(config.text_config.hidden_size, 1)
 
     def set_recompute(self, on):
-        """Trades a second forward pass in backward for the memory of all activations inside a layer."""
+        """Activation checkpointing: only the layers' inputs stay in memory; backward runs each layer again."""
         for module in self.modules():
             if hasattr(module, "recompute"):
                 module.recompute = on
 
     def compile_layers(self):
-        """torch.compile on every layer, but for the LLaMA's attention and for decoding. It takes a minute at
-        the first step, and once more at the first of another length, which makes code for any."""
-        torch._dynamo.config.recompile_limit = 64  # PPO's four models, with gradients and without
-        for layer in self.language_model.model.layers:  # FSDP's units: compiled is what is inside its hooks
+        """Applies torch.compile to each layer, except to the LLaMA's attention and to decoding. It takes about
+        a minute at the first step, and again at the second sequence length; that code fits all lengths."""
+        torch._dynamo.config.recompile_limit = 64  # PPO has four models, with and without gradients
+        for layer in self.language_model.model.layers:  # FSDP units: hooks stay outside
             layer.compiled = torch.compile(layer.compute)
         for layer in self.vision_tower.vision_model.encoder.layers:
             layer.compile()
 
     def set_adapters(self, on):
-        """Switches LoRA adapters: off, the model is the one they were put on."""
+        """Switches all LoRA updates on or off; off gives the model without adapters."""
         for module in self.modules():
             if isinstance(module, LoRA):
                 module.on = on
 
-    def hidden(self, batch, features, at, read, cache=None):
-        """read(final states [N, D] at the flat positions `at` [N], head [V, D]) for a Batch (see data.py)."""
-        projected = self.multi_modal_projector(features).unflatten(0, features.shape[:2])  # [M, I, D]
-        images = projected[batch.image]  # [R, I, D]
+    def hidden(self, batch, features, positions, head_fn, cache=None):
+        """→ head_fn(hidden [N, D], head weight [V, D]) for a data.Batch, where hidden are the final hidden
+        states at the flat `positions` [N]."""
+        projected = self.multi_modal_projector(features)  # [M · I, D]
+        images = projected.unflatten(0, features.shape[:2])[batch.image]  # [M, I, D] → [R, I, D]
         mask, T, n = None, batch.ids.shape[1], batch.causal_prefix
-        if n < T:
-            column = torch.arange(T, device=batch.ids.device)
-            mask = visible(batch.branch[:, n:], batch.branch, column[n:], column)  # [B, 1, T − n, T]
-        return self.language_model(batch.ids, batch.position, mask, at, read, images, cache)
+        if n < T:  # from position n on, some sequence holds several answers: causal attention is not enough
+            index = torch.arange(T, device=batch.ids.device)
+            mask = attention_mask(batch.branch[:, n:], batch.branch, index[n:], index)  # [B, 1, T − n, T]
+        return self.language_model(batch.ids, batch.position, mask, positions, head_fn, images, cache)
 
     def forward(self, batch, features, temperature=1.0, entropy=False):
-        """Batch, features [M, I, D of the tower] → log-probability of every target [N] (fp32, nats); with
-        `entropy` also the entropy of the distribution it was drawn from [N]. Target n is predicted by the
-        state at source n."""
-        def read(states, head):
-            return TokenLogProbs.apply(states, head, batch.target, temperature, entropy)
-        logprob, entropies = self.hidden(batch, features, batch.logit_position, read)
+        """→ the log-probability of each target [N] (fp32, nats). With `entropy` also the entropy of the
+        softmax that predicts it [N]. The hidden state at batch.logit_position[n] predicts batch.target[n]."""
+        def head_fn(hidden, head):
+            return TokenLogProbs.apply(hidden, head, batch.target, temperature, entropy)
+        logprob, entropies = self.hidden(batch, features, batch.logit_position, head_fn)
         return (logprob, entropies) if entropy else logprob
 
-    def scores(self, batch, features, at):
-        """The scalar head's output at flat positions at [N] → [N] (fp32): rewards at batch.last_token, values at
-        batch.logit_position."""
-        return self.score(self.hidden(batch, features, at, lambda states, head: states)).squeeze(-1)
+    def scores(self, batch, features, positions):
+        """→ the scalar head's output at flat `positions` [N] (fp32). Rewards are at batch.last_token; values
+        are at batch.logit_position, so V_t does not depend on token t."""
+        return self.score(self.hidden(batch, features, positions, lambda hidden, head: hidden)).squeeze(-1)
 
 
 # ---- checkpoints: their configurations and the names in them ----
 
-# model_type of a language model or an original LLaVA → transformers' configuration of the language model
+# model_type of a language model or an original LLaVA → configuration class of the language model
 LANGUAGE_MODELS = {
     "llama": LlamaConfig, "llava": LlamaConfig, "llava_llama": LlamaConfig,
     "mistral": MistralConfig, "llava_mistral": MistralConfig,
     "qwen2": Qwen2Config, "llava_qwen": Qwen2Config, "llava_qwen2": Qwen2Config}
 
-# settings of a config.json that change results → the values that are implemented; absent is always fine
+# settings of config.json that change results → the values implemented here (an absent setting is always fine)
 ANY_MODEL = {"quantization_config": (None,), "quantization": (None,), "compression_config": (None,)}
 LANGUAGE_MODEL = {**ANY_MODEL, "attention_dropout": (0,)}
 VISION_TOWER = {**ANY_MODEL, "attention_dropout": (0,), "num_channels": (3,)}
@@ -498,7 +504,7 @@ ORIGINAL_LLAVA = {
     "mm_vision_select_feature": ("patch", "cls_patch"), "mm_projector_type": ("linear", "mlp2x_gelu"),
     "mm_use_im_start_end": (False, None), "mm_patch_merge_type": ("flat", None), "use_mm_proj": (True, None),
     "image_aspect_ratio": ("square", "pad", None), "use_pos_skipping": (False, None), "s2": (False, None)}
-# of an original LLaVA: read elsewhere, or of no effect on results (rates of training, tiling, video)
+# settings of an original LLaVA that are read elsewhere, or only concern training rates, tiling or video
 OTHER_MM = {
     "mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_use_im_patch_token", "mm_projector_lr",
     "mm_vision_tower_lr", "mm_tunable_parts", "mm_newline_position", "mm_spatial_pool_mode",
@@ -506,7 +512,8 @@ OTHER_MM = {
 
 
 def check_settings(folder, settings, implemented):
-    """UserError for the first setting of a config.json whose value is not among the implemented ones."""
+    """UserError for the first setting of a config.json whose value is not implemented, and for a model that
+    brings its own code."""
     for key, values in implemented.items():
         if key in settings and settings[key] not in values:
             value = "" if isinstance(settings[key], dict) else f" {settings[key]!r}"
@@ -517,52 +524,60 @@ def check_settings(folder, settings, implemented):
         raise UserError(f"{folder}/config.json: its auto_map names code of its own ({code[0]}), not run here")
 
 
-def llava_config(folder, raw, clip=None, raw_clip=None, projector=None):
-    """raw: the config.json in folder, of transformers' LLaVA; or, with the folder of its CLIP, the
-    config.json there and the kind of its projector, of an original LLaVA or a language model. → LlavaConfig
-    with image_seq_length set; image_token_index −1 where the tokenizer has to say. UserError names a setting
-    that is not implemented."""
+def original_llava_config(folder, settings, clip, clip_settings, projector):
+    """The LlavaConfig of an original LLaVA, or of a language model that gets a new projector. For the
+    parameters see `llava_config`."""
+    check_settings(folder, settings, {**LANGUAGE_MODEL, **ORIGINAL_LLAVA})
+    for key in settings.keys() - ORIGINAL_LLAVA.keys() - OTHER_MM:
+        if key.startswith(("mm_", "image_", "vision_")) and settings[key] not in (None, False):
+            raise UserError(f"{folder}/config.json: got {key} {settings[key]!r}, which is not implemented: "
+                            "need LLaVA-1.5")
+    check_settings(clip, clip_settings, ANY_MODEL)
+    check_settings(clip, clip_settings.get("vision_config", clip_settings), VISION_TOWER)
+    kind = clip_settings.get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise UserError(f"{clip}/config.json: got model_type {kind!r}, need clip or clip_vision_model")
+    vision = CLIPVisionConfig.from_pretrained(clip)
+    if settings.get("mm_hidden_size") not in (None, vision.hidden_size):
+        raise UserError(f"{folder}/config.json: got mm_hidden_size {settings['mm_hidden_size']}, but the "
+                        f"tower in {clip} is {vision.hidden_size} wide: need the tower it was trained with")
+    # The config.json of an original LLaVA is that of its language model plus mm_* settings. AutoConfig would
+    # read its model_type "llava" as transformers' LLaVA.
+    text = {key: settings[key] for key in settings if key != "model_type" and not key.startswith("mm_")}
+    class_token = settings.get("mm_vision_select_feature") == "cls_patch"
+    config = LlavaConfig(
+        vision_config=vision, text_config=LANGUAGE_MODELS[settings["model_type"]](**text),
+        vision_feature_layer=settings.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="full" if class_token else "default",
+        projector_hidden_act="linear" if projector == "linear" else "gelu")
+    config.mm_projector_type, config.image_token_index = projector, -1
+    return config
+
+
+def llava_config(folder, settings, clip=None, clip_settings=None, projector=None):
+    """→ LlavaConfig with image_seq_length set; its image_token_index is −1 where the tokenizer has to tell.
+    UserError names a setting that is not implemented.
+
+    settings: the config.json in `folder`. For transformers' LLaVA that is all. For an original LLaVA or a
+    language model: also the folder and config.json of its CLIP, and the projector type."""
     where = f"{folder}/config.json"
     if clip is None:
-        check_settings(folder, raw, ANY_MODEL)
-        check_settings(folder, raw["text_config"], LANGUAGE_MODEL)
-        check_settings(folder, raw.get("vision_config") or {}, VISION_TOWER)
+        check_settings(folder, settings, ANY_MODEL)
+        check_settings(folder, settings["text_config"], LANGUAGE_MODEL)
+        check_settings(folder, settings.get("vision_config") or {}, VISION_TOWER)
         config = LlavaConfig.from_pretrained(folder)
     else:
-        check_settings(folder, raw, {**LANGUAGE_MODEL, **ORIGINAL_LLAVA})
-        for key in raw.keys() - ORIGINAL_LLAVA.keys() - OTHER_MM:
-            if key.startswith(("mm_", "image_", "vision_")) and raw[key] not in (None, False):
-                raise UserError(f"{where}: got {key} {raw[key]!r}, which is not implemented: need LLaVA-1.5")
-        check_settings(clip, raw_clip, ANY_MODEL)
-        check_settings(clip, raw_clip.get("vision_config", raw_clip), VISION_TOWER)
-        kind = raw_clip.get("model_type")
-        if kind not in ("clip", "clip_vision_model"):
-            raise UserError(f"{clip}/config.json: got model_type {kind!r}, need clip or clip_vision_model")
-        # an original LLaVA's config is that of its language model plus mm_*; AutoConfig would take it for
-        # transformers'
-        text = {key: value for key, value in raw.items() if key != "model_type" and not key.startswith("mm_")}
-        classes = {"cls_patch": "full", "patch": "default"}[raw.get("mm_vision_select_feature", "patch")]
-        config = LlavaConfig(
-            vision_config=CLIPVisionConfig.from_pretrained(clip),
-            text_config=LANGUAGE_MODELS[raw["model_type"]](**text),
-            vision_feature_layer=raw.get("mm_vision_select_layer", -2),
-            vision_feature_select_strategy=classes,
-            projector_hidden_act="linear" if projector == "linear" else "gelu")
-        config.mm_projector_type, config.image_token_index = projector, -1
-        width = raw.get("mm_hidden_size")
-        if width not in (None, config.vision_config.hidden_size):
-            raise UserError(f"{where}: got mm_hidden_size {width}, but the tower in {clip} is "
-                            f"{config.vision_config.hidden_size} wide: need the tower it was trained with")
+        config = original_llava_config(folder, settings, clip, clip_settings, projector)
     text, vision = config.text_config, config.vision_config
     if text.model_type not in ("llama", "mistral", "qwen2") or vision.model_type != "clip_vision_model":
         raise UserError(f"{where}: got a {text.model_type} and a {vision.model_type}, need a llama, mistral "
                         "or qwen2, and a clip_vision_model")
-    # Mistral's window is that of every layer, Qwen2's of the layers that layer_types names
+    # Mistral's sliding window applies to all layers, Qwen2's to the layers that layer_types names
     window = getattr(text, "sliding_window", None) if text.model_type != "llama" else None
     if window and (text.model_type == "mistral" or {*text.layer_types} != {"full_attention"}):
         raise UserError(f"{where}: got sliding_window {window} (a Mistral has one unless the file says "
                         "null), which is not implemented: need a model without it")
-    try:  # what the model would refuse when it is built, which is after a download
+    try:  # building the model raises these errors too, but only after the weights are downloaded
         rope_frequencies(text)
         for name in (text.hidden_act, vision.hidden_act, config.projector_hidden_act):
             activation(name)
@@ -574,41 +589,38 @@ def llava_config(folder, raw, clip=None, raw_clip=None, projector=None):
         raise UserError(f"{where}: got vision_feature_layer {config.vision_feature_layer}, need one layer")
     tied = config.tie_word_embeddings or text.tie_word_embeddings
     config.tie_word_embeddings = text.tie_word_embeddings = tied
-    patches = (vision.image_size // vision.patch_size) ** 2
-    config.image_seq_length = patches + (config.vision_feature_select_strategy == "full")
+    class_token = config.vision_feature_select_strategy == "full"
+    config.image_seq_length = (vision.image_size // vision.patch_size) ** 2 + class_token
     return config
 
 
-# spellings of a tensor's name → ours, that of llava-hf/llava-1.5-7b-hf; the first that fits is applied
-SPELLINGS = [(re.compile(pattern), name) for pattern, name in [
-    (r"^model\.mm_projector\.(?:0\.)?(weight|bias)$", r"multi_modal_projector.linear_1.\1"),  # original LLaVA
-    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
-    (r"^model\.language_model\.", "language_model.model."),  # transformers' names in memory
-    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
-    (r"^model\.", "language_model.model."),  # a LLaMA
-    (r"^lm_head\.", "language_model.lm_head."),
-    (r"^vision_model\.", "vision_tower.vision_model."),  # a CLIP
-    (r"^(embeddings|pre_layrnorm|encoder|post_layernorm)\.", r"vision_tower.vision_model.\1."),
-]]
+# names of tensors in checkpoints → our names, those of llava-hf/llava-1.5-7b-hf; the first match is applied
+SPELLINGS = {
+    r"^model\.mm_projector\.(?:0\.)?(weight|bias)$": r"multi_modal_projector.linear_1.\1",  # original LLaVA
+    r"^model\.mm_projector\.2\.": "multi_modal_projector.linear_2.",
+    r"^model\.vision_tower\.vision_tower\.": "vision_tower.",
+    r"^model\.language_model\.": "language_model.model.",  # transformers' names in memory
+    r"^model\.(vision_tower|multi_modal_projector)\.": r"\1.",
+    r"^model\.": "language_model.model.",  # a LLaMA
+    r"^lm_head\.": "language_model.lm_head.",
+    r"^vision_model\.": "vision_tower.vision_model.",  # a CLIP
+    r"^(embeddings|pre_layrnorm|encoder|post_layernorm)\.": r"vision_tower.vision_model.\1.",
+}
 EXTRAS = re.compile(r"text_model\.|logit_scale$|(visual|text)_projection\.weight$|position_ids$|inv_freq$")
+VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
 def our_name(name):
     """A tensor's name in any known checkpoint → the name of our parameter."""
-    for pattern, replacement in SPELLINGS:
-        if pattern.search(name):
-            name = pattern.sub(replacement, name)
-            break
+    pattern = next((pattern for pattern in SPELLINGS if re.search(pattern, name)), None)
+    if pattern:
+        name = re.sub(pattern, SPELLINGS[pattern], name)
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
 
 
-VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-
-
 def initial_std(name, shape):
-    """Of the normal distribution that a new parameter is drawn from: biases and LoRA's B start at 0, LoRA's A
-    at PEFT's variance, the scalar head so that scores start near unit variance (arXiv:2009.01325)."""
+    """Standard deviation of a newly initialised parameter: 0 for biases and LoRA's B, PEFT's for LoRA's A.
+    The scalar head's gives scores of about unit variance (arXiv:2009.01325)."""
     if len(shape) == 1 or ".lora_B." in name:
         return 0.0
     if ".lora_A." in name:
@@ -621,136 +633,132 @@ def tensor_shape(tensor):
     return tuple(tensor.shape if torch.is_tensor(tensor) else tensor.get_shape())
 
 
-FLOATS = {"F16", "BF16", "F32", "F64", torch.float16, torch.bfloat16, torch.float32, torch.float64}
+def check_names(model, tensors, resized_vocab, newly_initialised, folders):
+    """UserError with the full list of differences unless the tensors (name → tensor or safetensors slice) fit
+    the model: no parameter is missing, no tensor is unused, and all shapes are equal.
 
-
-def tensor_dtype(tensor):
-    """The dtype of a tensor, or a safetensors slice's name for it."""
-    return tensor.dtype if torch.is_tensor(tensor) else tensor.get_dtype()
-
-
-def check_names(model, tensors, grown, fresh, folders):
-    """Every parameter found among the tensors (name → tensor or safetensors slice), every tensor used, every
-    shape equal; else a UserError that lists the difference. grown: (old, new) rows of a vocabulary that gets
-    more than the folders hold; fresh: parts of the names that are drawn where no tensor is."""
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tensor_shape(tensor) for name, tensor in tensors.items()}
-    optional = set()
-    if is_linear(model.config):  # the identity that transformers needs as a second layer
-        optional = {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"}
-    missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys() - optional
-    missing = {name for name in missing if not any(part in name for part in fresh)}
-    problems = [f"missing: {name} {wanted[name]}" for name in sorted(missing)]
-    problems += [f"not known: {name} {found[name]}" for name in sorted(unknown)]
+    resized_vocab: (old, new) sizes of a vocabulary that gets more tokens than the folders hold, or None;
+    newly_initialised: substrings of parameter names that may be missing."""
+    where = " + ".join(folders)
+    floats = {"F16", "BF16", "F32", "F64", torch.float16, torch.bfloat16, torch.float32, torch.float64}
     for name, tensor in tensors.items():
-        if tensor_dtype(tensor) not in FLOATS:
-            raise UserError(f"{' + '.join(folders)}: {name} is {tensor_dtype(tensor)}, as in quantised "
-                            "weights: need floating-point weights of 16 bits or more")
-    for name in sorted(wanted.keys() & found.keys()):
-        want = (grown[0], *wanted[name][1:]) if grown and name in VOCABULARY else wanted[name]
-        if found[name] != want:
-            problems.append(f"shape: {name} is {found[name]}, need {want}")
+        dtype = tensor.dtype if torch.is_tensor(tensor) else tensor.get_dtype()
+        if dtype not in floats:
+            raise UserError(f"{where}: {name} is {dtype}, as in quantised weights: need floating-point "
+                            "weights of 16 bits or more")
+    shapes = {name: tensor_shape(tensor) for name, tensor in tensors.items()}
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    problems = [f"missing: {name} {wanted[name]}" for name in sorted(wanted.keys() - shapes.keys())
+                if not any(substring in name for substring in newly_initialised)]
+    if is_linear(model.config):  # our export adds the identity as a second layer, for transformers
+        shapes.pop("multi_modal_projector.linear_2.weight", None)
+        shapes.pop("multi_modal_projector.linear_2.bias", None)
+    problems += [f"not known: {name} {shapes[name]}" for name in sorted(shapes.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & shapes.keys()):
+        need = (resized_vocab[0], *wanted[name][1:]) if resized_vocab and name in VOCABULARY else wanted[name]
+        if shapes[name] != need:
+            problems.append(f"shape: {name} is {shapes[name]}, need {need}")
     if problems:
-        where = " + ".join(folders)
         raise UserError("\n  ".join([f"the weights in {where} do not fit its config.json:", *problems]))
 
 
 # ---- generation ----
 
 class Cache:
-    """Keys and values of every column so far, for rows of at most `size` columns; `branch` [B, S] is what
-    each belongs to."""
+    """Keys and values of the positions so far, for sequences of at most `size` positions. branch [B, size]:
+    the answer that a position belongs to (0: the prompt), -1 for padding and positions not yet filled."""
 
     def __init__(self, size):
         self.size, self.length, self.store, self.branch = size, 0, {}, None
 
     def append(self, branch):
-        """Announces the columns [B, T] that the next forward pass adds; → their mask over all columns [B, 1,
-        T, S]."""
+        """Reserves the T positions that the next forward pass computes, of the given branches [B, T].
+        → their attention mask over all S positions so far [B, 1, T, S]"""
         if self.branch is None:
             self.branch = branch.new_full((len(branch), self.size), -1)
         start, self.length = self.length, self.length + branch.shape[1]
         self.branch[:, start:self.length] = branch
-        column = torch.arange(self.length, device=branch.device)
-        return visible(branch, self.branch[:, :self.length], column[start:], column)
+        index = torch.arange(self.length, device=branch.device)
+        return attention_mask(branch, self.branch[:, :self.length], index[start:], index)
 
     def extend(self, layer, k, v):
-        """Stores a layer's keys and values [B, K, T, C] of the announced columns; → those of all columns [B,
-        K, S, C]."""
+        """Stores a layer's keys and values [B, K, T, C] at the reserved positions. → keys and values of all
+        positions so far [B, K, S, C]"""
         if layer not in self.store:
             B, K, _, C = k.shape
             self.store[layer] = k.new_empty(B, K, self.size, C), v.new_empty(B, K, self.size, C)
         keys, values = self.store[layer]
-        keys[:, :, self.length - k.shape[2]:self.length] = k
-        values[:, :, self.length - v.shape[2]:self.length] = v
+        reserved = slice(self.length - k.shape[2], self.length)
+        keys[:, :, reserved], values[:, :, reserved] = k, v
         return keys[:, :, :self.length], values[:, :, :self.length]
 
 
-def keyed_uniforms(seed, iteration, prompts, samples, steps):
-    """Uniforms in [0, 1) [B, samples, steps] (fp64) that depend on nothing but (seed, iteration, prompt,
-    sample, step): not on the batch, the rank or what was drawn before. prompts: B integers."""
+def keyed_uniforms(seed, iteration, prompts, num_samples, num_steps):
+    """Uniforms in [0, 1) [B, num_samples, num_steps] (fp64), for B integers that identify the prompts. Each
+    depends only on (seed, iteration, prompt, sample, step), not on the batch, the rank or earlier draws."""
     return torch.from_numpy(np.stack([
-        [np.random.default_rng([seed, iteration, prompt, sample]).random(steps) for sample in range(samples)]
+        [np.random.default_rng([seed, iteration, prompt, k]).random(num_steps) for k in range(num_samples)]
         for prompt in prompts]))
 
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """logits [..., V] (fp32) → token ids [...]: the most likely (uniform None or temperature 0), else the
-    inverse CDF of the uniform [...] under the softmax at that temperature, cut to the top_k likeliest and to
-    the smallest set whose probability reaches top_p."""
+    """logits [..., V] (fp32), uniform [...] → token ids [...], by the inverse CDF of
+    softmax(logits / temperature), restricted to the top_k most likely tokens (0: all) and then to the
+    smallest set of tokens with probability ≥ top_p. Greedy if uniform is None or temperature is 0."""
     if uniform is None or temperature == 0:
         return logits.argmax(-1)
-    p = F.softmax(logits.double() / temperature, dim=-1)
+    p = F.softmax(logits.double() / temperature, dim=-1)  # [..., V]
     if top_k:
         p = p.masked_fill(p < p.topk(min(top_k, p.shape[-1]), dim=-1).values[..., -1:], 0)
     if top_p < 1:
         ranked, order = (p / p.sum(-1, keepdim=True)).sort(dim=-1, descending=True, stable=True)
-        outside = ranked.cumsum(-1) - ranked >= top_p  # what stands before a token already reaches top_p
-        p = p.masked_fill(outside.gather(-1, order.argsort(-1)), 0)
+        outside = ranked.cumsum(-1) - ranked >= top_p  # the more likely tokens alone reach top_p
+        p = p.masked_fill(outside.gather(-1, order.argsort(-1)), 0)  # back in the order of the vocabulary
     cdf = p.cumsum(-1)
-    # the first token whose CDF exceeds the draw: one of probability 0 never does; of NaN none does
+    # the first token with cdf > uniform · total, so never one of probability 0; V, out of range, if p is NaN
     token = torch.searchsorted(cdf, uniform.unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
     return token.clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()
-def generate(model, batch, features, max_new, stop, banned=(), uniforms=None, samples=1, temperature=1.0,
-             top_k=0, top_p=1.0, anyone=torch.any):
-    """Answers of a batch of prompts (rows without answers): one prefill, then one column a sample and step.
+def generate(model, batch, features, max_new_tokens, stop, banned=(), uniforms=None, num_samples=1,
+             temperature=1.0, top_k=0, top_p=1.0, any_running=torch.any):
+    """Samples answers to a batch of prompts (sequences without answers). → answers[b][k], a list of ids, and
+    each answer's log-probability under the model [B, num_samples] (at temperature 1, full vocabulary).
 
-    stop: ids that end an answer (kept as its last token); banned: ids never chosen; uniforms [B, samples,
-    max_new] or None for greedy; anyone(running): whether to go on (ranks that decode in step ask each other).
-    → answers[b][k]: list of ids, and their summed log-probability under the model at temperature 1 [B,
-    samples]. """
-    device = batch.ids.device
-    B, T = batch.ids.shape
-    cache = Cache(T + samples * (max_new - 1))
-    cache.append(batch.branch)
-    length = (batch.branch == 0).sum(1)  # [B]
-    ends = torch.arange(B, device=device) * T + length - 1  # where every answer's first token is predicted
-    logits = model.hidden(batch, features, ends, F.linear, cache)  # [B, V]
-    logits = logits[:, None].expand(-1, samples, -1)  # [B, samples, V]
+    stop: ids that end an answer, and are its last token; banned: ids that are never sampled;
+    uniforms [B, num_samples, max_new_tokens], or None for greedy decoding; any_running(running): whether
+    to take another step (ranks with sharded weights must agree on it)."""
+    device, (B, T), K = batch.ids.device, batch.ids.shape, num_samples
     stop, banned = (torch.tensor(sorted(ids), device=device, dtype=torch.long) for ids in (stop, banned))
-    branch = torch.arange(1, samples + 1, device=device).expand(B, -1)
-    every = torch.arange(B * samples, device=device)
-    tokens = torch.zeros(B, samples, max_new, dtype=torch.long, device=device)
-    lengths = torch.zeros(B, samples, dtype=torch.long, device=device)
-    logprob = torch.zeros(B, samples, device=device)
-    running = (length > 0)[:, None].repeat(1, samples)  # a row of padding has nothing to say
-    for step in range(max_new):
+    # Prefill: each prompt once. Its last hidden state predicts the first token of all K samples.
+    cache = Cache(T + K * (max_new_tokens - 1))
+    cache.append(batch.branch)
+    length = (batch.branch == 0).sum(1)  # of the prompts [B]
+    last_token = torch.arange(B, device=device) * T + length - 1  # flat positions [B]
+    logits = model.hidden(batch, features, last_token, F.linear, cache)  # [B, V]
+    logits = logits[:, None].expand(-1, K, -1)  # [B, K, V]
+    branch = torch.arange(1, K + 1, device=device).expand(B, -1)  # [B, K]
+    new_positions = torch.arange(B * K, device=device)  # flat positions in [B, K]: all of a step
+    tokens = torch.zeros(B, K, max_new_tokens, dtype=torch.long, device=device)
+    lengths = torch.zeros(B, K, dtype=torch.long, device=device)
+    logprob = torch.zeros(B, K, device=device)
+    running = (length > 0)[:, None].repeat(1, K)  # a sequence of padding gets empty answers
+    # Each step appends one position per sample to the cache: K positions per sequence, of branches 1 … K.
+    for step in range(max_new_tokens):
         logits = logits.float()
         uniform = None if uniforms is None else uniforms[:, :, step].to(device)
         allowed = logits.index_fill(-1, banned, -torch.inf)
-        token = sample_token(allowed, uniform, temperature, top_k, top_p)  # [B, samples]
+        token = sample_token(allowed, uniform, temperature, top_k, top_p)  # [B, K]
         tokens[:, :, step] = token
         lengths += running
         logprob += running * F.log_softmax(logits, dim=-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
         running = running & ~torch.isin(token, stop)
-        if step + 1 == max_new or not anyone(running):
+        if step + 1 == max_new_tokens or not any_running(running):
             break
-        mask = cache.append(branch)
-        position = (length + step)[:, None].expand(-1, samples)
-        logits = model.language_model(token, position, mask, every, F.linear, cache=cache)
-        logits = logits.view(B, samples, -1)
+        mask = cache.append(branch)  # [B, 1, K, S]
+        position = (length + step)[:, None].expand(-1, K)  # [B, K]
+        logits = model.language_model(token, position, mask, new_positions, F.linear, cache=cache)
+        logits = logits.view(B, K, -1)  # [B · K, V] → [B, K, V]
     tokens, lengths = tokens.tolist(), lengths.tolist()
-    return [[ids[:n] for ids, n in zip(*row)] for row in zip(tokens, lengths)], logprob
+    return [[ids[:n] for ids, n in zip(*sequence)] for sequence in zip(tokens, lengths)], logprob

@@ -536,7 +536,7 @@ def test_visible_is_the_definition():
     branch = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, -1, -1], [0, 1, 2, 2, 1, 3, 3, -1, -1, 3]])
     column = torch.arange(10)
     for first in (0, 6):  # all columns, or the last four as queries to a cache of all
-        mask = ours.visible(branch[:, first:], branch, column[first:], column)
+        mask = ours.attention_mask(branch[:, first:], branch, column[first:], column)
         assert mask.shape == (2, 1, 10 - first, 10)
         for b, q, k in itertools.product(range(2), range(first, 10), range(10)):
             of, at = branch[b, q].item(), branch[b, k].item()
@@ -606,7 +606,7 @@ def test_recompute_changes_nothing(rows):
     model = vision_llm()
     batch, runs, found = make_batch(rows, [0, 1, 2]), [], []
     for module in (*model.language_model.model.layers, *model.vision_tower.vision_model.encoder.layers):
-        module.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+        (module.mlp.gate_proj if hasattr(module.mlp, "gate_proj") else module.mlp.fc1).register_forward_pre_hook(lambda *_: runs.append(1))
     for on in (False, True):
         model.set_recompute(on)
         runs.clear()
@@ -722,7 +722,7 @@ def test_a_batch_is_one_by_one(pair, options):
     model, _, stop = pair
     K = 3
     uniforms = ours.keyed_uniforms(0, 0, range(len(PROMPTS)), K, STEPS) if options else None
-    found, logprob = generate(model, all_prompts(), stop=[stop], samples=K, uniforms=uniforms, **options)
+    found, logprob = generate(model, all_prompts(), stop=[stop], num_samples=K, uniforms=uniforms, **options)
     for b, k in itertools.product(range(len(PROMPTS)), range(K)):
         own = None if uniforms is None else uniforms[b:b + 1, k:k + 1]
         [[expected]], single = generate(model, alone(b), stop=[stop], uniforms=own, **options)
@@ -740,7 +740,7 @@ def test_returned_logprob_is_teacher_forced(pair, temperature):
     K, stop = 3, range(1, USER, 5)
     banned = range(USER, VOCAB)  # never predicted, as make_batch has it
     uniforms = ours.keyed_uniforms(1, 0, range(len(PROMPTS)), K, STEPS)
-    answers, logprob = generate(model, all_prompts(), stop=stop, banned=banned, uniforms=uniforms, samples=K,
+    answers, logprob = generate(model, all_prompts(), stop=stop, banned=banned, uniforms=uniforms, num_samples=K,
                                 temperature=temperature)
     batch = make_batch(list(zip(PROMPTS, answers)), sum(SHOWN, []))
     assert len({len(answer) for row in answers for answer in row}) > 2
@@ -754,7 +754,7 @@ def test_max_new_and_banned(pair, max_new):
     model, _, _ = pair
     banned = [0, 1, *range(10, 40), IMAGE]
     uniforms = ours.keyed_uniforms(2, 0, range(len(PROMPTS)), 4, max_new)
-    answers, logprob = generate(model, all_prompts(), max_new, uniforms=uniforms, samples=4, banned=banned,
+    answers, logprob = generate(model, all_prompts(), max_new, uniforms=uniforms, num_samples=4, banned=banned,
                                 temperature=50.0)
     assert [len(row) for row in answers] == [4] * len(PROMPTS) and logprob.shape == (len(PROMPTS), 4)
     assert {len(answer) for row in answers for answer in row} == {max_new}
@@ -768,15 +768,15 @@ def test_padding_beside_prompts_says_nothing(pair):
     uniforms = ours.keyed_uniforms(0, 0, [0, 1], 2, 4)
     both = make_batch([([0], []), (PROMPTS[0], [])], SHOWN[0])
     both.branch[0] = -1
-    found, _ = generate(model, both, 4, uniforms=uniforms, samples=2)
-    [expected], _ = generate(model, alone(0), 4, uniforms=uniforms[1:], samples=2)
+    found, _ = generate(model, both, 4, uniforms=uniforms, num_samples=2)
+    [expected], _ = generate(model, alone(0), 4, uniforms=uniforms[1:], num_samples=2)
     assert found == [[[], []], expected]
     asked = []
 
-    def anyone(running):
+    def any_running(running):
         asked.append(running.any().item())
         return len(asked) < 3
-    answers, logprob = generate(model, row_of_padding(), 4, uniforms=uniforms[:1], samples=2, anyone=anyone)
+    answers, logprob = generate(model, row_of_padding(), 4, uniforms=uniforms[:1], num_samples=2, any_running=any_running)
     assert answers == [[[], []]] and not logprob.any() and asked == [False] * 3
 
 
