@@ -443,13 +443,13 @@ class VisionLLM(nn.Module):
             self.score = nn.Linear(config.text_config.hidden_size, 1)
 
     def set_recompute(self, on):
-        """Activation checkpointing: only the layers' inputs stay in memory; backward runs each layer again."""
+        """Activation checkpointing: only the inputs of layers are saved; backward runs each layer again."""
         for module in self.modules():
             if hasattr(module, "recompute"):
                 module.recompute = on
 
     def compile_layers(self):
-        """Applies torch.compile to each layer, except to the LLaMA's attention and to decoding. It takes about
+        """Applies torch.compile to each layer, but not to LLaMA's attention nor to decoding. It takes about
         a minute at the first step, and again at the second sequence length; that code fits all lengths."""
         torch._dynamo.config.recompile_limit = 64  # PPO has four models, with and without gradients
         for layer in self.language_model.model.layers:  # FSDP units: hooks stay outside
