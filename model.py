@@ -16,10 +16,11 @@ at a time: no [B, T, V] tensor exists in training.
 
 Module names are those of the checkpoint llava-hf/llava-1.5-7b-hf; configurations are transformers' classes.
 
-Legend: B sequences, T positions, N targets (predicted tokens), D width, H heads, K kv-heads, C channels per
-head, V vocabulary, v tokens of one vocabulary chunk, S cached positions, M distinct images, I tokens per
-image, R image runs (image slots in all sequences of the batch). Tq queries, Tk keys. "Flat position" means
-an index into [B · T]. Boolean masks are True where attention or a loss term is allowed.
+Legend: B sequences, T positions, N targets (predicted tokens), D width, H heads, K kv-heads (outside
+attention: answers per prompt), C channels per head, V vocabulary, v tokens of one vocabulary chunk, S cached
+positions, Tq queries, Tk keys, M distinct images, I tokens per image, R image slots in the batch (an image
+may fill several). A "flat position" is an index into [B · T]: sequence · T + index in the sequence. Boolean
+masks are True for what is attended to or counted.
 
 Papers: CLIP arXiv:2103.00020, LLaVA arXiv:2304.08485, LLaVA-1.5 arXiv:2310.03744, LLaMA arXiv:2302.13971,
 RoPE arXiv:2104.09864, GQA arXiv:2305.13245, LoRA arXiv:2106.09685.
@@ -76,12 +77,12 @@ class CLIPLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, hidden, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        D, intermediate, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
         self.heads, self.activation = config.num_attention_heads, activation(config.hidden_act)
         projections = ("q_proj", "k_proj", "v_proj", "out_proj")
         self.self_attn = nn.ModuleDict({name: nn.Linear(D, D) for name in projections})
         self.layer_norm1 = nn.LayerNorm(D, eps=eps)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, hidden), "fc2": nn.Linear(hidden, D)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, intermediate), "fc2": nn.Linear(intermediate, D)})
         self.layer_norm2 = nn.LayerNorm(D, eps=eps)
 
     def attention(self, x):
@@ -224,8 +225,8 @@ def attend(q, k, v, mask):
 
 
 class LlamaAttention(nn.Module):
-    """Grouped-query attention with RoPE. Biases: everywhere for a LLaMA with `attention_bias`, on q, k and v
-    for Qwen2, none for Mistral."""
+    """Grouped-query attention with RoPE: x [B, T, D] → [B, T, D]. A LLaMA with `attention_bias` has biases in
+    all four projections, Qwen2 in q, k and v, Mistral in none. rope: (cos, sin) as in `rotate`."""
 
     def __init__(self, config):
         super().__init__()
@@ -251,12 +252,12 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, hidden = config.hidden_size, config.intermediate_size
+        D, intermediate = config.hidden_size, config.intermediate_size
         bias = config.model_type == "llama" and config.mlp_bias
         self.activation = activation(config.hidden_act)
-        self.gate_proj = nn.Linear(D, hidden, bias=bias)
-        self.up_proj = nn.Linear(D, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, D, bias=bias)
+        self.gate_proj = nn.Linear(D, intermediate, bias=bias)
+        self.up_proj = nn.Linear(D, intermediate, bias=bias)
+        self.down_proj = nn.Linear(intermediate, D, bias=bias)
 
     def forward(self, x):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
@@ -305,8 +306,8 @@ class Llama(nn.Module):
         """→ head_fn(hidden [N, D], head weight [V, D]), where hidden are the final hidden states at the flat
         `positions` [N].
 
-        ids, position [B, T]; mask [B, 1, Tq, S] as in `attend`; images [R, I, D]: the embeddings that
-        replace the image tokens, in the order in which these stand in the batch."""
+        ids [B, T]; position [B, T]: for RoPE, as at the head of this file; mask [B, 1, Tq, S] as in `attend`;
+        images [R, I, D]: embeddings that replace the image tokens, in the order of the slots in the batch."""
         x = self.model.embed_tokens(ids)  # [B, T, D]
         if images is not None:
             # mask [B, T, 1]; takes images [R · I, D] in order

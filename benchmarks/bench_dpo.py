@@ -1,9 +1,9 @@
 """A step of direct preference optimisation on pairs against TRL.
 
-Ours is dpo.py's step, and with it a forward pass of the batch without gradients: the reference's, which
-every row has once. (It is run with the policy as it is by then, for its cost; the loss takes the
-log-probabilities that the policy had before its first step.) Theirs is the DPOTrainer's own train() with the
-reference model that it loads itself; a collator gives it the very tensors that we take.
+Ours is dpo.py's step plus the reference's forward pass over the batch, without gradients. (This pass runs the
+current policy, for its cost only; the loss uses the log-probabilities of the policy before its first step.)
+Theirs is the DPOTrainer's own train() with the reference model that it loads itself; its collator returns our
+tensors.
 
     python benchmarks/bench_dpo.py                      # pip install -r benchmarks/requirements.txt
 """

@@ -1,9 +1,9 @@
 """Decoding against transformers: greedy answers to 8 prompts, and 8 samples of one.
 
-Ours is predict.py's `sample` with whole weights on the rank, theirs is generate(); both in --dtype, and
-nobody stops early. The prefill is a run of one new token; decoding is the time of a whole run less the median
-prefill. For the 8 samples we encode picture and prompt once, generate(num_return_sequences=8) eight times;
-they are each side's own draws, and not compared.
+Ours is predict.py's `sample` with unsharded weights, theirs is generate(), both in --dtype and without stop
+ids. The prefill is a run of one new token; decoding is the time of a full run minus the median prefill. For
+the 8 samples, ours encodes image and prompt once and generate(num_return_sequences=8) eight times; each side
+draws its own random numbers, so the samples are not compared.
 
     python benchmarks/bench_generate.py
 """
@@ -20,8 +20,8 @@ import predict
 
 def ours(setup):
     model = fsdp.build(setup.checkpoint, setup.options, setup.world)
-    whole = fsdp.unsharded(model)
-    whole.__enter__()
+    unsharded = fsdp.unsharded(model)
+    unsharded.__enter__()
     processor = dataclasses.replace(setup.processor, stop=frozenset(), banned=frozenset())
 
     @torch.no_grad()
@@ -30,7 +30,7 @@ def ours(setup):
         _, ids = predict.sample(model, setup.batch, features, processor, setup.examples, setup.options,
                                 torch.any)
         return np.ravel(ids).tolist() if setup.options.num_samples == 1 else []
-    step.whole = whole  # stays entered as long as the step function lives
+    step.unsharded = unsharded  # entered for as long as the step function exists
     return step
 
 
@@ -43,13 +43,14 @@ def theirs(setup):
     how = {"do_sample": True, "top_k": 0, "num_return_sequences": samples} if samples > 1 else {}
 
     def step():
-        whole = model.generate(**inputs, max_new_tokens=max_new, **how)
-        return whole[:, -max_new:].flatten().tolist() if samples == 1 else []
+        ids = model.generate(**inputs, max_new_tokens=max_new, **how)
+        return ids[:, -max_new:].flatten().tolist() if samples == 1 else []
     return step
 
 
 def flops(setup):
-    """A forward pass of the prompts, then one of each token but the last, which sees all that came before."""
+    """A forward pass over the prompts, then one for each new token except the last, over all tokens before
+    it."""
     config, (tokens, pairs) = setup.checkpoint.config, common.visible_pairs(setup.batch)
     B, K, n = len(setup.examples), setup.options.num_samples, setup.options.max_new_tokens
     prefill = common.forward_flops(config, B, tokens, pairs, B)
@@ -65,8 +66,8 @@ def main():
     def run(title, args, *options):
         return common.forked(common.compare, title, args, predict, ours, theirs, flops, 0, options)
     prefill = run("prefill", args, "--max_new_tokens", "1")
-    whole = run("prefill and greedy decoding", args, "--max_new_tokens", str(args.answer))
-    a, b = (np.array(side) - np.median(first) for side, first in zip(whole, prefill))
+    full = run("prefill and greedy decoding", args, "--max_new_tokens", str(args.answer))
+    a, b = (np.array(side) - np.median(first) for side, first in zip(full, prefill))
     print(f"greedy decoding alone: ours {common.spread(a)} s, theirs {common.spread(b)} s, "
           f"ratio {common.spread(b / a)}")
     run("8 samples of a picture", one, "--max_new_tokens", str(args.answer), "--num_samples", "8")

@@ -1,13 +1,13 @@
 """How the cost of our DPO step (with its reference pass, see bench_dpo.py) grows, and its share of the peak.
 
-Time: answers a row 1 → 8, image tokens 144 → 1296, vocabulary 32k → 256k, small and large in turn, each
-against the growth of the step's FLOPs (common.forward_flops; here the logits that backward makes once more
-count); ranks 1 → 2 of one thread, each with its own --batch rows, so that the FLOPs of a rank stay the same.
-Memory: over rows at both vocabularies; what a further row takes should depend neither on the rows that are
-there nor on the vocabulary. One answer has nothing to prefer: its loss is 0, and costs as much.
+Time: 1 → 8 answers per record, 144 → 1296 image tokens, vocabulary 32k → 256k, small and large in turn, each
+against the growth of the step's FLOPs (common.forward_flops, including the logits that backward computes
+again); 1 → 2 ranks of one thread, each with its own --batch records, so that the FLOPs per rank stay the
+same. Memory: over the number of records, at both vocabularies; the memory per additional record should depend
+on neither. A record with one answer has no preference: its loss is 0, at the same cost.
 
     python benchmarks/bench_growth.py
-    python benchmarks/bench_growth.py --profile         # and where the step's time goes
+    python benchmarks/bench_growth.py --profile         # with a torch.profiler table of the step
 """
 import argparse
 import json
@@ -28,12 +28,12 @@ def changed(args, **changes):
     return argparse.Namespace(**{**vars(args), **changes})
 
 
-def report(title, **figures):
-    print(json.dumps({"title": title, **figures}, ensure_ascii=False), flush=True)
+def report(title, **metrics):
+    print(json.dumps({"title": title, **metrics}, ensure_ascii=False), flush=True)
 
 
 def share(args):
-    """The step alone, as a share of the matrix product's peak."""
+    """FLOP/s of the step as a share of those of a matrix product."""
     with tempfile.TemporaryDirectory() as folder:
         common.make_model(folder, args)
         setup = common.prepare(dpo, folder, args, answers=2)
@@ -47,7 +47,7 @@ def share(args):
 
 
 def time_growth(name, args, sizes):
-    """Seconds at the larger size over those at the smaller, beside the FLOPs' ratio."""
+    """Ratio of seconds at the larger size to those at the smaller, and the ratio of FLOPs."""
     with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as large:
         setups = []
         for folder, size in zip((small, large), sizes):
@@ -62,14 +62,14 @@ def time_growth(name, args, sizes):
 
 
 def step_seconds(folder, args):
-    """On each rank: the seconds of its steps."""
+    """→ the seconds of this rank's steps"""
     setup = common.prepare(dpo, folder, args, args.answers)
     (seconds, _), = common.alternate(bench_dpo.ours(setup), rounds=args.rounds)
     return seconds
 
 
 def rank_growth(args):
-    """Seconds of a step on two ranks over those on one."""
+    """Ratio of a step's seconds on two ranks to those on one."""
     with tempfile.TemporaryDirectory() as folder:
         common.forked(common.make_model, folder, args)
         one, two = (common.forked(step_seconds, folder, args, ranks=ranks) for ranks in (1, 2))
@@ -78,7 +78,7 @@ def rank_growth(args):
 
 
 def memory_growth(args, vocabularies):
-    """Peak memory at one, two and three times --batch rows, and what a further row takes."""
+    """Peak memory at one, two and three times --batch records, and the memory per additional record."""
     for vocab in vocabularies:
         peaks = []
         with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ def memory_growth(args, vocabularies):
 
 def main():
     parser = common.options(__doc__)
-    parser.add_argument("--answers", type=int, default=2, help="of a row")
+    parser.add_argument("--answers", type=int, default=2, help="answers per record, where not varied")
     args = common.parse(parser)
     sizes = LARGE_TINY if args.tiny else LARGE
     common.forked(share, args)

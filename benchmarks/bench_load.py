@@ -1,8 +1,8 @@
-"""Loading on two ranks: fsdp.build, which streams each rank's rows in, against loading whole, then sharding.
+"""Loading on two ranks: fsdp.build, which reads only the rank's shard, against loading all, then sharding.
 
-Each run is in fresh processes, two ranks of one thread each; all parameters are fp32. Reported: the most
-anonymous memory of a rank above what it held before, its seconds, and as a result the sum of all parameters'
-magnitudes.
+Each run is in new processes, two ranks of one thread each; all parameters are fp32. Reported per rank: the
+peak of anonymous memory above the level before loading, the seconds, and, to compare the results, the sum of
+the absolute values of all parameters.
 
     python benchmarks/bench_load.py
 """
@@ -33,7 +33,7 @@ def theirs(setup):
 
 
 def measure(load, folder, args):
-    """On each rank. → the largest peak memory and seconds of a rank, and the result"""
+    """Runs on each rank. → the largest peak memory and seconds of a rank, and the result"""
     setup, models, start = common.prepare(sft, folder, args), [], time.perf_counter()
     peak = common.peak_memory(lambda: models.append(load(setup)))
     peaks, seconds = zip(*setup.world.gather((peak, time.perf_counter() - start)))

@@ -1,14 +1,14 @@
 """An iteration of PPO (16 prompts, 64 new tokens, one optimiser pass) against a loop of transformers models.
 
-Ours are ppo.py's own functions in its order: roll out, score, forward passes, advantages, gradients, clip,
-step. Theirs is what one writes with transformers: policy.generate(), then forward passes of whole rows
+Ours are the functions of ppo.py in its order: rollout, scores, forward passes, advantages, gradients, clip,
+step. Theirs is a plain loop with transformers: policy.generate(), then forward passes of full sequences
 through reward model, policy, reference and critic, then the update, with the same equations (imported from
-ppo.py). Policy and critic are trained, reference and reward model only read. transformers, too, makes logits
-at the answers' positions alone (logits_to_keep).
+ppo.py). Policy and critic are trained; reference and reward model are frozen. transformers, too, computes
+logits only at the answers' positions (logits_to_keep).
 
-Both sides take the likeliest token (--top_k 1, which changes nothing else), so that their answers are the
-same and their results can be compared: the value loss, and − log π a token before the update. Every answer
-counts as ended.
+Both sides take the most likely token (--top_k 1, which changes nothing else), so that the answers are equal
+and the results can be compared: the value loss, and −log π per token before the update. All answers count as
+ended.
 
     python benchmarks/bench_ppo.py
 """
@@ -33,7 +33,8 @@ def ours(setup):
 
     def step():
         with ppo.decoding(policy, options):
-            rollout = ppo.generate_rollout(policy, setup.batch, setup.examples, setup.processor, options, world, 1)
+            rollout = ppo.generate_rollout(
+                policy, setup.batch, setup.examples, setup.processor, options, world, 1)
         rollout.ended[:] = True
         rollout.score = judge.scores(rollout, setup.processor)
         ppo.postprocess_scores([rollout], torch.tensor([0.0, 1.0]), options)

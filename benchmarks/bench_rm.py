@@ -1,8 +1,8 @@
 """A step of the reward model on pairs of answers against transformers.
 
-Ours is rm.py's step: both answers in one row. Theirs is transformers' LLaVA without its vocabulary head and a
-linear layer in fp32 on the last token's state, the chosen and the rejected answer as two rows, with the same
-AdamW loop.
+Ours is rm.py's step, with both answers in one packed sequence. Theirs is transformers' LLaVA without its LM
+head, and an fp32 linear layer on the hidden state of the last token; chosen and rejected answer are two
+sequences. The AdamW loop is the same.
 
     python benchmarks/bench_rm.py
 """

@@ -1,7 +1,7 @@
 """A step of supervised fine-tuning against transformers, or against TRL.
 
 Ours is sft.py's step. Theirs is LlavaForConditionalGeneration with labels and the same AdamW loop, or with
---peer trl the SFTTrainer's own train(), to which a collator gives the very tensors that we take.
+--peer trl the SFTTrainer's own train(), whose collator returns our tensors.
 
     python benchmarks/bench_sft.py
     python benchmarks/bench_sft.py --vocab 128256

@@ -1,8 +1,8 @@
-"""What a run does with its data file before the first step: reading, checking and tokenising, in seconds by
-the clock and of all cores.
+"""What a run does with its data file before the first step: reading, checking and tokenising, in wall-clock
+and CPU seconds.
 
-Makes LLaVA-like records of five turns with varied text (spans of Python's own documentation) and few distinct
-images in a temporary folder; each measurement is in a fresh process, whose peak memory is printed.
+Writes LLaVA-like records of five turns with varied text (spans of Python's own documentation) and few
+distinct images in a temporary folder; the measurement runs in a new process, whose peak memory is printed.
 
     python benchmarks/bench_start.py --records 200000 --tokenizer FOLDER_OF_A_LLAMA_TOKENIZER
 """
@@ -44,7 +44,7 @@ def write_records(folder, n, turns=5):
 
 
 def measure(folder, tokenizer):
-    """In its own process: the calls of fsdp.read_examples, each timed."""
+    """Times each call of fsdp.read_examples, in a process of its own."""
     import data
     config = SimpleNamespace(image_token_index=-1, image_seq_length=576, text_config=SimpleNamespace(
         vocab_size=200_000), vision_config=SimpleNamespace(image_size=336, patch_size=14))
@@ -75,7 +75,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)  # of the records, in the process that is measured
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # with the records: runs the measurement
     args = parser.parse_args()
     if args.folder:
         return measure(args.folder, args.tokenizer)

@@ -1,18 +1,19 @@
-"""What the benchmarks share: a model of random weights, rows for it, the two sides' turns, and the report.
+"""Shared by the benchmarks: a model of random weights, records for it, the timing loop, and the report.
 
-Each script puts a step of this project ("ours") beside what one would use instead ("theirs"), in one process:
-theirs, ours, theirs, ours, … after a warm-up. Both start from the same checkpoint and see the same pixels and
-token ids; the vision tower is frozen, projector and LLaMA are trained (AdamW, fused, learning rate 1e-5,
-gradients clipped to norm 1). A step returns what it computed, losses or tokens; both sides' are printed.
+Each script times a step of this project ("ours") against the usual alternative ("theirs") in one process, in
+turns (theirs, ours, theirs, ours, …) after a warm-up. Both start from the same checkpoint and see the same
+pixels and token ids. The vision tower is frozen; projector and LLaMA are trained (fused AdamW, learning rate
+1e-5, gradients clipped to norm 1). A step returns its losses or tokens, and those of both sides are printed.
 
-bf16 is on each side what one would pick there. Ours: FSDP's mixed precision, with fp32 masters of what is
-trained and all else in bf16. Theirs: torch.autocast over fp32 weights where something is trained (TRL's
-bf16=True is the same), dtype=bfloat16 for models that are only read. Nobody recomputes activations; that TRL
-would by default is switched off, to its advantage in time.
+bf16 means the usual choice of each side. Ours: FSDP's mixed precision, with fp32 masters of trained
+parameters and bf16 for the rest. Theirs: torch.autocast over fp32 weights for trained models (as TRL's
+bf16=True does), dtype=bfloat16 for frozen models. Neither side recomputes activations; TRL's default of doing
+so is switched off, which makes TRL faster.
 
-All of it runs on the CPU, and reads memory from Linux's /proc.
+The benchmarks run on the CPU and read memory from Linux's /proc.
 
-Legend: B rows, A answers, T positions, S picture's side, I tokens an image, P of a prompt, n of an answer.
+Legend: B sequences, A answers, T positions, S side of an image in pixels, I tokens per image, P tokens of a
+prompt, n tokens of an answer.
 """
 import argparse
 import dataclasses
@@ -60,36 +61,36 @@ TINY = dict(batch=2, vocab=200, image=28, prompt=5, answer=6)
 
 
 def options(doc):
-    """→ a parser of the options that every benchmark has"""
+    """→ a parser with the options that all benchmarks have"""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rounds", type=int, default=5, help="timed steps of each side")
-    add("--batch", type=int, default=4, help="rows a step")
-    add("--vocab", type=int, default=32000, help="tokens of the vocabulary")
-    add("--image", type=int, default=336, help="picture's side in pixels, 14 a patch: 336 makes 576 tokens")
-    add("--prompt", type=int, default=48, help="tokens of a prompt, beside its picture's")
-    add("--answer", type=int, default=96, help="tokens of an answer")
-    add("--dtype", choices=["bf16", "fp32"], default="bf16", help="of computation")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a process")
-    add("--compile", action="store_true", help="our --compile (the peers stay as they are)")
-    add("--tiny", action="store_true", help="sizes for a test that it runs")
-    add("--profile", action="store_true", help="print where the time of our step goes, by torch.profiler")
+    add("--rounds", type=int, default=5, help="timed steps per side")
+    add("--batch", type=int, default=4, help="records per step")
+    add("--vocab", type=int, default=32000, help="size of the vocabulary in tokens")
+    add("--image", type=int, default=336, help="side of an image in pixels: 336 / 14 squared = 576 tokens")
+    add("--prompt", type=int, default=48, help="tokens per prompt, without its image")
+    add("--answer", type=int, default=96, help="tokens per answer")
+    add("--dtype", choices=["bf16", "fp32"], default="bf16", help="dtype of the computation")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads per process")
+    add("--compile", action="store_true", help="our --compile (theirs is unchanged)")
+    add("--tiny", action="store_true", help="tiny sizes, to test that the benchmark runs")
+    add("--profile", action="store_true", help="print a torch.profiler table of our step")
     return parser
 
 
 def parse(parser, **defaults):
-    """defaults: of a script that has others"""
+    """→ the parsed options; `defaults` replace those of `options`."""
     parser.set_defaults(**defaults)
     if parser.parse_args().tiny:
         parser.set_defaults(**TINY)
     return parser.parse_args()
 
 
-# ---- the model and its rows ----
+# ---- the model and its records ----
 
 def make_model(folder, args):
-    """A LLaVA of random weights as transformers saves it, with a tokenizer of one word a token, and a scalar
-    head beside it (score.safetensors, as rm.py leaves it)."""
+    """Writes a LLaVA of random weights as transformers saves it, with a tokenizer of one token per word, and
+    a scalar head (score.safetensors, as rm.py exports it)."""
     logging.disable_progress_bar()
     specials = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
     words = {word: i for i, word in enumerate(specials + [f"w{i}" for i in range(5, args.vocab)])}
@@ -117,17 +118,17 @@ def make_model(folder, args):
     head = torch.randn(1, llama["hidden_size"]) / llama["hidden_size"] ** 0.5
     save_file({"weight": head, "bias": torch.zeros(1)}, os.path.join(folder, fsdp.SCORE))
     shutil.copy(ROOT / "templates" / "vicuna.jinja", os.path.join(folder, "chat_template.jinja"))
-    picture = {"crop_size": {"height": args.image, "width": args.image},
+    image = {"crop_size": {"height": args.image, "width": args.image},
                "size": {"shortest_edge": args.image}, "image_processor_type": "CLIPImageProcessor"}
     about = {"processor_class": "LlavaProcessor", "patch_size": 14, "num_additional_image_tokens": 1,
              "vision_feature_select_strategy": "default", "image_token": "<image>"}
-    for name, content in (("preprocessor", picture), ("processor", about)):
+    for name, content in (("preprocessor", image), ("processor", about)):
         fsdp.write_json(os.path.join(folder, f"{name}_config.json"), content)
 
 
-def make_rows(folder, args, answers):
-    """args.batch Examples: <s>, a picture of noise and random words, then so many answers, each with its end
-    token."""
+def make_examples(folder, args, answers):
+    """→ args.batch data.Examples: <s>, an image of noise and random words, then `answers` answers, each with
+    its end token"""
     draw, rows = np.random.default_rng(0), []
     for i in range(args.batch):
         path = os.path.join(folder, f"{os.getpid()}-{i}.png")  # ranks share the folder
@@ -144,10 +145,10 @@ def make_rows(folder, args, answers):
 
 @dataclasses.dataclass
 class Setup:
-    """What both sides start from."""
+    """The start of both sides."""
     folder: str
-    args: argparse.Namespace  # the benchmark's
-    options: argparse.Namespace  # our script's
+    args: argparse.Namespace  # of the benchmark
+    options: argparse.Namespace  # of our script
     world: fsdp.World
     checkpoint: fsdp.Checkpoint
     examples: list
@@ -163,12 +164,12 @@ class Setup:
 
 @functools.cache
 def world():
-    """This process as a world of one, or as one of forked()'s ranks."""
+    """fsdp.World of this process: world size 1, or one of the ranks of forked()."""
     return fsdp.launch(argparse.Namespace(replicas=1, images=""))
 
 
 def prepare(script, folder, args, answers=1, more=()):
-    """→ Setup. script: our module, whose options (`more` of them given) are parsed as on its command line."""
+    """→ Setup. script: our module, whose options, with `more`, are parsed as from its command line."""
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -178,7 +179,7 @@ def prepare(script, folder, args, answers=1, more=()):
         *["--compile"] * args.compile, *more]
     options, sys.argv = script.parse_args(), argv
     checkpoint = fsdp.open_checkpoint(options, world())
-    examples = make_rows(folder, args, answers)
+    examples = make_examples(folder, args, answers)
     batch = data.collate(examples, checkpoint.processor)
     return Setup(folder, args, options, world(), checkpoint, examples, batch)
 
@@ -186,8 +187,8 @@ def prepare(script, folder, args, answers=1, more=()):
 # ---- the sides ----
 
 def build_ours(setup, trainable=TRAINED, score=False):
-    """→ our model, and the function that ends a step: clip, AdamW, release the gradients, as in the
-    scripts (which have no weight decay by default)."""
+    """→ our model, and a function that clips, steps AdamW and frees the gradients, as the scripts do (their
+    default has no weight decay)."""
     model = fsdp.build(setup.checkpoint, setup.options, setup.world, trainable, score)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
@@ -207,7 +208,7 @@ def build_theirs(setup, dtype=torch.float32):
 
 
 def their_update(*modules, eps=1e-8):
-    """The same end of a step for transformers' models."""
+    """The same function for transformers' models."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, eps=eps, fused=True)
 
@@ -219,7 +220,7 @@ def their_update(*modules, eps=1e-8):
 
 
 def their_head(setup):
-    """The scalar head that our checkpoint has, in fp32."""
+    """The scalar head of our checkpoint, in fp32."""
     tensors = fsdp.slices(os.path.join(setup.folder, fsdp.SCORE))
     head = torch.nn.Linear(tensors["weight"].get_shape()[1], 1)
     head.load_state_dict({name: rows[:] for name, rows in tensors.items()})
@@ -227,9 +228,9 @@ def their_head(setup):
 
 
 def their_rows(setup):
-    """Our rows as transformers takes them, an answer a row: the first answers of all prompts, then the second
-    … (without answers: the prompts) → input_ids, attention_mask [A, T], pixel_values [A, 3, S, S], and
-    completion_mask [A, T]: where the answer stands."""
+    """Our examples as transformers takes them, one sequence per answer: the first answers of all prompts,
+    then the second answers, … (without answers: the prompts). → {input_ids, attention_mask [A, T],
+    pixel_values [A, 3, S, S]}, and a mask of the answers' tokens [A, T]"""
     ids, mask = [], []
     for a in range(max(1, len(setup.examples[0].answers))):
         for example in setup.examples:
@@ -245,8 +246,8 @@ def their_rows(setup):
 # ---- cost ----
 
 def visible_pairs(batch):
-    """Of a Batch: its tokens, and its pairs of a query and a key that it sees: in a row of a prompt of P and
-    answers of n tokens P (P + 1) / 2 + Σ (n P + n (n + 1) / 2)."""
+    """→ the tokens of a Batch, and its pairs of a query and a visible key: per sequence, with a prompt of P
+    tokens and answers of n tokens, P (P + 1) / 2 + Σ (n P + n (n + 1) / 2)"""
     tokens = pairs = 0
     for branch in batch.branch:
         P, *answers = torch.bincount(branch[branch >= 0]).tolist()
@@ -256,15 +257,15 @@ def visible_pairs(batch):
 
 
 def forward_flops(config, images, tokens, pairs, read):
-    """Floating-point operations of a forward pass: two a multiply-add, matrix products alone.
+    """Floating-point operations of a forward pass: two per multiply-add, matrix products only.
 
     tower      images · (2 · 3 · patch² · D I + layers used · (2 (1 + I) (4 D² + 2 D · MLP) + 4 (1 + I)² D))
     language   projector: images · I · 2 (D E + E²), and in each layer
                tokens · 2 E (2 E + 2 E_kv + 3 MLP) + 4 · pairs · E
     head       read · 2 E V
 
-    D width of the tower, E of the LLaMA, E_kv of its keys; pairs: of a query and a key that it sees; read:
-    positions at which the vocabulary's logits are made. → {part: FLOPs}"""
+    D, E, E_kv: widths of the tower, of the LLaMA and of its keys; pairs: query and visible key; read: number
+    of positions with logits. → {"tower", "language", "head": FLOPs}"""
     vision, text = config.vision_config, config.text_config
     patches, D, E = (vision.image_size // vision.patch_size) ** 2, vision.hidden_size, text.hidden_size
     E_kv = E * text.num_key_value_heads // text.num_attention_heads
@@ -278,9 +279,9 @@ def forward_flops(config, images, tokens, pairs, read):
 
 
 def training_flops(setup, read=None, head=3):
-    """Of one training step on the setup's batch: the frozen tower once, all else three times (forward, and in
-    backward the gradients of inputs and of weights). The head's logits, which TokenLogProbs makes once more
-    in backward, are not counted as work: with head=4 they are. read: None for the batch's targets."""
+    """FLOPs of a training step on the setup's batch: the frozen tower once, the rest three times (forward,
+    then the gradients of inputs and of weights). TokenLogProbs computes the logits again in backward: head=3
+    leaves this out, head=4 counts it. read=None: the batch's targets."""
     tokens, pairs = visible_pairs(setup.batch)
     read = len(setup.batch.target) if read is None else read
     parts = forward_flops(setup.checkpoint.config, len(setup.batch.pixels), tokens, pairs, read)
@@ -288,7 +289,7 @@ def training_flops(setup, read=None, head=3):
 
 
 def matrix_peak(args):
-    """FLOP/s of the machine's own matrix product: the best of several, of three sizes."""
+    """FLOP/s of the fastest of several matrix products of three sizes on this machine."""
     best = 0.0
     for n in (64, 128, 256) if args.tiny else (512, 1024, 2048):
         a, b = (torch.randn(n, n).to(fsdp.DTYPES[args.dtype]) for _ in range(2))
@@ -302,14 +303,14 @@ def matrix_peak(args):
 # ---- memory ----
 
 def anonymous():
-    """This process's anonymous memory now, in bytes."""
+    """Anonymous memory of this process in bytes."""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
 
 
 def forked(function, *args, ranks=1):
-    """function(*args) in a process of its own, or in so many ranks. This one must not have computed anything
-    yet: torch's threads do not survive a fork. → what it returns (on rank 0)"""
+    """Runs function(*args) in a new process, or in `ranks` of them. → its result (on rank 0). This process
+    must not have computed anything yet, because torch's threads do not survive a fork."""
     context, pipes = multiprocessing.get_context("fork"), []
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -329,7 +330,7 @@ def forked(function, *args, ranks=1):
 
 
 def peak_memory(function):
-    """The most anonymous memory above the level before, while function() runs; in bytes."""
+    """→ the peak of anonymous memory while function() runs, above the level before it, in bytes"""
     start, seen, done = anonymous(), [0], threading.Event()
 
     def watch():
@@ -347,7 +348,7 @@ def peak_memory(function):
 
 
 def memory_of(side, script, folder, args, *how):
-    """Peak memory of one side alone, from nothing through two steps: weights, optimiser, activations."""
+    """→ peak memory of one side, from before loading through two steps: weights, optimiser, activations"""
     def two_steps():
         step = side(prepare(script, folder, args, *how))
         step()
@@ -359,8 +360,8 @@ def memory_of(side, script, folder, args, *how):
 # ---- the comparison ----
 
 def alternate(*steps, rounds):
-    """Steps in turn, A B A B …, after a warm-up. → for each its seconds and its results, the first rounds'
-    results too"""
+    """Runs the steps in turn, A B A B …, after a warm-up. → for each step its seconds, and its results
+    including those of the warm-up"""
     seconds, results = [[] for _ in steps], [[] for _ in steps]
     for round_ in range(WARM_UP + rounds):
         for step, times, values in zip(steps, seconds, results):
@@ -372,13 +373,13 @@ def alternate(*steps, rounds):
 
 
 def spread(values):
-    """Median, and from where to where."""
+    """Median (minimum – maximum)."""
     return f"{np.median(values):.3g} ({min(values):.3g} – {max(values):.3g})"
 
 
 def compare(title, args, script, ours, theirs, flops, answers=1, more=()):
-    """Times a step of ours against theirs and reports. ours, theirs: Setup → step function; flops: Setup →
-    those of our step; answers: of a row. → seconds of our steps and of theirs"""
+    """Times a step of ours against theirs and prints the report. ours, theirs: Setup → step function; flops:
+    Setup → FLOPs of our step; answers: answers per record. → seconds of our steps and of theirs"""
     with tempfile.TemporaryDirectory() as folder:
         forked(make_model, folder, args)
         memory = [forked(memory_of, side, script, folder, args, answers, more) for side in (ours, theirs)]
@@ -386,7 +387,7 @@ def compare(title, args, script, ours, theirs, flops, answers=1, more=()):
         step = ours(both)
         sides = alternate(theirs(both), step, rounds=args.rounds)[::-1]
         rate, peak = flops(both) / np.median(sides[0][0]), matrix_peak(args)
-    print(f"\n{title}: {args.dtype}, {args.threads} threads, {args.batch} rows, vocabulary {args.vocab}, "
+    print(f"\n{title}: {args.dtype}, {args.threads} threads, {args.batch} records, vocabulary {args.vocab}, "
           f"{args.rounds} rounds")
     for name, (seconds, results), held in zip(("ours", "theirs"), sides, memory):
         print(f"  {name:7} {spread(seconds)} s, peak memory {held / 1e6:.0f} MB, {shown(results)}")
@@ -394,15 +395,15 @@ def compare(title, args, script, ours, theirs, flops, answers=1, more=()):
     print(f"  ratio   {spread(ratios)}")
     print(f"  ours    {flops(both) / 1e9:.4g} GFLOP at {rate / 1e9:.4g} GFLOP/s, {rate / peak:.1%} of "
           f"the matrix product's {peak / 1e9:.4g}")
-    figures = {"title": title, "ratio": float(np.median(ratios)), "peak_share": rate / peak, "memory": memory,
+    metrics = {"title": title, "ratio": float(np.median(ratios)), "peak_share": rate / peak, "memory": memory,
                "difference": difference(*(results for _, results in sides)),
                "seconds": [seconds for seconds, _ in sides]}
-    if figures["difference"] is not None:
-        print(f"  results differ by at most {figures['difference']:.2g}")
+    if metrics["difference"] is not None:
+        print(f"  results differ by at most {metrics['difference']:.2g}")
     if args.profile:
         print_profile(step)
-    print(json.dumps(figures), flush=True)
-    return figures["seconds"]
+    print(json.dumps(metrics), flush=True)
+    return metrics["seconds"]
 
 
 def print_profile(step):
@@ -418,8 +419,8 @@ def shown(results):
 
 
 def difference(ours, theirs):
-    """Of losses the largest relative difference, of tokens the largest share of a step's that differs; None
-    where a step returns nothing."""
+    """→ the largest relative difference of losses, or the largest share of differing tokens in a step; None
+    if steps return nothing"""
     ours, theirs = np.array(ours), np.array(theirs)
     if not ours.size:
         return None

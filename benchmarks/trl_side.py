@@ -21,7 +21,7 @@ def sft(inputs_of):
 
 
 def dpo(inputs_of):
-    """The same of the DPOTrainer, which loads its reference model itself."""
+    """The same for the DPOTrainer, which loads its reference model itself."""
     def side(setup):
         config = DPOConfig(beta=setup.options.beta, **options(setup))
         return step_of(DPOTrainer, config, ("prompt", "chosen", "rejected"), setup, inputs_of(setup))
@@ -29,7 +29,7 @@ def dpo(inputs_of):
 
 
 def options(setup):
-    """Our optimiser and learning rate, no recomputation, a log a step."""
+    """Our optimiser and learning rate, no recomputed activations, one log per step."""
     return dict(
         output_dir=setup.folder, use_cpu=True, bf16=setup.args.dtype == "bf16",
         max_steps=common.WARM_UP + setup.args.rounds, per_device_train_batch_size=setup.args.batch,
@@ -39,8 +39,8 @@ def options(setup):
 
 
 def step_of(Trainer, config, columns, setup, inputs):
-    """A trainer's step on the same inputs each time, as a function. train() runs in a thread, which waits for
-    its turn; the data set's rows are empty, the collator has the batch."""
+    """→ a function that runs one step of a trainer, always on the same inputs. train() runs in a thread that
+    waits before each step; the data set is empty records, and the collator returns the inputs."""
     go, done = queue.Queue(), queue.Queue()
 
     class Turns(TrainerCallback):

@@ -1,8 +1,8 @@
-"""Settings of a checkpoint: each that changes results is done as transformers does it, or refused by name.
+"""Settings of a checkpoint: each one that changes results equals transformers, or is refused by name.
 
-Each key of transformers' configurations and image processors stands in one of three lists: done, with cases
-that equal transformers; refused; without effect. One that is in none fails a test, so that a new release of
-transformers shows what is new.
+Each key of transformers' configurations and image processors is in one of three lists: implemented (with
+cases that must equal transformers), refused, or without effect. A key in none of them fails a test, so that
+new settings in a new release of transformers are noticed.
 """
 import dataclasses
 import json
@@ -28,7 +28,7 @@ import fsdp
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
-DONE = {  # key: values that are not the default; logits are those of transformers
+IMPLEMENTED = {  # key: values other than the default, whose logits must equal those of transformers
     "text_config": {
         "hidden_size": [48], "intermediate_size": [20], "num_hidden_layers": [3], "num_attention_heads": [2],
         "num_key_value_heads": [1, None], "head_dim": [12], "hidden_act": ["gelu", "relu"],
@@ -42,12 +42,12 @@ DONE = {  # key: values that are not the default; logits are those of transforme
         "vision_feature_layer": [-1, 1, [-2]], "vision_feature_select_strategy": ["full"],
         "projector_hidden_act": ["relu"], "multimodal_projector_bias": [False],
         "tie_word_embeddings": [True]}}
-REFUSED = {  # key: (value, what is said)
+REFUSED = {  # key: (value, error message)
     "text_config": {"attention_dropout": (0.1, "got attention_dropout 0.1")},
     "vision_config": {"attention_dropout": (0.1, "got attention_dropout 0.1"),
                       "num_channels": (1, "got num_channels 1")},
     "llava": {"vision_feature_layer": ([-2, -1], r"got vision_feature_layer \[-2, -1\], need one layer")}}
-MORE_REFUSED = {  # keys that no configuration class names
+MORE_REFUSED = {  # keys that are in no configuration class
     "text_config": {
         "model_type": ("gemma", "got a gemma and a clip_vision_model"),
         "quantization_config": ({"quant_method": "gptq"}, "got quantization_config"),
@@ -66,12 +66,12 @@ NO_EFFECT = {
     "_name_or_path", "architectures", "transformers_version", "model_type", "dtype", "id2label", "label2id",
     "problem_type", "return_dict", "output_attentions", "output_hidden_states", "use_cache",
     "is_encoder_decoder", "chunk_size_feed_forward", "projection_dim",
-    # how new weights are drawn; parts of checkpoints that hold all weights
+    # initialisation of new weights, of which a full checkpoint has none
     "initializer_range", "initializer_factor",
-    # ids that the tokenizer, the template and generation_config.json say
+    # ids that come from the tokenizer, the template and generation_config.json
     "bos_token_id", "eos_token_id", "pad_token_id", "image_token_index",
     "image_seq_length",  # computed from image_size and patch_size
-    "max_position_embeddings", "pretraining_tp",  # transformers' LLaMA reads neither, but for RoPE's scaling
+    "max_position_embeddings", "pretraining_tp",  # read by transformers' LLaMA only for RoPE scaling
     "text_config", "vision_config",
     # windows: test_windows
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
@@ -80,14 +80,14 @@ CLASSES = {"text_config": (hf.LlamaConfig, hf.MistralConfig, hf.Qwen2Config),
 
 
 def test_every_setting_of_a_configuration_is_known():
-    for part, classes in CLASSES.items():
-        known = NO_EFFECT | DONE[part].keys() | REFUSED[part].keys()
-        for one in classes:
-            assert not (one().to_dict().keys() | one.__annotations__.keys()) - known, one
+    for section, classes in CLASSES.items():
+        known = NO_EFFECT | IMPLEMENTED[section].keys() | REFUSED[section].keys()
+        for config in classes:
+            assert not (config().to_dict().keys() | config.__annotations__.keys()) - known, config
 
 
 def checkpoint(folder, changes=None, kind=hf.LlamaConfig):
-    """A LLaVA checkpoint folder with changes {part: {key: value}} of its configuration. → transformers'
+    """Writes a LLaVA checkpoint with changes {section: {key: value}} of its configuration. → transformers'
     model with the same weights"""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, changes = tiny.make_tokenizer(folder), changes or {}
@@ -108,14 +108,14 @@ def checkpoint(folder, changes=None, kind=hf.LlamaConfig):
 
 
 def edit(path, **changes):
-    """Sets keys of a JSON file; None removes one."""
+    """Sets keys of a JSON file; the value None removes a key."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def assert_parity(folder, peer, place, world, words=None):
-    """Our logits are those of transformers (the first `words` of a vocabulary that we grow); so are those of
-    our export."""
+    """Our logits equal those of transformers, and those of transformers on our export. words: the size of the
+    vocabulary before we add tokens, which the first comparison is restricted to."""
     model, processor = load(options(model=str(folder)), world)
     batch = batch_of(processor, place / "images")
     ours = our_logits(model, batch)
@@ -125,33 +125,34 @@ def assert_parity(folder, peer, place, world, words=None):
     assert_close(ours, their_logits(tiny.reload(folder / "out"), batch))
 
 
-@pytest.mark.parametrize("part, key, value", [
-    (part, key, value) for part, keys in DONE.items() for key, values in keys.items() for value in values])
-def test_settings_that_are_done(part, key, value, place, world, tmp_path):
-    peer = checkpoint(tmp_path / "model", {part: {key: value}})
+@pytest.mark.parametrize("section, key, value", [
+    (section, key, value) for section, keys in IMPLEMENTED.items() for key, values in keys.items()
+    for value in values])
+def test_implemented_settings_equal_transformers(section, key, value, place, world, tmp_path):
+    peer = checkpoint(tmp_path / "model", {section: {key: value}})
     assert_parity(tmp_path / "model", peer, place, world)
 
 
-@pytest.mark.parametrize("part, key, value, said", [
-    (part, key, *case) for table in (REFUSED, MORE_REFUSED) for part, keys in table.items()
+@pytest.mark.parametrize("section, key, value, message", [
+    (section, key, *case) for table in (REFUSED, MORE_REFUSED) for section, keys in table.items()
     for key, case in keys.items()])
-def test_settings_that_are_refused(part, key, value, said, place, world, tmp_path):
-    """By name, before any data is read."""
+def test_other_settings_are_refused(section, key, value, message, place, world, tmp_path):
+    """By name in one line, before any weight or data is read."""
     shutil.copytree(place / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (config if part == "llava" else config[part])[key] = value
+    (config if section == "llava" else config[section])[key] = value
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(fsdp.UserError, match=said) as error:
+    with pytest.raises(fsdp.UserError, match=message) as error:
         fsdp.open_checkpoint(options(model=str(tmp_path / "model")), world)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-WINDOWS = {  # a language model's kind and settings, and what is said, or None
+WINDOWS = {  # configuration class and settings of a language model, and the error message or None
     "mistral": (hf.MistralConfig, {"sliding_window": None}, None),
     "mistral, biases of a LLaMA": (
         hf.MistralConfig, {"sliding_window": None, "attention_bias": True, "mlp_bias": True}, None),
     "mistral, window": (hf.MistralConfig, {"sliding_window": 8}, "got sliding_window 8"),
-    "mistral, layer types": (hf.MistralConfig, {  # which its class does not read
+    "mistral, layer types": (hf.MistralConfig, {  # not read by this class
         "sliding_window": 8, "layer_types": ["full_attention"] * 2}, "got sliding_window 8"),
     "mistral, default": (hf.MistralConfig, {}, "got sliding_window 4096"),
     "qwen2": (hf.Qwen2Config, {}, None),
@@ -164,7 +165,7 @@ WINDOWS = {  # a language model's kind and settings, and what is said, or None
 
 @pytest.mark.parametrize("case", WINDOWS)
 def test_windows(case, place, world, tmp_path):
-    """Mistral and Qwen2 are LLaMA with other biases, where no layer has a sliding window."""
+    """Without a sliding window Mistral and Qwen2 equal LLaMA up to biases; with one they are refused."""
     kind, changes, said = WINDOWS[case]
     peer = checkpoint(tmp_path / "model", {"text_config": changes}, kind)
     if said is None:
@@ -173,8 +174,8 @@ def test_windows(case, place, world, tmp_path):
         fsdp.open_checkpoint(options(model=str(tmp_path / "model")), world)
 
 
-# of an original LLaVA's config.json
-ORIGINAL_DONE = {  # (the same in transformers' configuration, what is written)
+# the config.json of an original LLaVA
+ORIGINAL_IMPLEMENTED = {  # (changes of transformers' configuration, the same in this config.json)
     "rope llama3": ({"text_config": {"rope_parameters": LLAMA3}},
                     {"rope_parameters": None, "rope_scaling": LLAMA3, "rope_theta": 100.0}),
     "rope linear": ({"text_config": {"rope_parameters": LINEAR}},
@@ -186,7 +187,7 @@ ORIGINAL_DONE = {  # (the same in transformers' configuration, what is written)
     "llava_llama": ({}, {"model_type": "llava_llama"}),
     "no effect": ({}, {"mm_use_im_patch_token": True, "mm_projector_lr": 2e-5, "mm_patch_merge_type": "flat",
                        "image_crop_resolution": 224, "tokenizer_model_max_length": 2048,
-                       "sliding_window": 8}),  # no LLaMA reads it
+                       "sliding_window": 8}),  # not read by a LLaMA
     "biased": ({"text_config": {"attention_bias": True}}, {})}
 ORIGINAL_REFUSED = {
     "mm_use_im_start_end": True, "mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres",
@@ -195,9 +196,9 @@ ORIGINAL_REFUSED = {
     "mm_hidden_size": 25, "model_type": "llava_mpt", "mm_vision_select_layer": [-2, -1]}
 
 
-@pytest.mark.parametrize("case", ORIGINAL_DONE)
-def test_settings_of_an_original_llava_that_are_done(case, place, world, tmp_path):
-    changes, written = ORIGINAL_DONE[case]
+@pytest.mark.parametrize("case", ORIGINAL_IMPLEMENTED)
+def test_implemented_settings_of_an_original_llava(case, place, world, tmp_path):
+    changes, written = ORIGINAL_IMPLEMENTED[case]
     peer = checkpoint(tmp_path / "peer", changes)
     _, folder = original(tmp_path, tiny.make_tokenizer(tmp_path), "safetensors", peer=peer)
     edit(folder / "config.json", **written)
@@ -211,7 +212,7 @@ def test_an_original_llava_on_another_language_model(kind, place, world, tmp_pat
     _, folder = original(tmp_path, tiny.make_tokenizer(tmp_path), "safetensors", peer=peer)
     edit(folder / "config.json", model_type=kind)
     if kind == "llava_mistral":
-        with pytest.raises(fsdp.UserError, match="got sliding_window 4096"):  # as its class has it by default
+        with pytest.raises(fsdp.UserError, match="got sliding_window 4096"):  # the default of MistralConfig
             fsdp.open_checkpoint(options(model=str(folder)), world)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
@@ -219,7 +220,7 @@ def test_an_original_llava_on_another_language_model(kind, place, world, tmp_pat
 
 
 @pytest.mark.parametrize("key", ORIGINAL_REFUSED)
-def test_settings_of_an_original_llava_that_are_refused(key, world, tmp_path):
+def test_other_settings_of_an_original_llava_are_refused(key, world, tmp_path):
     _, folder = original(tmp_path, tiny.make_tokenizer(tmp_path), "safetensors")
     edit(folder / "config.json", **{key: ORIGINAL_REFUSED[key]})
     said = {"model_type": "kind 'llava_mpt'", "mm_vision_select_layer": "vision_feature_layer"}.get(key, key)
@@ -227,8 +228,8 @@ def test_settings_of_an_original_llava_that_are_refused(key, world, tmp_path):
         fsdp.open_checkpoint(options(model=str(folder)), world)
 
 
-def test_the_tower_of_an_original_llava_is_named(world, tmp_path):
-    """By the setting that asks for it, not as if the user had."""
+def test_a_missing_tower_of_an_original_llava_names_the_setting(world, tmp_path):
+    """The error names mm_vision_tower, since the user gave no such option."""
     _, folder = original(tmp_path, tiny.make_tokenizer(tmp_path), "safetensors")
     edit(folder / "config.json", mm_vision_tower="/gone/clip")
     with pytest.raises(fsdp.UserError, match="config.json: mm_vision_tower: got '/gone/clip'.*--clip gives"):
@@ -238,7 +239,7 @@ def test_the_tower_of_an_original_llava_is_named(world, tmp_path):
 @pytest.mark.parametrize("changes, said", [
     ({"model_type": "siglip_vision_model"}, "got model_type 'siglip_vision_model', need clip"),
     ({"num_channels": 1}, "got num_channels 1"), ({"quantization_config": {}}, "got quantization_config")])
-def test_settings_of_a_tower_that_are_refused(changes, said, world, tmp_path):
+def test_settings_of_a_tower_are_refused(changes, said, world, tmp_path):
     _, folder = original(tmp_path, tiny.make_tokenizer(tmp_path), "safetensors")
     edit(tmp_path / "clip" / "config.json", **changes)
     with pytest.raises(fsdp.UserError, match=f"{tmp_path}/clip/config.json: {said}"):
