@@ -1,9 +1,9 @@
 """A step of direct preference optimisation on pairs against TRL.
 
-Ours is dpo.py's step, and with it a forward pass of the batch without gradients: the reference's, which
-every row has once. (It is run with the policy as it is by then, for its cost; the loss takes the
-log-probabilities that the policy had before its first step.) Theirs is the DPOTrainer's own train() with the
-reference model that it loads itself; a collator gives it the very tensors that we take.
+Ours is the step of dpo.py, preceded by a forward pass of the batch without gradients: dpo.py needs one such
+reference pass per record. (Every step repeats the pass, for its cost, with the current policy; the loss uses
+the log-probabilities that the policy had before its first step.) Theirs is train() of TRL's DPOTrainer with
+the reference model that it loads itself; a collator gives it the same tensors.
 
     python benchmarks/bench_dpo.py                      # pip install -r benchmarks/requirements.txt
 """
@@ -16,15 +16,16 @@ import fsdp
 
 def ours(setup):
     model, update = common.build_ours(setup)
-    batch, rows, known = setup.batch, range(len(setup.examples)), {}
+    batch, count, reference = setup.batch, len(setup.examples), []
+    tokens = dpo.chosen_tokens(setup.examples)
 
     def step():
         with torch.no_grad():
-            _, logprob, _ = dpo.sequence_logprobs(model, batch, model.vision_tower(batch.pixels))
+            _, logps = dpo.sequence_logprobs(model, batch)
         fsdp.reshard(model)
-        known.setdefault("reference", dict(zip(rows, logprob.view(len(rows), -1).tolist())))
-        losses, _, _ = dpo.forward(model, batch, rows, known["reference"], setup.world, setup.options)
-        loss = losses / len(rows)
+        if not reference:
+            reference.extend({"logps": record} for record in logps.view(count, -1).tolist())
+        loss, _ = dpo.forward(model, batch, reference, count, tokens, setup.options)
         loss.backward()
         update()
         return [loss.item()]
@@ -40,7 +41,7 @@ def flops(setup, head=3):
 
 
 def masked(setup):
-    """What the DPOTrainer takes: the chosen answers' rows, then the rejected ones'."""
+    """Inputs of the DPOTrainer: the sequences of the chosen answers, then those of the rejected answers."""
     inputs, mask = common.their_rows(setup)
     return {**inputs, "completion_mask": mask}
 

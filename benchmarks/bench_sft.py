@@ -1,7 +1,7 @@
 """A step of supervised fine-tuning against transformers, or against TRL.
 
-Ours is sft.py's step. Theirs is LlavaForConditionalGeneration with labels and the same AdamW loop, or with
---peer trl the SFTTrainer's own train(), to which a collator gives the very tensors that we take.
+Ours is the step of sft.py. Theirs is LlavaForConditionalGeneration with labels and the same AdamW loop, or
+with --peer trl train() of TRL's SFTTrainer, to which a collator gives the same tensors.
 
     python benchmarks/bench_sft.py
     python benchmarks/bench_sft.py --vocab 128256
@@ -26,7 +26,7 @@ def ours(setup):
 
 
 def labelled(setup):
-    """What transformers' models take; labels are −100 where nothing is predicted."""
+    """Inputs of a transformers model; labels are −100 at tokens that are not targets."""
     inputs, mask = common.their_rows(setup)
     return {**inputs, "labels": inputs["input_ids"].masked_fill(mask == 0, -100)}
 

@@ -75,7 +75,7 @@ def test_greedy_answers_are_transformers(place, predict, oracle):
         assert line["prompt"].startswith("<s>A chat between") and line["prompt"].endswith("ASSISTANT:")
     assert len({line["answer"] for line in found}) > 3  # it learned to look at what is asked
     right = sum(line["answer"] == line["label"] for line in found)
-    assert 0 < right and f"10 rows, 0 too long, 0 cut, exact match {right / 10:.4f} of 10" in done.out
+    assert 0 < right and f"10 records, 0 too long, 0 cut, exact match {right / 10:.4f} of 10" in done.out
 
 
 def test_samples_do_not_depend_on_the_batch(predict):
@@ -140,7 +140,7 @@ def test_a_row_without_room_has_no_answer(predict, place):
     done, text = predict("--max_len", 150, data="long.json")
     answers = [line["answer"] for line in lines(text)]
     assert answers[1] is None and answers[0] is not None and answers[2] is not None
-    assert "3 rows, 1 too long" in done.out and " of 3" in done.out
+    assert "3 records, 1 too long" in done.out and " of 3" in done.out
     scored = lines(predict("--max_len", 150, "--score", data="long.json")[1])
     assert [line["answers"] is None for line in scored] == [False, True, False]
 
@@ -161,7 +161,7 @@ def test_a_records_other_fields_come_along(predict, place, tmp_path):
     assert [line["label"] for line in found] == [first[0]["answer"], "never said", 5, first[3]["label"]]
     assert found[3]["score"] is None and found[3]["text"] == "?" and "NaN" not in text
     right = (1 + (first[3]["answer"] == first[3]["label"])) / 2
-    assert f"4 rows, 0 too long, 0 cut, exact match {right:.4f} of 2" in done.out
+    assert f"4 records, 0 too long, 0 cut, exact match {right:.4f} of 2" in done.out
     assert lines(predict("--score", data="rows.json")[1])[0].keys() == {"id", "image", "prompt", "answers"}
     argv = ["--model", place / "model", "--data", place / "more.json", "--images", place / "images", "--out",
             tmp_path / "out.jsonl", "--max_new_tokens", 20, "--micro_batch", 4]
@@ -218,7 +218,7 @@ def test_answers_are_written_as_they_are_done(place, predict, tmp_path):
         assert done.code == 0 and out.read_bytes() == text
         labelled = [json.loads(line) for line in text.splitlines()]
         right = sum(line["answer"] == line["label"] for line in labelled) / len(labelled)
-        assert f"10 rows, 0 too long, 0 cut, exact match {right:.4f} of 10" in done.out
+        assert f"10 records, 0 too long, 0 cut, exact match {right:.4f} of 10" in done.out
 
 
 DAMAGE = {  # of the lines that are there: how many of them stay
@@ -395,9 +395,9 @@ def test_rows_that_do_not_fit_the_reward_model(place, predict):
     found = {name: predict(*BEST, "--max_len", longest + 1, "--reward_model", place / name)
              for name in ("reward", "more words")}
     all_, some = (lines(found[name][1]) for name in ("reward", "more words"))
-    assert "10 rows, 0 too long" in found["reward"][0].out and all(line["answers"] for line in all_)
+    assert "10 records, 0 too long" in found["reward"][0].out and all(line["answers"] for line in all_)
     left = [line["answers"] is not None for line in some]
-    assert 0 < sum(left) < 10 and f"10 rows, {10 - sum(left)} too long" in found["more words"][0].out
+    assert 0 < sum(left) < 10 and f"10 records, {10 - sum(left)} too long" in found["more words"][0].out
     for line, full in zip(some, all_, strict=True):
         if line["answers"]:
             assert [a["text"] for a in line["answers"]] == [a["text"] for a in full["answers"]]

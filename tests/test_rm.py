@@ -155,10 +155,11 @@ def test_large_scores_are_safe(sign):
     assert not scores.grad[~kept].any()
 
 
-def test_pairwise_by_hand():
+def test_ranking_metrics_by_hand():
     """(3, 1, 2): two of three pairs are right, margin 3 − 1.5. (1, 1): a tie is half. (0, 4): wrong, −4.
     (2, 2, 1, 0): five right and a tie of six."""
-    accuracy, margin = rm.pairwise(*ranked([3.0, 1.0, 2.0], [1.0, 1.0], [0.0, 4.0], [2.0, 2.0, 1.0, 0.0]))
+    scores = ranked([3.0, 1.0, 2.0], [1.0, 1.0], [0.0, 4.0], [2.0, 2.0, 1.0, 0.0])
+    accuracy, margin = rm.ranking_metrics(*scores)
     assert accuracy.tolist() == pytest.approx([2 / 3, 1 / 2, 0, 5.5 / 6])
     assert margin.tolist() == pytest.approx([1.5, 0, -4, 1])
 
@@ -170,14 +171,15 @@ def test_no_rows():
     loss = rm.rm_loss(grid, kept, torch.tensor([]), 0.5)
     loss.backward()
     assert loss == 0 and scores.grad.shape == (0,)
-    assert [figure.sum() for figure in rm.pairwise(grid, kept)] == [0, 0]
+    assert [figure.sum() for figure in rm.ranking_metrics(grid, kept)] == [0, 0]
 
 
 def test_nothing_to_predict_reaches_every_parameter(place, world):
     """The same of a whole model: gradients of exactly zero, which the other ranks' are added to."""
     model, processor = build(place / "model", world, ["multi_modal_projector.", "score.weight"])
     batch = data.collate([], processor)
-    rm.rm_loss(*data.pad_by_sequence(scores_of(model, batch), batch.sequence), torch.tensor([]), 0.1).backward()
+    scores = data.pad_by_sequence(scores_of(model, batch), batch.sequence)
+    rm.rm_loss(*scores, torch.tensor([]), 0.1).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 5 and all(not p.grad.full_tensor().any() for p in trained)
 
@@ -288,7 +290,7 @@ def test_training_rewards_average_0(place, run, world):
     assert abs(scores.mean()) <= 1e-5 < 0.1 < scores.std()
     assert abs(torch.cat(row_scores(model, examples, processor)).mean()) > 1e-3
     bias = float(trained["score.bias"])
-    assert bias != 0 and f"training rewards averaged {-bias:.4f}; the bias brings them to 0" in printed
+    assert bias != 0 and f"the mean training reward was {-bias:.4f}; the new bias makes it 0" in printed
 
 
 def test_held_out_figures(place, run, world):
@@ -367,7 +369,7 @@ def test_a_user_trains_a_reward_model(place, tmp_path):
     lines = tiny.log(out)
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert lines[-1]["loss"] < 0.3 * lines[0]["loss"] and lines[-1]["eval_accuracy"] > 0.95
-    assert "20/20" in done.out and f"wrote {out}" in done.out and "the bias brings them to 0" in done.out
+    assert "20/20" in done.out and f"wrote {out}" in done.out and "the new bias makes it 0" in done.out
     assert "Traceback" not in done.err and "Warning" not in done.err
     done = fork("rm", *argv, "--model", out, "--out", tmp_path / "again", "--max_steps", 1, "--lr", 0,
                 "--workers", 0)

@@ -69,7 +69,7 @@ def test_a_user_fine_tunes(ranks, place, tmp_path):
     assert [line["step"] for line in lines if "eval_loss" in line] == [15, 30]
     assert lines[0]["lr"] == pytest.approx(1e-2 / 4)
     assert max(line["lr"] for line in lines) == pytest.approx(1e-2)
-    assert done.out.count("    row 0: ") == 2 and "(given: 'a red circle')" in done.out
+    assert done.out.count("    row 0: ") == 2 and "(label: 'a red circle')" in done.out
     assert f"wrote {out}" in done.out and "30/30" in done.out
     assert "Traceback" not in done.err and "Warning" not in done.err
     done = fork("sft", *files(place), "--model", out, "--out", tmp_path / "again", "--max_steps", 1,
