@@ -153,7 +153,7 @@ def read_reference(path, splits):
         reference = data.read_json(*os.path.split(path))
         unchanged = reference.pop("sha256") == sha256(reference)
         counts = {split: [len(record["logps"]) for record in reference[split]] for split in splits}
-    except (UserError, KeyError, TypeError):
+    except (UserError, AttributeError, KeyError, TypeError):
         unchanged = False
     if not unchanged or counts != {
             split: [len(example.answers) for example in steps.examples] for split, steps in splits.items()}:

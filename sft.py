@@ -1,9 +1,9 @@
 r"""Supervised fine-tuning (SFT) of a vision-LLM, and LLaVA's pre-training of the projector (--train projector
 --template plain).
 
-    loss = − 1/N Σ log p(token | image, preceding tokens)
+    loss = − 1/n Σ log p(token | image, preceding tokens)
 
-The sum is over the N supervised tokens of the step, in all records on all ranks: the text of the gpt turns
+The sum is over the n supervised tokens of the step, in all records on all ranks: the text of the gpt turns
 and the token that ends each turn. LLaVA-1.5, arXiv:2310.03744, section 3.4. Departures from the paper:
 - The loss is a mean over all tokens of the step, not a mean of micro-batch means.
 - Step k uses the same records on any number of ranks.
@@ -12,7 +12,7 @@ and the token that ends each turn. LLaVA-1.5, arXiv:2310.03744, section 3.4. Dep
     torchrun --nproc_per_node=8 sft.py --model llava-hf/llava-1.5-7b-hf --data sft.json --images images \
         --out out
 
-Legend: N target tokens.
+Legend: N target tokens of a micro-batch.
 """
 import argparse
 import dataclasses

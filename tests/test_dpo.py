@@ -1,7 +1,7 @@
-"""dpo.py: its equations by hand, its reference, a shared prompt against separate rows, runs as a user starts
-them, and what it keeps in memory.
+"""dpo.py: equations by hand, the reference, a shared prompt against separate sequences, runs as a user starts
+them, and peak memory.
 
-Everything is fp32 on the CPU unless a test says otherwise. Legend: A answers, B rows, K answers of a row.
+All is fp32 on the CPU unless a test says otherwise. Legend: A answers, B records, K answers per record.
 """
 import functools
 import itertools
@@ -25,13 +25,13 @@ import fsdp
 ORACLES = Path(__file__).resolve().parents[2] / "shared/oracles.json"
 
 
-def files(place, rows="pairs.json"):
-    return ["--model", place / "model", "--data", place / rows, "--images", place / "images", "--workers", 0]
+def files(place, name="pairs.json"):
+    return ["--model", place / "model", "--data", place / name, "--images", place / "images", "--workers", 0]
 
 
-def prepared(place, world, *argv, rows="ranked.json", trainable=()):
-    """→ a model, its processor, and the examples of a file of rows"""
-    args = tiny.arguments("dpo", *files(place, rows), *argv)
+def prepared(place, world, *argv, records="ranked.json", trainable=()):
+    """→ model, processor, and the examples of a data file"""
+    args = tiny.arguments("dpo", *files(place, records), *argv)
     checkpoint = fsdp.open_checkpoint(args, world)
     examples = fsdp.read_examples(args.data, "ranked", checkpoint.processor, args, world)
     return fsdp.build(checkpoint, args, world, trainable), checkpoint.processor, examples
@@ -252,39 +252,39 @@ def test_robust_is_unbiased():
     torch.testing.assert_close(0.9 * true + 0.1 * flipped, pair_loss(logps, reference, 0.3))
 
 
-# ---- one row, or a row an answer ----
+# ---- one packed sequence, or one sequence per answer ----
 
 def gathered_gradients(model):
-    found = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters() if p.grad is not None}
+    named = model.named_parameters()
+    gradients = {name: p.grad.full_tensor().clone() for name, p in named if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
-def loss_of_separate_rows(model, processor, examples, reference, beta, tokens):
-    """The loss of a step with every answer in a row of its own, from its definition: Eq. 20 and sft_coef
-    0.5."""
+def loss_of_separate_sequences(model, processor, examples, reference, beta, tokens):
+    """The loss of a step with one sequence per answer, from its definition: Eq. 20 with sft_coef 0.5."""
     loss = 0.0
-    for example, given in zip(examples, reference):
+    for example, ref_logps in zip(examples, reference):
         logratio = []
-        for k, (answer, kept) in enumerate(zip(example.answers, example.token_masks)):
-            one = data.Example(0, "", example.prompt, [answer], [kept], example.images)
+        for k, (answer, token_mask) in enumerate(zip(example.answers, example.token_masks)):
+            one = data.Example(0, "", example.prompt, [answer], [token_mask], example.images)
             batch = data.collate([one], processor)
             assert batch.causal_prefix == batch.ids.shape[1]
             logprob = model(batch, model.vision_tower(batch.pixels))
-            logratio.append(beta * (logprob.sum() - given[k]))
+            logratio.append(beta * (logprob.sum() - ref_logps[k]))
             loss = loss - 0.5 * logprob.sum() / tokens if k == 0 else loss
         for k in range(len(logratio)):
             loss = loss - (logratio[k] - torch.stack(logratio[k:]).logsumexp(0)) / len(examples)
     return loss
 
 
-@pytest.mark.parametrize("rows", [[0], [2], [3], [2, 3, 0, 4, 6]], ids=str)
-def test_a_shared_prompt_is_separate_rows(rows, place, world):
-    """Two, three and five answers of unequal lengths, two pictures, padding, activations recomputed: loss
-    and every gradient are those of a row an answer. Each distinct picture passes the tower once."""
+@pytest.mark.parametrize("records", [[0], [2], [3], [2, 3, 0, 4, 6]], ids=str)
+def test_a_shared_prompt_equals_separate_sequences(records, place, world):
+    """Two, three and five answers of unequal lengths, two images, padding, activations recomputed: the loss
+    and all gradients equal those of one sequence per answer. Each distinct image passes the tower once."""
     model, processor, examples = prepared(place, world, trainable=[
         "vision_tower.", "multi_modal_projector.", "language_model."])
-    examples = [examples[i] for i in rows]
+    examples = [examples[i] for i in records]
     draw = np.random.default_rng(0)
     reference = [(-40 * draw.random(len(example.answers))).tolist() for example in examples]
     tokens = dpo.chosen_tokens(examples)
@@ -300,7 +300,7 @@ def test_a_shared_prompt_is_separate_rows(rows, place, world):
     assert seen == [max(1, len({path for example in examples for path in example.images}))]
 
     model.set_recompute(False)
-    expected = loss_of_separate_rows(model, processor, examples, reference, 0.05, tokens)
+    expected = loss_of_separate_sequences(model, processor, examples, reference, 0.05, tokens)
     expected.backward()
     separate = gathered_gradients(model)
     assert len(seen) == 1 + sum(len(example.answers) for example in examples)
@@ -335,10 +335,10 @@ def test_a_user_prefers(place, tmp_path):
     assert one["logps/chosen"] == pytest.approx(last["eval_logps/chosen"], rel=1e-4)
 
 
-def test_step_one_of_ranked_rows(place, world, tmp_path):
+def test_step_one_of_ranked_records(place, world, tmp_path):
     """Rows of two, three and five answers: the mean of log K!, no margin; to the last bit, for the
     reference's batches are those of the first epoch, in bf16 as well."""
-    sizes = [len(row["conversations"][-1]["value"]) for row in RANKED]
+    sizes = [len(record["conversations"][-1]["value"]) for record in RANKED]
     for dtype in ("fp32", "bf16"):
         inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / dtype, "--batch_size", 3,
                "--micro_batch", 2, "--epochs", 1, "--lr", 0, "--dtype", dtype)
@@ -346,13 +346,14 @@ def test_step_one_of_ranked_rows(place, world, tmp_path):
         assert len(lines) == 3
         losses = sum(line["loss"] * n for line, n in zip(lines, (3, 3, 1)))
         assert losses == pytest.approx(sum(math.log(math.factorial(K)) for K in sizes), rel=1e-6)
-        assert all(line[f"rewards/{of}"] == 0 for line in lines for of in ("chosen", "rejected", "margins"))
+        assert all(line[f"rewards/{name}"] == 0
+                   for line in lines for name in ("chosen", "rejected", "margins"))
 
 
 def test_the_sft_term_is_sfts_loss(place, world, tmp_path):
-    """loss/sft of step 1 is the loss of sft.py on the best answers; with a vanishing beta the whole gradient
+    """loss/sft of step 1 is the loss of sft.py on the best answers; with a vanishing beta the full gradient
     is, too."""
-    single = [row for row in PAIRS if len(row["conversations"]) == 2]  # sft.py also learns earlier turns
+    single = [pair for pair in PAIRS if len(pair["conversations"]) == 2]  # sft.py also learns earlier turns
     tiny.write_rows(tmp_path / "pairs.json", single)
     tiny.write_rows(tmp_path / "best.json", tiny.best(single, 1))
     step = ["--batch_size", 6, "--micro_batch", 2, "--max_steps", 2, "--lr", "1e-3"]
@@ -365,7 +366,7 @@ def test_the_sft_term_is_sfts_loss(place, world, tmp_path):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
-def test_evaluation_is_a_mean_over_rows(place, world, tmp_path):
+def test_evaluation_is_a_mean_over_records(place, world, tmp_path):
     """Seven held-out records in batches of three, the last of one record, have the metrics of one training
     step of seven: the same loss, with its SFT term."""
     step = ["--ref_model", place / "other", "--lr", 0, "--max_steps", 1, "--sft_coef", 0.5]
@@ -389,8 +390,8 @@ ONE_STEP = ["--max_steps", 1, "--batch_size", 3, "--micro_batch", 2]
 
 
 def test_the_file_is_a_resident_reference(place, world, tmp_path):
-    """Its values are those of a second model in memory, on the same batches; and, each answer alone,
-    transformers'."""
+    """Its values are those of a second model in memory, on the same batches; and those of
+    transformers, one answer per sequence."""
     inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / "out", *ONE_STEP, "--eval_data",
            place / "pairs.json")
     model, processor, examples = prepared(place, world)
@@ -404,13 +405,13 @@ def test_the_file_is_a_resident_reference(place, world, tmp_path):
             assert values == pytest.approx(resident.tolist(), rel=1e-6)
     peer = tiny.hf.LlavaForConditionalGeneration.from_pretrained(place / "model").eval()
     for example, *values in zip(examples, saved["training"], saved["held_out"], strict=True):
-        pictures = [processor.pixels(path) for path in example.images]
-        pictures = {"pixel_values": torch.stack(pictures)} if pictures else {}
+        images = [processor.pixels(path) for path in example.images]
+        images = {"pixel_values": torch.stack(images)} if images else {}
         expected = []
         for answer in example.answers:
             ids = torch.from_numpy(np.concatenate([processor.expand(example.prompt), answer])).long()
             with torch.no_grad():
-                logp = peer(input_ids=ids[None], **pictures).logits[0].log_softmax(-1)
+                logp = peer(input_ids=ids[None], **images).logits[0].log_softmax(-1)
             expected.append(sum(float(logp[i - 1, ids[i]]) for i in range(len(ids) - len(answer), len(ids))))
         assert values[0]["logps"] == pytest.approx(expected, rel=1e-5)
         assert values[1]["logps"] == pytest.approx(expected[:2], rel=1e-5)
@@ -431,7 +432,7 @@ def test_another_reference_model(place, world, tmp_path):
     assert tiny.log(tmp_path / "self") == tiny.log(tmp_path / "plain")
 
 
-def test_overwrite_makes_the_reference_anew(place, world, tmp_path):
+def test_overwrite_recomputes_the_reference(place, world, tmp_path):
     """The default file belongs to the run: --overwrite with other data or another model is no stale file."""
     out = tmp_path / "out"
     inside("dpo", *files(place), "--out", out, *ONE_STEP)
@@ -468,7 +469,7 @@ def test_a_changed_reference_is_refused(damage, place, world, tmp_path):
 @tiny.compiles
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_runs_log_the_same(ranks, place, tmp_path):
-    """--compile beside FSDP, with --recompute, rows of several lengths and the reference's pass without
+    """--compile beside FSDP, with --recompute, records of several lengths and the reference pass without
     gradients: five steps' losses and gradient norms are those of a plain run."""
     traces = []
     for more in ([], ["--compile", "--recompute"]):
@@ -484,7 +485,7 @@ def test_compiled_runs_log_the_same(ranks, place, tmp_path):
 # ---- memory ----
 
 def measure(folder):
-    """Writes the peak of a forward and backward pass over 4 rows of 200 targets."""
+    """Writes the peak of a forward and backward pass over 4 sequences of 200 targets."""
     args = tiny.arguments("dpo", "--model", folder, "--data", "none", "--sft_coef", 1)
     world = fsdp.launch(args)
     checkpoint = fsdp.open_checkpoint(args, world)
