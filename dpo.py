@@ -1,18 +1,21 @@
-r"""Direct preference optimisation: a vision-LLM learns from ranked answers, without a reward model.
+r"""Direct preference optimisation (DPO): a vision-LLM learns from ranked answers without a reward model.
 
-    loss = mean over rows of  − log σ(β h) + c · SFT      h = log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)
+    loss = mean over records of  − log σ(β h)  +  c · SFT loss of the chosen answers
 
-DPO, arXiv:2305.18290, Eq. 7; more than two ranked answers: Eq. 20. SFT is − log π a token of the best answers
-(--sft_coef; after arXiv:2404.19733, Eq. 1). The reference π_ref is the policy before its first step, or
---ref_model; its log-probabilities are computed in one pass before training, so no second model stays in
-memory. Departures from the paper: AdamW with a cosine, not RMSprop; the SFT term's mean is over all tokens of
-the step.
+    h = (log π(y_w) − log π_ref(y_w)) − (log π(y_l) − log π_ref(y_l))        y_w chosen, y_l rejected
 
-    python dpo.py                                       # on the shapes world
-    torchrun --nproc_per_node=8 dpo.py --model runs/sft-7b --data pairs.json --images pictures --sft_coef 1 \
+DPO, arXiv:2305.18290, Eq. 7; for more than two ranked answers Eq. 20. The SFT loss is − log π per token of
+the chosen answers (--sft_coef is c; after arXiv:2404.19733, Eq. 1). The reference π_ref is the policy before
+its first step, or --ref_model. Departures from the paper:
+- The reference's log-probabilities are computed once, before training, and no second model stays in memory.
+- The optimiser is AdamW with a cosine schedule; the paper uses RMSprop.
+- The SFT loss is a mean over all chosen tokens of the step.
+
+    python dpo.py                                       # on the shapes data set
+    torchrun --nproc_per_node=8 dpo.py --model runs/sft-7b --data pairs.json --images images --sft_coef 1 \
         --out out
 
-Legend: N targets, A answers of a micro-batch, B rows with answers, K most answers of a row.
+Legend: N target tokens, A answers of a micro-batch, B records, K most answers per record.
 """
 import argparse
 import hashlib
@@ -28,171 +31,76 @@ from data import UserError
 from model import plackett_luce
 
 
-def dpo_loss(logratio, kept, beta, loss="sigmoid", label_smoothing=0.0):
-    """Each row's loss [B]. logratio [B, K]: log π − log π_ref of its answers, best first, in nats an answer
-    (or a token: the length-normalised losses); kept [B, K]: which answers there are."""
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid",
+             label_smoothing=0.0):
+    """Loss of each pair [B], from the log-probabilities [B] of its chosen and its rejected answer under the
+    policy and the reference: in nats per answer, or per token with --length_norm."""
+    h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # [B]
     if loss == "sigmoid" and not label_smoothing:
-        return plackett_luce(beta * logratio, kept)  # Eq. 20, arXiv:2305.18290; for two answers Eq. 7
-    h = logratio[:, :1].sum(-1) - logratio[:, 1:].sum(-1)  # of two answers; a batch of padding has K = 0
-    right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
-    if loss == "sigmoid":  # conservative: labels flipped with probability ε, ericmitchell.ai/cdpo.pdf
-        return (1 - label_smoothing) * right + label_smoothing * wrong
-    if loss == "robust":  # the same, unbiased: Eq. 12, arXiv:2403.00409
-        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+        return -F.logsigmoid(beta * h)  # DPO, Eq. 7, arXiv:2305.18290
     if loss == "hinge":  # SLiC, Eq. 1, arXiv:2305.10425, with the margin of arXiv:2309.06657
         return torch.relu(1 - beta * h)
-    return (h - 1 / (2 * beta)).square()  # IPO, Eq. 17, arXiv:2310.12036
+    if loss == "ipo":  # IPO, Eq. 17, arXiv:2310.12036
+        return (h - 1 / (2 * beta)).square()
+    label_correct, label_flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+    expected = (1 - label_smoothing) * label_correct
+    if loss == "robust":  # unbiased if labels are flipped with this probability: Eq. 12, arXiv:2403.00409
+        return (expected - label_smoothing * label_flipped) / (1 - 2 * label_smoothing)
+    return expected + label_smoothing * label_flipped  # conservative DPO, ericmitchell.ai/cdpo.pdf
 
 
-def sequence_logprobs(model, batch, features):
-    """→ log-probability of every target [N], summed over each answer [A], and the answers' lengths [A]."""
-    logprob = model(batch, features)
-    total = logprob.new_zeros(len(batch.last_token)).index_add(0, batch.answer, logprob)
-    return logprob, total, torch.bincount(batch.answer, minlength=len(batch.last_token))
-
-
-METRICS = ("loss/dpo", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-           "logps/chosen", "logps/rejected", "logratio/chosen", "logratio/rejected")
-
-
-@torch.no_grad()
-def dpo_metrics(loss, policy, reference, kept, length, beta):
-    """The METRICS, summed over rows [9]. `chosen` is the best answer, `rejected` the mean of the others;
-    rewards are β (log π − log π_ref), a tie is half an accuracy, logratio is log π − log π_ref per token on
-    the given answers: not the KL of π's own samples, and negative where they lost. All [B, K] but loss
-    [B]."""
-    reward = beta * (policy - reference)
-
-    def both(values):
-        return values[:, :1].sum(-1), (values * kept)[:, 1:].sum(-1) / (kept.sum(-1) - 1)
-    pairs = torch.ones(kept.shape[1], kept.shape[1]).triu(1).to(kept) & kept[:, None, :]  # [B, better, worse]
-    right = (torch.sign(reward[:, :, None] - reward[:, None, :]) + 1) / 2
-    accuracy = (right * pairs).sum((1, 2)) / pairs.sum((1, 2))
-    chosen, rejected = both(reward)
-    logratio = (policy - reference) / length.clamp(min=1)
-    each = [loss, chosen, rejected, accuracy, chosen - rejected, *both(policy), *both(logratio)]
-    return torch.stack([values.sum() for values in each])
-
-
-# ---- the reference ----
-
-@torch.no_grad()
-def reference_pass(model, steps, world, args):
-    """→ {example: the reference's log-probability of each of its answers}, on every rank. Batches are those
-    of the first epoch, so that the policy's first step meets the same numbers."""
-    found = {}
-    batches = data.loader(steps, 0, len(steps), args.workers)
-    for step, micro_batches in enumerate(data.progress(batches, "reference: steps")):
-        for rows, batch in zip(steps.groups(step), micro_batches):
-            batch = batch.to(world.device)
-            _, logprob, _ = sequence_logprobs(model, batch, model.vision_tower(batch.pixels))
-            counts = [len(steps.examples[i].answers) for i in rows]
-            found.update(zip(rows, (part.tolist() for part in logprob.split(counts))))
-    fsdp.reshard(model)
-    return {i: logprob for part in world.gather(found) for i, logprob in part.items()}
-
-
-def open_ref_model(processor, args, world):
-    """--ref_model, which has to read the policy's batches."""
-    other = fsdp.open_second_model("ref_model", processor, args, world)
-    if other.processor.pictures != processor.pictures:
-        raise UserError(f"got --ref_model {args.ref_model}, which sees pictures in another size or mode "
-                        "than the policy: both read the same batches")
-    return fsdp.build(other, args, world)
-
-
-def make_reference(model, training, held_out, args, world):
-    """→ {"training", "held_out"}: the reference's log-probabilities, a list per record with one per answer. A
-    run that is continued finds them in OUT/reference.json."""
-    path = os.path.join(args.out, "reference.json")
-    if world.on_rank0(os.path.isfile, path):
-        return world.on_rank0(read_reference, path, training, held_out)
-    found = [reference_pass(model, steps, world, args) for steps in (training, held_out)]
-    training, held_out = ([logprobs[i] for i in range(len(logprobs))] for logprobs in found)
-    made = {"training": training, "held_out": held_out, "sha256": reference_digest(training, held_out)}
-    world.on_rank0(fsdp.write_json, path, made)
-    return made
-
-
-def reference_digest(training, held_out):
-    return hashlib.sha256(json.dumps([training, held_out]).encode()).hexdigest()
-
-
-def read_reference(path, training, held_out):
-    """What make_reference left. UserError where it was changed, or is of other answers."""
-    try:
-        saved = data.read_json(*os.path.split(path))
-        found = [[len(answers) for answers in saved[name]] for name in ("training", "held_out")]
-        right = saved["sha256"] == reference_digest(saved["training"], saved["held_out"])
-    except (UserError, KeyError, TypeError):
-        right = False
-    if not right or found != [[len(e.answers) for e in steps.examples] for steps in (training, held_out)]:
-        raise UserError(f"{path} was changed since the run began: remove it, and --resume computes it again")
-    return saved
-
-
-# ---- the loop ----
-
-def forward(model, batch, rows, reference, world, args):
-    """A micro-batch's DPO losses summed over rows, its best answers' log-probability summed over their
-    tokens, and its METRICS."""
-    batch = batch.to(world.device)
-    features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
-    logprob, policy, length = sequence_logprobs(model, batch, features)  # [N], [A], [A]
-    given = policy.new_tensor([value for i in rows for value in reference[i]])  # [A]
-    (policy, kept), (given, _), (length, _) = (data.pad_by_sequence(v, batch.sequence) for v in (policy, given, length))
-    logratio = policy - given  # [B, K]
-    if args.length_norm:  # a token, not an answer: length-normalised DPO of Tülu 3, arXiv:2411.15124
-        logratio = logratio / length.clamp(min=1)
-    losses = dpo_loss(logratio, kept, args.beta, args.loss, args.label_smoothing)  # [B]
-    best = batch.sequence.diff(prepend=batch.sequence.new_tensor([-1])) > 0  # [A]: the first answer of its row
-    figures = dpo_metrics(losses, policy, given, kept, length, args.beta)
-    return losses.sum(), logprob[best[batch.answer]].sum(), figures
-
-
-def best_tokens(rows, examples):
-    """Supervised tokens of the best answers of a micro-batch."""
-    return sum(int(examples[i].token_masks[0].sum()) for i in rows)
+def listwise_dpo_loss(policy_logps, ref_logps, answer_mask, beta):
+    """Loss of each record's ranking [B] (Plackett-Luce, Eq. 20, arXiv:2305.18290); for two answers it equals
+    dpo_loss. Log-probabilities [B, K], best answer first; answer_mask [B, K] is False for padding."""
+    return plackett_luce(beta * (policy_logps - ref_logps), answer_mask)
 
 
 @torch.no_grad()
-def evaluate(model, steps, reference, world, args, stop):
-    """The loss and the METRICS over all held-out rows, means over rows; {} where SIGTERM cuts it short."""
-    sums, tokens = torch.zeros(1 + len(METRICS), device=world.device), 0
-    batches = data.loader(steps, 0, len(steps), args.workers)
-    for step, micro_batches in enumerate(stop.until(batches, world)):
-        for rows, batch in zip(steps.groups(step), micro_batches):
-            _, best, figures = forward(model, batch, rows, reference, world, args)
-            sums += torch.cat([-best[None], figures])
-            tokens += best_tokens(rows, steps.examples)
-    fsdp.reshard(model)
-    if stop.asked(world):
-        return {}
-    sft_loss, *sums, tokens = world.sum(*sums, tokens)
-    figures = {name: value / len(steps.examples) for name, value in zip(METRICS, sums)}
-    return {f"eval_{name}": value for name, value in with_loss(figures, sft_loss / tokens, args).items()}
+def dpo_metrics(losses, rewards, policy_logps, logratio, answer_mask):
+    """→ {name: sum over records}. losses [B]; the other arguments [B, K], best answer first.
 
+    rewards are beta · (log π − log π_ref), policy_logps log π in nats per answer, and logratio is
+    log π − log π_ref in nats per token. `chosen` is the best answer, `rejected` the mean of the others."""
+    def chosen(values):
+        return values[:, :1].sum(-1)  # [B]; a slice because K = 0 in a micro-batch of padding
 
-def with_loss(figures, sft_loss, args):
-    """The METRICS, and what is minimised: loss = loss/dpo + c · loss/sft."""
-    return {"loss": figures["loss/dpo"] + args.sft_coef * sft_loss, "loss/sft": sft_loss, **figures}
+    def rejected(values):
+        return (values * answer_mask)[:, 1:].sum(-1) / (answer_mask.sum(-1) - 1)  # [B]
+
+    difference = rewards[:, :, None] - rewards[:, None, :]  # [B, K, K]: better answer, worse answer
+    pairs = torch.ones_like(difference, dtype=torch.bool).triu(1) & answer_mask[:, None, :]
+    correct = (torch.sign(difference) + 1) / 2 * pairs  # a tie counts 1/2
+    metrics = {
+        "loss/dpo": losses,
+        "rewards/chosen": chosen(rewards),
+        "rewards/rejected": rejected(rewards),
+        "rewards/accuracies": correct.sum((1, 2)) / pairs.sum((1, 2)),
+        "rewards/margins": chosen(rewards) - rejected(rewards),
+        "logps/chosen": chosen(policy_logps),
+        "logps/rejected": rejected(policy_logps),
+        "logratio/chosen": chosen(logratio),
+        "logratio/rejected": rejected(logratio),
+    }
+    return {name: values.sum() for name, values in metrics.items()}
 
 
 def parse_args():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     fsdp.arguments(parser)
     parser.set_defaults(lr=5e-7)
     add = parser.add_argument_group("direct preference optimisation").add_argument
-    add("--train", help="any of projector,llm,vision (default: projector,llm; with --lora_rank llm)")
-    add("--projector_lr", type=float, help="its own peak rate (default: --lr, or a tenth of LoRA's default)")
-    add("--beta", type=float, default=0.1, help="how strongly the policy is held to the reference")
+    add("--train", help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
+    add("--projector_lr", type=float, help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
+    add("--beta", type=float, default=0.1, help="strength of the penalty for leaving the reference, per nat")
     add("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid",
         help="sigmoid: DPO; hinge: SLiC; robust: for labels that may be flipped (equations: dpo_loss)")
-    add("--label_smoothing", type=float, default=0.0, help="share of flipped labels: sigmoid, robust")
-    add("--length_norm", action="store_true", help="log-ratios a token, not an answer (not in rewards/*)")
-    add("--sft_coef", type=float, default=0.0, help="weight of the best answers' own loss, as sft.py's")
-    add("--ref_model", help="a reference other than the policy before its first step")
+    add("--label_smoothing", type=float, default=0.0,
+        help="fraction of labels assumed to be flipped, for --loss sigmoid or robust")
+    add("--length_norm", action="store_true",
+        help="use log-ratios in nats per token in the loss, not per answer (rewards/* stay per answer)")
+    add("--sft_coef", type=float, default=0.0, help="weight of the SFT loss of the chosen answers")
+    add("--ref_model", help="checkpoint of the reference (default: the policy before its first step)")
     args = fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=3e-4,
         warmup=10, adam_beta2=0.98, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
@@ -207,6 +115,127 @@ def parse_args():
     return args
 
 
+# ---- the reference: {split: [{"logps": [log-probability of each answer, in nats]} for each record]} ----
+
+def get_reference(model, splits, world, args):
+    """splits: {"training": Steps, "held_out": Steps}. A resumed run reads OUT/reference.json."""
+    path = os.path.join(args.out, "reference.json")
+    if world.on_rank0(os.path.isfile, path):
+        return world.on_rank0(read_reference, path, splits)
+    reference = {split: reference_pass(model, steps, world, args) for split, steps in splits.items()}
+    world.on_rank0(fsdp.write_json, path, {**reference, "sha256": sha256(reference)})
+    return reference
+
+
+@torch.no_grad()
+def reference_pass(model, steps, world, args):
+    """The reference's log-probabilities of every record, on every rank. Its batches are those of the first
+    epoch, so that the policy's first step computes exactly the same numbers."""
+    results = {}
+    batches = data.loader(steps, 0, len(steps), args.workers)
+    for step, micro_batches in enumerate(data.progress(batches, "reference: steps")):
+        for indices, batch in zip(steps.groups(step), micro_batches):
+            _, logps = sequence_logprobs(model, batch.to(world.device))  # [A]
+            counts = [len(steps.examples[i].answers) for i in indices]
+            results |= {i: {"logps": answers.tolist()} for i, answers in zip(indices, logps.split(counts))}
+    fsdp.reshard(model)
+    all_results = {i: record for results in world.gather(results) for i, record in results.items()}
+    return [all_results[i] for i in range(len(all_results))]
+
+
+def sha256(reference):
+    return hashlib.sha256(json.dumps(reference).encode()).hexdigest()
+
+
+def read_reference(path, splits):
+    """The file that get_reference wrote. UserError if it was changed or belongs to other records."""
+    try:
+        reference = data.read_json(*os.path.split(path))
+        unchanged = reference.pop("sha256") == sha256(reference)
+        counts = {split: [len(record["logps"]) for record in reference[split]] for split in splits}
+    except (UserError, AttributeError, KeyError, TypeError):
+        unchanged = False
+    if not unchanged or counts != {
+            split: [len(example.answers) for example in steps.examples] for split, steps in splits.items()}:
+        raise UserError(f"{path} was changed since the run began: remove it, and --resume computes it again")
+    return reference
+
+
+def open_ref_model(processor, args, world):
+    """--ref_model, which must accept the policy's batches."""
+    checkpoint = fsdp.open_second_model("ref_model", processor, args, world)
+    if checkpoint.processor.pictures != processor.pictures:
+        raise UserError(f"got --ref_model {args.ref_model}, need the policy's image size and mode: "
+                        "both models use the same batches")
+    return fsdp.build(checkpoint, args, world)
+
+
+# ---- one micro-batch, one evaluation ----
+
+def sequence_logprobs(model, batch):
+    """Log-probability of each target token [N] and of each answer [A], in nats."""
+    features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
+    token_logps = model(batch, features)  # [N]
+    return token_logps, token_logps.new_zeros(len(batch.last_token)).index_add(0, batch.answer, token_logps)
+
+
+def chosen_tokens(examples):
+    """Number of supervised tokens in the chosen answers."""
+    return sum(int(example.token_masks[0].sum()) for example in examples)
+
+
+def forward(model, batch, reference, count, tokens, args):
+    """→ a micro-batch's term of the step's loss (a scalar), and its terms of the metrics {name: scalar}.
+
+    reference: one {"logps": [...]} per record. count: records of the step, and tokens: supervised tokens of
+    their chosen answers, both over all micro-batches and ranks."""
+    token_logps, policy_logps = sequence_logprobs(model, batch)  # [N], [A]
+    is_chosen = batch.sequence.diff(prepend=batch.sequence.new_tensor([-1])) > 0  # [A]: first of its record
+    sft_loss = -token_logps[is_chosen[batch.answer]].sum() / tokens
+
+    ref_logps = policy_logps.new_tensor([logp for record in reference for logp in record["logps"]])  # [A]
+    length = torch.bincount(batch.answer, minlength=len(batch.last_token))  # [A], in tokens
+    policy_logps, answer_mask = data.pad_by_sequence(policy_logps, batch.sequence)  # [B, K] each
+    ref_logps, _ = data.pad_by_sequence(ref_logps, batch.sequence)
+    length = data.pad_by_sequence(length, batch.sequence)[0].clamp(min=1)
+
+    unit = length if args.length_norm else 1  # per token: length-normalised DPO of Tülu 3, arXiv:2411.15124
+    policy, ref = policy_logps / unit, ref_logps / unit
+    if policy.shape[1] == 2:
+        losses = dpo_loss(policy[:, 0], policy[:, 1], ref[:, 0], ref[:, 1], args.beta, args.loss,
+                          args.label_smoothing)  # [B]
+    else:  # some record has more than two answers; or K = 0, a micro-batch of padding
+        losses = listwise_dpo_loss(policy, ref, answer_mask, args.beta)  # [B]
+    loss = losses.sum() / count + args.sft_coef * sft_loss
+
+    logratio = (policy_logps - ref_logps).detach()
+    metrics = dpo_metrics(losses, args.beta * logratio, policy_logps, logratio / length, answer_mask)
+    return loss, {"loss": loss.detach(), "loss/sft": sft_loss.detach(),
+                  **{name: total / count for name, total in metrics.items()}}
+
+
+def sum_metrics(micro_batches, world):
+    """A list of {name: scalar} → {name: sum over the list and over ranks}."""
+    totals = {name: sum(metrics[name] for metrics in micro_batches) for name in micro_batches[0]}
+    return dict(zip(totals, world.sum(*totals.values())))
+
+
+@torch.no_grad()
+def evaluate(model, steps, reference, world, args, stop):
+    """{"eval_" + name: mean over the held-out records}; {} if SIGTERM interrupts it."""
+    count, tokens, micro_metrics = len(steps.examples), chosen_tokens(steps.examples), []
+    batches = data.loader(steps, 0, len(steps), args.workers)
+    for step, micro_batches in enumerate(stop.until(batches, world)):
+        for indices, batch in zip(steps.groups(step), micro_batches):
+            ref_logps = [reference[i] for i in indices]
+            _, metrics = forward(model, batch.to(world.device), ref_logps, count, tokens, args)
+            micro_metrics.append(metrics)
+    fsdp.reshard(model)
+    if stop.asked(world):
+        return {}
+    return {f"eval_{name}": value for name, value in sum_metrics(micro_metrics, world).items()}
+
+
 def main():
     # check
     args = parse_args()
@@ -215,7 +244,7 @@ def main():
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
     train = args.train.split(",")
     if not set(train) <= set(parts):
-        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, comma-joined")
+        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, joined by commas")
     if args.projector_lr is not None and "projector" not in train:
         raise UserError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
 
@@ -227,7 +256,7 @@ def main():
     for example in examples + held_out:
         if len(example.answers) > 2 and (args.loss != "sigmoid" or args.label_smoothing):
             raise UserError(f"{example.name}: got {len(example.answers)} answers, "
-                             "need two; only --loss sigmoid without --label_smoothing ranks more")
+                             "need two; only --loss sigmoid without --label_smoothing accepts more")
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                        args.seed, by_length=args.group_by_length == "yes")
     eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
@@ -237,7 +266,7 @@ def main():
     # model and optimiser
     model = fsdp.build(checkpoint, args, world, trainable=[parts[part] for part in train])
     model.set_recompute(args.recompute)
-    groups = {}  # weight decay on matrices only; the projector has its own rate
+    groups = {}  # weight decay for matrices only; the projector may have its own learning rate
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own_rate = args.projector_lr is not None and name.startswith(parts["projector"])
@@ -248,15 +277,17 @@ def main():
                                    for (lr, decay), params in groups.items()],
                                   betas=(0.9, args.adam_beta2), fused=True)
     parameters = [parameter for params in groups.values() for parameter in params]
-    ref_model = open_ref_model(processor, args, world) if args.ref_model else model  # before its first step
+    ref_model = open_ref_model(processor, args, world) if args.ref_model else model
     fsdp.begin_run(args, world, checkpoint)
-    reference = make_reference(ref_model, steps, eval_steps, args, world)
+    reference = get_reference(ref_model, {"training": steps, "held_out": eval_steps}, world, args)
     del ref_model  # no second model stays in memory
     done = fsdp.load_checkpoint(args, world, model, optimizer)
-    log = fsdp.Log(args, world, total, done, shown=("loss", "lr", "grad_norm", *METRICS[3:5], "eval_loss"))
+    log = fsdp.Log(args, world, total, done, shown=(
+        "loss", "lr", "grad_norm", "rewards/accuracies", "rewards/margins", "eval_loss"))
     stop = fsdp.Stop()
-    log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters")
-    if held_out and log.owes_evaluation():  # of the last step done: SIGTERM cut it short
+    log.say(f"{len(examples)} records, {total} steps, "
+            f"{sum(p.numel() for p in parameters):,} trained parameters")
+    if held_out and log.owes_evaluation():  # SIGTERM interrupted the last evaluation
         log.add_evaluation(evaluate(model, eval_steps, reference["held_out"], world, args, stop))
         if stop.asked(world):
             return fsdp.STOPPED
@@ -266,36 +297,36 @@ def main():
         factor = fsdp.schedule(step - 1, total, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
-        rows_of = steps.groups(step - 1)  # of each micro-batch, as indices of examples
-        count, tokens, columns = world.sum(
-            sum(map(len, rows_of)), sum(best_tokens(rows, examples) for rows in rows_of),
+        micro_indices = steps.groups(step - 1)  # indices of the records, per micro-batch
+        records = [examples[i] for indices in micro_indices for i in indices]
+        count, answer_tokens, tokens = world.sum(
+            len(records), chosen_tokens(records),
             sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
-        sums = torch.zeros(1 + len(METRICS), device=world.device)
-        for rows, batch in zip(rows_of, micro_batches):
-            losses, best, figures = forward(model, batch, rows, reference["training"], world, args)
-            sft_loss = -best / tokens
-            (losses / count + args.sft_coef * sft_loss).backward()
-            sums += torch.cat([sft_loss.detach()[None], figures / count])
-        sft_loss, *figures = world.sum(*sums)
-        figures = with_loss(dict(zip(METRICS, figures)), sft_loss, args)
+        micro_metrics = []
+        for indices, batch in zip(micro_indices, micro_batches):
+            ref_logps = [reference["training"][i] for i in indices]
+            loss, metrics = forward(model, batch.to(world.device), ref_logps, count, answer_tokens, args)
+            loss.backward()
+            micro_metrics.append(metrics)
+        metrics = sum_metrics(micro_metrics, world)
         grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
-        fsdp.check_finite(args, step, loss=figures["loss"], grad_norm=grad_norm)
+        fsdp.check_finite(args, step, loss=metrics["loss"], grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        figures |= {"lr": factor * args.lr, "grad_norm": grad_norm}
+        metrics |= {"lr": factor * args.lr, "grad_norm": grad_norm}
         seconds = log.seconds()
 
         ended = step == total
         if held_out and (ended or args.eval_every and step % args.eval_every == 0):
-            figures |= evaluate(
-                model, eval_steps, reference["held_out"], world, args, stop) or fsdp.EVAL_DUE
-        log.step(step, columns, seconds, **figures)
+            evaluation = evaluate(model, eval_steps, reference["held_out"], world, args, stop)
+            metrics |= evaluation or fsdp.EVAL_DUE
+        log.step(step, tokens, seconds, **metrics)
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:
             fsdp.save_checkpoint(args, world, step, model, optimizer)
         log.seconds()
         if stopped:
-            log.say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
+            log.say(f"stopped by SIGTERM after step {step}; --resume continues from there")
             return fsdp.STOPPED
     fsdp.export(model, processor, args, world)
     log.say(f"wrote {args.out}")

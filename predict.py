@@ -1,22 +1,24 @@
-r"""Answers of a vision-LLM to the rows of a data file, in their order, as JSON lines.
+r"""Answers of a vision-LLM to the records of a data file, as JSON lines in the same order.
 
-    python predict.py                                   # greedy, the shapes world's test set
-    python predict.py --num_samples 8                   # eight samples a row
-    python predict.py --num_samples 8 --reward_model runs/rm        # the best of eight
-    python predict.py --score                           # log-probability of the rows' own answers
-    torchrun --nproc_per_node=8 predict.py --model out --data rows.json --images pictures \
+    python predict.py                                   # greedy, test records of the shapes data set
+    python predict.py --num_samples 8                   # eight samples per record
+    python predict.py --num_samples 8 --reward_model runs/rm        # best of eight
+    python predict.py --score                           # log-probability of the records' own answers
+    torchrun --nproc_per_node=8 predict.py --model out --data test.json --images images \
         --out answers.jsonl
 
-Each line is {"id", "image", "prompt", "answer", "label"?} and the record's other fields (question_id,
-category, …; not an own `answer`), whose `label` replaces the one from the final gpt turn; with --num_samples
-K also "answers": [{"text", "logprob", "reward"?}], "answer" being the best rewarded; with --score no answer
-but "answers": [{"text", "logprob", "tokens", "reward"?}]. A log-probability is the sum over the answer's
-tokens, its end token included, in nats at temperature 1. A row whose prompt does not fit --max_len has the
-answer null. Lines are written as they are done; --resume continues where they end, with the options and
-inputs that OUT.args.json names.
+Each line holds {"id", "image", "prompt", "answer", "label"?} and the record's other fields, such as
+question_id and category (but not a field `answer`). `label` is the record's own field of that name, or else
+its last gpt turn. --num_samples K adds "answers": [{"text", "logprob", "reward"?}], and `answer` is the one
+with the highest reward. --score writes no `answer` but "answers": [{"text", "logprob", "tokens", "reward"?}].
+`logprob` is the sum over the answer's tokens, including the end token, in nats at temperature 1. `answer` is
+null if the prompt does not fit in --max_len.
 
-Best of n: the prompt passes the policy once for its K samples, and the reward model once with all of them in
-one row (README: rows). A sample that --max_new_tokens cuts is rewarded as it stands.
+Lines are written batch by batch. --resume continues after the last complete line, and needs the options and
+inputs that are recorded in OUT.args.json.
+
+Best of n: the policy processes the prompt once for all n samples, and so does the reward model, which reads
+them in one packed sequence. A sample that reaches --max_new_tokens is rewarded without an end token.
 
 Legend: A answers of a batch, N their tokens.
 """
@@ -26,7 +28,6 @@ import dataclasses
 import json
 import math
 import os
-import time
 
 import numpy as np
 import torch
@@ -37,64 +38,91 @@ from model import generate, keyed_uniforms
 
 
 def score(model, batch, features, processor, examples):
-    """Log-probability and length of the rows' own answers, by teacher forcing. → answers of each example"""
-    logprob = model(batch, features)  # [N]
-    total = logprob.new_zeros(len(batch.last_token)).index_add(0, batch.answer, logprob).tolist()
-    tokens = torch.bincount(batch.answer, minlength=len(batch.last_token)).tolist()
-    scored = iter(zip(total, tokens))
-    return [[{"text": processor.text(answer), "logprob": logprob, "tokens": n}
-             for answer, (logprob, n) in zip(example.answers, scored)] for example in examples]
+    """Scores the examples' own answers. → per example a list of {"text", "logprob", "tokens"}"""
+    token_logps = model(batch, features)  # [N]
+    logps = token_logps.new_zeros(len(batch.last_token)).index_add(0, batch.answer, token_logps)  # [A]
+    tokens = torch.bincount(batch.answer, minlength=len(batch.last_token))  # [A]
+    results = zip(logps.tolist(), tokens.tolist())
+    return [[{"text": processor.text(answer), "logprob": logp, "tokens": n}
+             for answer, (logp, n) in zip(example.answers, results)] for example in examples]
 
 
-def sample(model, batch, features, processor, examples, args, anyone):
-    """--num_samples answers of each example, from one prefill; greedy at temperature 0. → answers of each
-    example, and their ids"""
+def sample(model, batch, features, processor, examples, args, any_rank):
+    """Generates --num_samples answers per example from one prefill; greedy at temperature 0. → per example a
+    list of {"text", "logprob"}, and a list of the answers' token ids"""
     uniforms = None
     if args.temperature > 0 and examples:
-        uniforms = keyed_uniforms(args.seed, 0, [e.index for e in examples], args.num_samples, args.max_new_tokens)
-    sampled, logprob = generate(
-        model, batch, features, args.max_new_tokens, processor.stop, processor.banned, uniforms, args.num_samples,
-        args.temperature, args.top_k, args.top_p, anyone)
-    sampled = sampled[:len(examples)]  # a batch of padding has one row, and no example
-    answers = [[{"text": processor.text(ids), "logprob": lp} for ids, lp in zip(*row)]
-               for row in zip(sampled, logprob.tolist())]
-    return answers, sampled
+        indices = [example.index for example in examples]
+        uniforms = keyed_uniforms(args.seed, 0, indices, args.num_samples, args.max_new_tokens)
+    ids, logps = generate(
+        model, batch, features, args.max_new_tokens, processor.stop, processor.banned, uniforms,
+        args.num_samples, args.temperature, args.top_k, args.top_p, any_rank)
+    ids = ids[:len(examples)]  # a batch of padding has one sequence, but no example
+    answers = [[{"text": processor.text(tokens), "logprob": logp} for tokens, logp in zip(*samples)]
+               for samples in zip(ids, logps.tolist())]
+    return answers, ids
 
 
-def add_rewards(answers, judged, reward, processor, batch, features, same_images, shared):
-    """Adds to each answer the reward model's score; judged: Examples with these answers, as the reward model
-    is to read them. same_images: it reads images in the policy's size and mode; shared: with the policy's
-    tower."""
-    row = data.collate(judged, processor, batch.pixels.cpu() if same_images else None).to(features.device)
-    if not shared:
-        features = reward.vision_tower(row.pixels)
-    scores = iter(reward.scores(row, features, row.last_token).tolist())
-    for answer in (answer for row_answers in answers for answer in row_answers):
-        answer["reward"] = next(scores)
+def add_rewards(answers, examples, reward_model, processor, batch, features, same_images, same_tower):
+    """Adds "reward" to each answer. examples: the reward model's prompts with these answers. same_images: the
+    reward model uses the policy's image size and mode; same_tower: it shares the policy's vision tower."""
+    pixels = batch.pixels.cpu() if same_images else None
+    batch = data.collate(examples, processor, pixels).to(features.device)
+    if not same_tower:
+        features = reward_model.vision_tower(batch.pixels)
+    rewards = iter(reward_model.scores(batch, features, batch.last_token).tolist())  # [A]
+    for answer in (answer for record in answers for answer in record):
+        answer["reward"] = next(rewards)
 
 
 def check_answers(examples, answers):
-    """NaN is not JSON, and not an answer either."""
-    for example, given in zip(examples, answers):
-        for answer in given:
+    for example, record in zip(examples, answers):
+        for answer in record:
             for name in ("logprob", "reward"):
                 if not math.isfinite(answer.get(name, 0.0)):
                     raise fsdp.Diverged(
-                        f"{example.name}: got the {name} {answer[name]}, need a "
-                        "finite number: weights are not finite, or --dtype overflows")
+                        f"{example.name}: got the {name} {answer[name]}, need a finite number: "
+                        "weights are not finite, or --dtype overflows")
 
 
-OWN = {"id", "image", "conversations", "prompt", "answer", "answers"}  # what is not copied from a record
+def parse_args():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    fsdp.arguments(parser, training=False)
+    add = parser.add_argument_group("prediction").add_argument
+    add("--micro_batch", type=int, default=8, help="records per forward pass on one rank")
+    add("--max_new_tokens", type=int, default=256, help="maximum length of an answer in tokens")
+    add("--num_samples", type=int, default=1, help="answers per record")
+    add("--temperature", type=float, help="sampling temperature (default: 0, greedy; 1 with --num_samples)")
+    add("--top_k", type=int, default=0, help="sample from the k most likely tokens (0: all)")
+    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    add("--score", action="store_true", help="score the records' own answers; generate nothing")
+    add("--reward_model", help="folder written by rm.py: adds rewards, and selects the best sample")
+    add("--sharded", action="store_true", help="keep weights sharded during decoding: less memory, slower")
+    args = fsdp.parse(parser, data_file="test.json",
+                      shapes=dict(micro_batch=64, max_new_tokens=32, **fsdp.left_by("sft")))
+    if args.score and (args.num_samples > 1 or args.temperature is not None or args.top_k or args.top_p < 1):
+        parser.error("got --score with options of sampling, need none: it scores the records' own answers")
+    if args.temperature is None:
+        args.temperature = 1.0 if args.num_samples > 1 else 0.0
+    if args.num_samples > 1 and args.temperature == 0:
+        parser.error(f"got --num_samples {args.num_samples} --temperature 0, need a temperature above 0")
+    if args.temperature == 0 and (args.top_k or args.top_p < 1):
+        parser.error("got --top_k or --top_p, but greedy decoding: give --temperature, or --num_samples")
+    return args
+
+
+NOT_COPIED = {"id", "image", "conversations", "prompt", "answer", "answers"}  # fields of a record
 
 
 class Writer:
-    """OUT on rank 0: lines in the order of the data, each written when all before it are. With --resume the
-    lines that are there stay up to the first that is not of its record, and `done` counts them."""
+    """Writes OUT on rank 0, in the order of the data. With --resume the existing lines stay, up to the first
+    that does not match its record. `done` counts the lines in the file."""
 
-    def __init__(self, args, rows, conversations, processor):
-        self.args, self.rows, self.conversations, self.processor = args, rows, conversations, processor
-        self.done = self.right = self.labelled = 0
-        kept = 0  # bytes
+    def __init__(self, args, records, conversations, processor):
+        self.args, self.records, self.conversations, self.processor = args, records, conversations, processor
+        self.done = self.correct = self.labelled = 0
+        size = 0  # bytes of the lines that are kept
         if args.resume and os.path.isfile(args.out):
             with open(args.out, "rb") as f:
                 for text, conversation in zip(f, conversations):
@@ -103,32 +131,32 @@ class Writer:
                         if not text.endswith(b"\n") or any(line[key] != expected[key] for key in expected):
                             break
                         self.count(line, conversation[1])
-                    except (ValueError, TypeError, KeyError):  # what a crash left
+                    except (ValueError, TypeError, KeyError):  # a crash damaged the line
                         break
-                    kept += len(text)
-            if kept < os.path.getsize(args.out):
+                    size += len(text)
+            if size < os.path.getsize(args.out):
                 print(f"{args.out}: {self.done} complete lines stay, the rest is answered again", flush=True)
         self.file = open(args.out, "a", encoding="utf-8")  # noqa: SIM115 (open while the run lasts)
-        self.file.truncate(kept)
+        self.file.truncate(size)
 
     def start_of_line(self, index, conversation):
-        text = json.dumps(self.rows[index], ensure_ascii=False).encode(errors="replace")
-        row = json.loads(text, parse_constant=lambda name: None)  # NaN is not JSON
-        others = {key: value for key, value in row.items()
-                  if key not in OWN and (key != "label" or value is not None)}
-        return {"id": row.get("id", index), "image": row.get("image"),
+        text = json.dumps(self.records[index], ensure_ascii=False).encode(errors="replace")
+        record = json.loads(text, parse_constant=lambda name: None)  # NaN is not JSON
+        others = {key: value for key, value in record.items()
+                  if key not in NOT_COPIED and (key != "label" or value is not None)}
+        return {"id": record.get("id", index), "image": record.get("image"),
                 "prompt": self.processor.template.render(conversation), **others}
 
     def count(self, line, conversation):
         self.done += 1
         if "answer" in line and conversation.answers and isinstance(line.get("label"), str):
-            self.labelled, self.right = self.labelled + 1, self.right + (line["answer"] == line["label"])
+            self.labelled, self.correct = self.labelled + 1, self.correct + (line["answer"] == line["label"])
 
-    def write(self, found, end):
-        """found: index of a record → its answers; end: the index of the first that is not answered yet."""
+    def write(self, results, end):
+        """Writes the lines of all records before index `end`. results: index of a record → its answers."""
         while self.done < len(self.conversations) and self.conversations[self.done][0] < end:
             index, conversation = self.conversations[self.done]
-            answers, line = found.get(index), self.start_of_line(index, conversation)
+            answers, line = results.get(index), self.start_of_line(index, conversation)
             if not self.args.score:
                 best = max(answers, key=lambda answer: answer.get("reward", 0)) if answers else {"text": None}
                 line["answer"] = best["text"]
@@ -141,33 +169,6 @@ class Writer:
         self.file.flush()
 
 
-def parse_args():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    fsdp.arguments(parser, training=False)
-    add = parser.add_argument_group("prediction").add_argument
-    add("--micro_batch", type=int, default=8, help="rows a forward pass on one rank")
-    add("--max_new_tokens", type=int, default=256, help="tokens an answer, at most")
-    add("--num_samples", type=int, default=1, help="answers a row")
-    add("--temperature", type=float, help="0: greedy (default: 0, or 1 with --num_samples)")
-    add("--top_k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
-    add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens up to this mass")
-    add("--score", action="store_true", help="score the rows' own answers instead of generating")
-    add("--reward_model", help="what rm.py leaves: scores answers too, and picks the best sample")
-    add("--sharded", action="store_true", help="keep weights sharded while decoding: less memory, slower")
-    args = fsdp.parse(parser, data_file="test.json",
-                      shapes=dict(micro_batch=64, max_new_tokens=32, **fsdp.left_by("sft")))
-    if args.score and (args.num_samples > 1 or args.temperature is not None or args.top_k or args.top_p < 1):
-        parser.error("got --score with options of sampling: it takes the rows' own answers")
-    if args.temperature is None:
-        args.temperature = 1.0 if args.num_samples > 1 else 0.0
-    if args.num_samples > 1 and args.temperature == 0:
-        parser.error(f"got --num_samples {args.num_samples} --temperature 0, need a temperature above 0")
-    if args.temperature == 0 and (args.top_k or args.top_p < 1):
-        parser.error("got --top_k or --top_p, but greedy decoding: give --temperature, or --num_samples")
-    return args
-
-
 def main():
     # check
     args = parse_args()
@@ -177,73 +178,71 @@ def main():
     # data
     checkpoint = fsdp.open_checkpoint(args, world)
     processor, which = checkpoint.processor, "answers" if args.score else "prompt"
-    rows, conversations = fsdp.read_conversations(args.data, args, world, data.ANSWERS_NEEDED[which])
+    records, conversations = fsdp.read_conversations(args.data, args, world, data.ANSWERS_NEEDED[which])
     examples, counts = data.build_examples(conversations, processor, which)
-    if args.reward_model:
-        judge = fsdp.open_second_model("reward_model", processor, args, world, reward=True)
-        judged, _ = data.build_examples(conversations, judge.processor, which)
-        judged = {example.index: example for example in judged}
-        fits = [example for example in examples if example.index in judged]
-        counts["too_long"] += len(examples) - len(fits)
-        examples = fits
+    if args.reward_model:  # it has its own template: its prompts must fit in --max_len too
+        scorer = fsdp.open_second_model("reward_model", processor, args, world, reward=True)
+        scorer_examples, _ = data.build_examples(conversations, scorer.processor, which)
+        scorer_examples = {example.index: example for example in scorer_examples}
+        counts["too_long"] += sum(example.index not in scorer_examples for example in examples)
+        examples = [example for example in examples if example.index in scorer_examples]
 
     # models
     model = fsdp.build(checkpoint, args, world)
     if args.reward_model:
-        reward = fsdp.build(judge, args, world, score=True)
-        same_images = processor.pictures == judge.processor.pictures
-        shared = same_images and fsdp.share_tower(model, reward, world)
-    whole = contextlib.nullcontext() if args.sharded else fsdp.unsharded(model)
-    fsdp.record_templates(world, checkpoint, *([judge] if args.reward_model else []))
-    writer = Writer(args, rows, conversations, processor) if world.rank == 0 else None
+        reward_model = fsdp.build(scorer, args, world, score=True)
+        same_images = processor.pictures == scorer.processor.pictures
+        same_tower = same_images and fsdp.share_tower(model, reward_model, world)
+    weights = contextlib.nullcontext() if args.sharded else fsdp.unsharded(model)
+    fsdp.record_templates(world, checkpoint, *([scorer] if args.reward_model else []))
+    writer = Writer(args, records, conversations, processor) if world.rank == 0 else None
     world.on_rank0(fsdp.write_args, f"{args.out}.args.json", args, world)
     done, stop = world.on_rank0(lambda: writer.done), fsdp.Stop()
-    left = {index for index, _ in conversations[done:]}
-    examples = [example for example in examples if example.index in left]
+    remaining = {index for index, _ in conversations[done:]}
+    examples = [example for example in examples if example.index in remaining]
     steps = data.Steps(examples, processor, args.micro_batch * world.size, args.micro_batch, world.rank,
                        world.size, shuffle=False, by_length=False)
+    any_rank = world.any if args.sharded else torch.any  # with sharded weights all ranks decode in step
 
-    # loop: every rank answers its rows of a step; all of them are written together
-    start, shown = time.time(), time.time()
-    with torch.no_grad(), whole:
-        for step, (batch,) in enumerate(data.loader(steps, 0, len(steps), args.workers)):
+    # loop: each rank answers its records of the step, rank 0 writes those of all ranks
+    batches = data.loader(steps, 0, len(steps), args.workers)
+    with torch.no_grad(), weights:
+        for step, (batch,) in enumerate(data.progress(batches, "answers: steps")):
             if stop.asked(world):
                 if world.rank == 0:
-                    print(f"stopped by SIGTERM after {writer.done} rows; --resume goes on from there",
+                    print(f"stopped by SIGTERM after {writer.done} records; --resume continues from there",
                           flush=True)
                 return fsdp.STOPPED
-            mine = [examples[i] for i in steps.groups(step)[0]]
+            indices = steps.groups(step)[0]
+            asked = [examples[i] for i in indices]
             batch = batch.to(world.device)
-            features = model.vision_tower(batch.pixels)
+            features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
             if args.score:
-                answers = score(model, batch, features, processor, mine)
+                answers = score(model, batch, features, processor, asked)
             else:
-                anyone = world.any if args.sharded else torch.any  # sharded weights: all ranks decode in step
-                answers, sampled = sample(model, batch, features, processor, mine, args, anyone)
+                answers, ids = sample(model, batch, features, processor, asked, args, any_rank)
             if args.reward_model:
-                given = [judged[example.index] for example in mine]
-                if not args.score:  # sampled ids as they are, behind the reward model's own prompt
-                    given = [dataclasses.replace(example, answers=[np.array(ids) for ids in row],
-                                                 token_masks=[np.ones(len(ids), bool) for ids in row])
-                             for example, row in zip(given, sampled)]
-                add_rewards(answers, given, reward, judge.processor, batch, features, same_images, shared)
-            check_answers(mine, answers)
-            found = world.gather([(example.index, answer) for example, answer in zip(mine, answers)])
+                scored = [scorer_examples[example.index] for example in asked]
+                if not args.score:  # the sampled ids, without decoding and encoding them again
+                    scored = [dataclasses.replace(
+                        example, answers=[np.array(tokens) for tokens in samples],
+                        token_masks=[np.ones(len(tokens), bool) for tokens in samples])
+                        for example, samples in zip(scored, ids)]
+                add_rewards(answers, scored, reward_model, scorer.processor, batch, features, same_images,
+                            same_tower)
+            check_answers(asked, answers)
+            gathered = world.gather([(example.index, record) for example, record in zip(asked, answers)])
             if world.rank == 0:
-                n = min((step + 1) * steps.batch_size, len(examples))  # answered
-                end = examples[n].index if n < len(examples) else len(rows)
-                writer.write(dict(answer for part in found for answer in part), end)
-                if time.time() - shown > 5:
-                    shown, rate = time.time(), n / (time.time() - start)
-                    seconds = (len(examples) - n) / rate
-                    print(f"{n}/{len(examples)} rows  {rate:.1f} rows/s  {seconds:.0f} s left", flush=True)
+                n = (step + 1) * steps.batch_size  # examples answered so far
+                end = examples[n].index if n < len(examples) else len(records)
+                writer.write(dict(record for part in gathered for record in part), end)
     if world.rank == 0:
-        writer.write({}, len(rows))  # the rows behind the last that fits
+        writer.write({}, len(records))  # the records at the end whose prompts are too long
         accuracy = ""
         if writer.labelled:
-            accuracy = f", exact match {writer.right / writer.labelled:.4f} of {writer.labelled}"
-        length = f"{counts['too_long']} too long, {counts['cut']} cut"
-        print(f"wrote {args.out}: {writer.done} rows, {length}{accuracy}", flush=True)
+            accuracy = f", exact match {writer.correct / writer.labelled:.4f} of {writer.labelled}"
+        print(f"wrote {args.out}: {writer.done} records, {counts['too_long']} too long, {counts['cut']} cut"
+              f"{accuracy}", flush=True)
 
 
 if __name__ == "__main__":

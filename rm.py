@@ -1,21 +1,23 @@
-r"""A reward model: a vision-LLM that gives each answer a score, learned from answers ranked by people.
+r"""Reward model (RM): a vision-LLM that scores answers, trained on answers ranked by people.
 
-    loss = mean over rows of  − log P(ranking) + c · (mean score of the row)²
+    loss = mean over records of  − log P(ranking)  +  c · (mean score of the record)²
 
-    P(ranking) = Π_k exp r_k / Σ_{j ≥ k} exp r_j        answers 1 … K, best first (Plackett–Luce)
+    P(ranking) = Π_k exp r_k / Σ_{j ≥ k} exp r_j        answers 1 … K, best first (Plackett-Luce)
 
-which for two answers is Bradley–Terry, σ(r_1 − r_2). The score r is a scalar head on the state of the
-answer's last token. InstructGPT, arXiv:2203.02155, Eq. 1; Plackett–Luce, arXiv:2305.18290, Eq. 18; a row's
-margin m is taken off the better score, arXiv:2307.09288, Eq. 2; the centring penalty is after
-arXiv:2312.09244, Eq. 2, which squares the sum of a pair's scores (c is four times its coefficient).
-Departures: K ranked answers are one listwise term, not K(K − 1)/2 pairs; a row counts once, whatever its
-number of answers; the head starts at N(0, 1/(D + 1)), arXiv:2009.01325, and its bias, which no ranking can
-teach, is set at the end so that training rewards average 0.
+For two answers P is Bradley-Terry, σ(r_1 − r_2). The score r is a scalar head on the hidden state of the
+answer's last token. InstructGPT, arXiv:2203.02155, Eq. 1; Plackett-Luce, arXiv:2305.18290, Eq. 18. The margin
+m of a record, if it has one, is subtracted from the best answer's score, arXiv:2307.09288, Eq. 2. The second
+term centres the scores, after arXiv:2312.09244, Eq. 2, which squares the sum of a pair's scores: c
+(--center_coef) is four times its coefficient. Departures from the papers:
+- K ranked answers are one listwise term, not K(K − 1)/2 pairs.
+- Every record has the same weight, whatever its number of answers.
+- The head's weights are initialised from N(0, 1/(D + 1)), as in arXiv:2009.01325. Its bias cannot be learned
+  from rankings; it is set after training so that the mean training reward is 0.
 
-    python rm.py                                        # on the shapes world
-    torchrun --nproc_per_node=8 rm.py --model runs/sft-7b --data pairs.json --images pictures --out out
+    python rm.py                                        # on the shapes data set
+    torchrun --nproc_per_node=8 rm.py --model runs/sft-7b --data pairs.json --images images --out out
 
-Legend: A answers of a micro-batch, B rows with answers, K most answers of a row, D width.
+Legend: A answers of a micro-batch, B records, K most answers per record, D width.
 """
 import argparse
 import os
@@ -30,79 +32,77 @@ from data import UserError
 from model import plackett_luce
 
 
-def rm_loss(scores, kept, margin, center_coef):
-    """Sum over rows of the loss at the head of this file, to be divided by the step's rows.
+def rm_loss(scores, answer_mask, margin, center_coef):
+    """Sum over records of the loss at the head of this file.
 
-    scores [B, K] best first; kept [B, K]: which answers there are; margin [B]: 0 where a row has none."""
-    best = F.pad(margin[:, None], (0, scores.shape[1] - 1))  # [B, K]: the margin, then zeros; K may be 0
-    mean = (scores * kept).sum(-1) / kept.sum(-1)
-    # of two answers: − log σ(r_1 − m − r_2)
-    return plackett_luce(scores - best, kept).sum() + center_coef * mean.square().sum()
-
-
-def pairwise(scores, kept):
-    """Each row's accuracy (pairs in the right order; a tie counts half) and margin (best score less the mean
-    of the others) [B]."""
-    K = scores.shape[1]
-    pairs = torch.ones(K, K).triu(1).to(kept) & kept[:, None, :]  # [B, better, worse]
-    difference = scores[:, :, None] - scores[:, None, :]
-    right = (torch.sign(difference) + 1) / 2
-    best, others = scores[:, :1].sum(-1), scores[:, 1:].sum(-1) / (kept.sum(-1) - 1)
-    return (right * pairs).sum((1, 2)) / pairs.sum((1, 2)), best - others
+    scores [B, K], best answer first; answer_mask [B, K], False for padding; margin [B], 0 if none."""
+    shift = F.pad(margin[:, None], (0, scores.shape[1] - 1))  # [B, K]: margin, 0, 0, …; K may be 0
+    ranking = plackett_luce(scores - shift, answer_mask)  # [B]; for two answers − log σ(r_1 − m − r_2)
+    mean = (scores * answer_mask).sum(-1) / answer_mask.sum(-1)  # [B]
+    return ranking.sum() + center_coef * mean.square().sum()
 
 
-@torch.no_grad()
-def score_rows(model, steps, last, world, args, stop):
-    """Scores of the answers of steps 0 … last − 1, on every rank: (example, answer's length, score), an
-    example's answers together, best first. [] where SIGTERM cuts it short."""
-    found = []
-    for step, micro_batches in enumerate(stop.until(data.loader(steps, 0, last, args.workers), world)):
-        for group, batch in zip(steps.groups(step), micro_batches):
-            batch = batch.to(world.device)
-            scores = model.scores(batch, model.vision_tower(batch.pixels), batch.last_token).tolist()
-            answers = [(i, len(answer)) for i in group for answer in steps.examples[i].answers]
-            found += [(i, length, score) for (i, length), score in zip(answers, scores)]
-    fsdp.reshard(model)
-    if stop.asked(world):
-        return []
-    return [answer for part in world.gather(found) for answer in part]
-
-
-def evaluate(model, steps, world, args, log, stop):
-    """Held-out accuracy and margin (a row counts once), and the scores' mean and standard deviation by length
-    quartile: a score that grows with length is a reward model's commonest failure. {} where SIGTERM cuts it
-    short."""
-    answers = score_rows(model, steps, len(steps), world, args, stop)
-    if not answers:
-        return {}
-    rows, lengths, scores = (np.array(column) for column in zip(*answers))
-    first = np.flatnonzero(np.diff(rows, prepend=-1))
-    batch_row = torch.from_numpy(np.repeat(np.arange(len(first)), np.diff(first, append=len(rows))))
-    accuracy, margin = pairwise(*data.pad_by_sequence(torch.from_numpy(scores), batch_row))
-    figures = {"eval_accuracy": accuracy.mean(), "eval_margin": margin.mean(), "eval_score": scores.mean()}
-    edges = np.quantile(lengths, [0.25, 0.5, 0.75])
-    quartile = np.searchsorted(edges, lengths)
-    for q in np.unique(quartile):
-        of = quartile == q
-        log.say(f"    {of.sum()} answers of {lengths[of].min()} to {lengths[of].max()} tokens: "
-                f"score {scores[of].mean():.3f} ± {scores[of].std():.3f}")
-        figures |= {f"length/q{q + 1}_mean": scores[of].mean(), f"length/q{q + 1}_std": scores[of].std()}
-    return figures
+def ranking_metrics(scores, answer_mask):
+    """Each record's accuracy [B], the fraction of its pairs in the right order (a tie counts 1/2), and margin
+    [B], the best answer's score minus the mean of the others."""
+    difference = scores[:, :, None] - scores[:, None, :]  # [B, K, K]: better answer, worse answer
+    pairs = torch.ones_like(difference, dtype=torch.bool).triu(1) & answer_mask[:, None, :]
+    correct = (torch.sign(difference) + 1) / 2 * pairs
+    best, others = scores[:, :1].sum(-1), scores[:, 1:].sum(-1) / (answer_mask.sum(-1) - 1)
+    return correct.sum((1, 2)) / pairs.sum((1, 2)), best - others
 
 
 def parse_args():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     fsdp.arguments(parser)
     parser.set_defaults(lr=1e-5)
     add = parser.add_argument_group("reward model").add_argument
-    add("--train", help="any of projector,llm,vision (default: projector,llm; with --lora_rank llm)")
-    add("--projector_lr", type=float, help="its own peak rate (default: --lr, or a tenth of LoRA's default)")
-    add("--center_coef", type=float, default=0.0, help="c: weight of a row's mean score, squared")
-    add("--center_rows", type=int, default=2048, help="rows (whole steps) whose mean reward becomes 0")
+    add("--train", help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
+    add("--projector_lr", type=float, help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
+    add("--center_coef", type=float, default=0.0, help="c: weight of the squared mean score of each record")
+    add("--center_rows", type=int, default=2048, help="records whose mean reward is set to 0, in full steps")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=7e-4,
         warmup=60, adam_beta2=0.98, max_steps=350, **fsdp.left_by("sft")))
+
+
+@torch.no_grad()
+def score_records(model, steps, end, world, args, stop):
+    """{index of a record: [score of each answer]} for steps 0 … end − 1, on every rank; {} if SIGTERM
+    interrupts it."""
+    results = {}
+    for step, micro_batches in enumerate(stop.until(data.loader(steps, 0, end, args.workers), world)):
+        for indices, batch in zip(steps.groups(step), micro_batches):
+            batch = batch.to(world.device)
+            scores = model.scores(batch, model.vision_tower(batch.pixels), batch.last_token)  # [A]
+            counts = [len(steps.examples[i].answers) for i in indices]
+            results |= {i: answers.tolist() for i, answers in zip(indices, scores.split(counts))}
+    fsdp.reshard(model)
+    if stop.asked(world):
+        return {}
+    return {i: scores for results in world.gather(results) for i, scores in results.items()}
+
+
+def evaluate(model, steps, world, args, log, stop):
+    """Held-out accuracy, margin and score, and the mean and standard deviation of the scores per quartile of
+    answer length, because many reward models prefer long answers. {} if SIGTERM interrupts it."""
+    results = score_records(model, steps, len(steps), world, args, stop)
+    if not results:
+        return {}
+    scores = np.array([score for answers in results.values() for score in answers])  # [A]
+    lengths = np.array([len(answer) for i in results for answer in steps.examples[i].answers])  # [A]
+    record = torch.tensor([n for n, answers in enumerate(results.values()) for _ in answers])  # [A]
+    accuracy, margin = ranking_metrics(*data.pad_by_sequence(torch.from_numpy(scores), record))
+    metrics = {"eval_accuracy": accuracy.mean(), "eval_margin": margin.mean(), "eval_score": scores.mean()}
+    quartile = np.searchsorted(np.quantile(lengths, [0.25, 0.5, 0.75]), lengths)
+    for q in np.unique(quartile):
+        in_quartile = quartile == q
+        mean, std = scores[in_quartile].mean(), scores[in_quartile].std()
+        log.say(f"    {in_quartile.sum()} answers of {lengths[in_quartile].min()} to "
+                f"{lengths[in_quartile].max()} tokens: score {mean:.3f} ± {std:.3f}")
+        metrics |= {f"length/q{q + 1}_mean": mean, f"length/q{q + 1}_std": std}
+    return metrics
 
 
 def main():
@@ -113,7 +113,7 @@ def main():
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.model.", "vision": "vision_tower."}
     train = args.train.split(",")
     if not set(train) <= set(parts):
-        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, comma-joined")
+        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, joined by commas")
     if args.projector_lr is not None and "projector" not in train:
         raise UserError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
 
@@ -132,7 +132,7 @@ def main():
     trainable = [*(parts[part] for part in train), "score.weight"]
     model = fsdp.build(checkpoint, args, world, trainable, score=True)
     model.set_recompute(args.recompute)
-    groups = {}  # weight decay on matrices only; the projector has its own rate
+    groups = {}  # weight decay for matrices only; the projector may have its own learning rate
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own_rate = args.projector_lr is not None and name.startswith(parts["projector"])
@@ -148,8 +148,9 @@ def main():
     shown = ("loss", "lr", "grad_norm", "accuracy", "margin", "eval_accuracy", "eval_margin")
     log = fsdp.Log(args, world, total, done, shown)
     stop = fsdp.Stop()
-    log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters")
-    if held_out and log.owes_evaluation():  # of the last step done: SIGTERM cut it short
+    log.say(f"{len(examples)} records, {total} steps, "
+            f"{sum(p.numel() for p in parameters):,} trained parameters")
+    if held_out and log.owes_evaluation():  # SIGTERM interrupted the last evaluation
         log.add_evaluation(evaluate(model, eval_steps, world, args, log, stop))
         if stop.asked(world):
             return fsdp.STOPPED
@@ -159,51 +160,53 @@ def main():
         factor = fsdp.schedule(step - 1, total, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
-        rows_of = steps.groups(step - 1)  # of each micro-batch, as indices of examples
-        count, columns = world.sum(sum(map(len, rows_of)),
-                                   sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
-        sums = torch.zeros(4, device=world.device)
-        for rows, batch in zip(rows_of, micro_batches):
+        micro_indices = steps.groups(step - 1)  # indices of the records, per micro-batch
+        count, tokens = world.sum(sum(map(len, micro_indices)),
+                                  sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
+        totals = torch.zeros(4, device=world.device)
+        for indices, batch in zip(micro_indices, micro_batches):
             batch = batch.to(world.device)
-            margin = torch.tensor([examples[i].margin for i in rows], device=world.device)  # [B]
+            margin = torch.tensor([examples[i].margin for i in indices], device=world.device)  # [B]
             features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
-            scores, kept = data.pad_by_sequence(model.scores(batch, features, batch.last_token), batch.sequence)  # [B, K] each
-            micro_loss = rm_loss(scores, kept, margin, args.center_coef) / count
-            micro_loss.backward()
+            scores = model.scores(batch, features, batch.last_token)  # [A]
+            scores, answer_mask = data.pad_by_sequence(scores, batch.sequence)  # [B, K] each
+            loss = rm_loss(scores, answer_mask, margin, args.center_coef) / count
+            loss.backward()
             with torch.no_grad():
-                accuracy, gap = pairwise(scores, kept)
-                mean = (scores.sum(-1) / kept.sum(-1)).sum()
-                sums += torch.stack([micro_loss * count, accuracy.sum(), gap.sum(), mean]) / count
-        loss, accuracy, gap, mean = world.sum(*sums)
+                accuracy, gap = ranking_metrics(scores, answer_mask)
+                mean = scores.sum(-1) / answer_mask.sum(-1)
+                totals += torch.stack([loss, accuracy.sum() / count, gap.sum() / count, mean.sum() / count])
+        loss, accuracy, gap, mean = world.sum(*totals)
         grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
         fsdp.check_finite(args, step, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        figures = {"loss": loss, "lr": factor * args.lr, "grad_norm": grad_norm,
+        metrics = {"loss": loss, "lr": factor * args.lr, "grad_norm": grad_norm,
                    "accuracy": accuracy, "margin": gap, "score": mean}
         seconds = log.seconds()
 
         ended = step == total
         if held_out and (ended or args.eval_every and step % args.eval_every == 0):
-            figures |= evaluate(model, eval_steps, world, args, log, stop) or fsdp.EVAL_DUE
-        log.step(step, columns, seconds, **figures)
+            metrics |= evaluate(model, eval_steps, world, args, log, stop) or fsdp.EVAL_DUE
+        log.step(step, tokens, seconds, **metrics)
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:
             fsdp.save_checkpoint(args, world, step, model, optimizer)
         log.seconds()
         if stopped:
-            log.say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
+            log.say(f"stopped by SIGTERM after step {step}; --resume continues from there")
             return fsdp.STOPPED
 
-    # the bias: training rewards average 0
-    last = min(len(steps), -(-args.center_rows // args.batch_size))
-    if last:
-        scores = [score for _, _, score in score_rows(model, steps, last, world, args, stop)]
+    # the head's bias: the mean training reward becomes 0
+    end = min(len(steps), -(-args.center_rows // args.batch_size))
+    if end:
+        results = score_records(model, steps, end, world, args, stop)
+        scores = [score for answers in results.values() for score in answers]
         if not scores:
             return fsdp.STOPPED
         with torch.no_grad():
             model.score.bias -= sum(scores) / len(scores)
-        log.say(f"training rewards averaged {sum(scores) / len(scores):.4f}; the bias brings them to 0")
+        log.say(f"the mean training reward was {sum(scores) / len(scores):.4f}; the new bias makes it 0")
     fsdp.export(model, processor, args, world)
     log.say(f"wrote {args.out}")
 

@@ -1,18 +1,18 @@
-r"""Supervised fine-tuning of a vision-LLM, and LLaVA's pre-training of the projector (--train projector
+r"""Supervised fine-tuning (SFT) of a vision-LLM, and LLaVA's pre-training of the projector (--train projector
 --template plain).
 
-    loss = − Σ log p(token | picture, row before the token) / n
+    loss = − 1/n Σ log p(token | image, preceding tokens)
 
-summed over the supervised tokens of all rows of the step, on all ranks; n is their number. Supervised are
-what the gpt turns say and the token that ends each. LLaVA-1.5, arXiv:2310.03744, section 3.4; departures: the
-mean is over all tokens of the step (not a mean of micro-batch means), and step k sees the same rows on any
-number of ranks.
+The sum is over the n supervised tokens of the step, in all records on all ranks: the text of the gpt turns
+and the token that ends each turn. LLaVA-1.5, arXiv:2310.03744, section 3.4. Departures from the paper:
+- The loss is a mean over all tokens of the step, not a mean of micro-batch means.
+- Step k uses the same records on any number of ranks.
 
-    python sft.py                                       # on the shapes world
-    torchrun --nproc_per_node=8 sft.py --model llava-hf/llava-1.5-7b-hf --data rows.json --images pictures \
+    python sft.py                                       # on the shapes data set
+    torchrun --nproc_per_node=8 sft.py --model llava-hf/llava-1.5-7b-hf --data sft.json --images images \
         --out out
 
-Legend: N supervised tokens.
+Legend: N target tokens of a micro-batch.
 """
 import argparse
 import dataclasses
@@ -26,15 +26,27 @@ from data import UserError
 from model import generate
 
 
-def sft_loss(logprob, count):
-    """logprob [N] of a micro-batch's targets; count: targets of the whole step on all ranks. → scalar, to be
-    summed."""
-    return -logprob.sum() / count
+def sft_loss(token_logps, count):
+    """A micro-batch's term of the step's loss. token_logps [N]: log-probability of each target token in nats;
+    count: target tokens of the step, over all micro-batches and ranks."""
+    return -token_logps.sum() / count
+
+
+def parse_args():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    fsdp.arguments(parser)
+    add = parser.add_argument_group("supervised fine-tuning").add_argument
+    add("--train", help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
+    add("--projector_lr", type=float, help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
+    return fsdp.parse(parser, data_file="sft.json", shapes=dict(
+        eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=64, micro_batch=64, lr=2e-3, warmup=40,
+        adam_beta2=0.98, max_steps=350))
 
 
 @torch.no_grad()
 def evaluate(model, steps, world, args, stop):
-    """Mean loss per supervised token over all held-out rows; {} where SIGTERM cuts it short."""
+    """{"eval_loss": mean over the held-out tokens, in nats per token}; {} if SIGTERM interrupts it."""
     total = count = 0
     for micro_batches in stop.until(data.loader(steps, 0, len(steps), args.workers), world):
         for batch in micro_batches:
@@ -49,8 +61,8 @@ def evaluate(model, steps, world, args, stop):
 
 
 @torch.no_grad()
-def show_answers(model, examples, processor, world, log, max_new=64):
-    """Prints greedy answers to a few held-out prompts, decoded as one batch, the same on every rank."""
+def show_answers(model, examples, processor, world, log, max_new_tokens=64):
+    """Prints greedy answers to the first three held-out prompts. Every rank decodes the same batch."""
     prompts = []
     for example in examples[:3]:
         images = example.images[:int((example.prompt == processor.image_token).sum())]
@@ -58,23 +70,11 @@ def show_answers(model, examples, processor, world, log, max_new=64):
     batch = data.collate(prompts, processor).to(world.device)
     with fsdp.unsharded(model):
         features = model.vision_tower(batch.pixels)
-        answers, _ = generate(model, batch, features, max_new, processor.stop, processor.banned)
+        answers, _ = generate(model, batch, features, max_new_tokens, processor.stop, processor.banned)
     for example, (ids,) in zip(examples, answers):
-        kept = example.token_masks[0].tolist()
-        given = example.answers[0][:kept.index(False) if False in kept else None]  # of the first turn
-        log.say(f"    {data.shown(example.id)}: {processor.text(ids)!r}  (given: {processor.text(given)!r})")
-
-
-def parse_args():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    fsdp.arguments(parser)
-    add = parser.add_argument_group("supervised fine-tuning").add_argument
-    add("--train", help="any of projector,llm,vision (default: projector,llm; with --lora_rank llm)")
-    add("--projector_lr", type=float, help="its own peak rate (default: --lr, or a tenth of LoRA's default)")
-    return fsdp.parse(parser, data_file="sft.json", shapes=dict(
-        eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=64, micro_batch=64, lr=2e-3, warmup=40,
-        adam_beta2=0.98, max_steps=350))
+        token_mask = example.token_masks[0].tolist()  # False from the second human turn on, if there is one
+        label = example.answers[0][:token_mask.index(False) if False in token_mask else None]
+        log.say(f"    {data.shown(example.id)}: {processor.text(ids)!r}  (label: {processor.text(label)!r})")
 
 
 def main():
@@ -85,7 +85,7 @@ def main():
     parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
     train = args.train.split(",")
     if not set(train) <= set(parts):
-        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, comma-joined")
+        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, joined by commas")
     if args.projector_lr is not None and "projector" not in train:
         raise UserError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
 
@@ -103,7 +103,7 @@ def main():
     # model and optimiser
     model = fsdp.build(checkpoint, args, world, trainable=[parts[part] for part in train])
     model.set_recompute(args.recompute)
-    groups = {}  # weight decay on matrices only; the projector has its own rate
+    groups = {}  # weight decay for matrices only; the projector may have its own learning rate
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own_rate = args.projector_lr is not None and name.startswith(parts["projector"])
@@ -117,8 +117,9 @@ def main():
     fsdp.begin_run(args, world, checkpoint)
     done = fsdp.load_checkpoint(args, world, model, optimizer)
     log, stop = fsdp.Log(args, world, total, done), fsdp.Stop()
-    log.say(f"{len(examples)} rows, {total} steps, {sum(p.numel() for p in parameters):,} trained parameters")
-    if held_out and log.owes_evaluation():  # of the last step done: SIGTERM cut it short
+    log.say(f"{len(examples)} records, {total} steps, "
+            f"{sum(p.numel() for p in parameters):,} trained parameters")
+    if held_out and log.owes_evaluation():  # SIGTERM interrupted the last evaluation
         log.add_evaluation(evaluate(model, eval_steps, world, args, stop))
         if stop.asked(world):
             return fsdp.STOPPED
@@ -128,14 +129,14 @@ def main():
         factor = fsdp.schedule(step - 1, total, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
-        count, columns = world.sum(sum(len(batch.target) for batch in micro_batches),
-                                   sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
+        count, tokens = world.sum(sum(len(batch.target) for batch in micro_batches),
+                                  sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
         loss = 0.0
         for batch in micro_batches:
             batch = batch.to(world.device)
             features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
-            logprob = model(batch, features)  # [N]
-            micro_loss = sft_loss(logprob, count)
+            token_logps = model(batch, features)  # [N]
+            micro_loss = sft_loss(token_logps, count)
             micro_loss.backward()
             loss += micro_loss.detach()
         loss, = world.sum(loss)
@@ -143,21 +144,21 @@ def main():
         fsdp.check_finite(args, step, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        figures = {"loss": loss, "lr": factor * args.lr, "grad_norm": grad_norm}
+        metrics = {"loss": loss, "lr": factor * args.lr, "grad_norm": grad_norm}
         seconds = log.seconds()
 
         ended = step == total
         if held_out and (ended or args.eval_every and step % args.eval_every == 0):
-            figures |= evaluate(model, eval_steps, world, args, stop) or fsdp.EVAL_DUE
-            if "eval_loss" in figures:
+            metrics |= evaluate(model, eval_steps, world, args, stop) or fsdp.EVAL_DUE
+            if "eval_loss" in metrics:
                 show_answers(model, held_out, processor, world, log)
-        log.step(step, columns, seconds, **figures)
+        log.step(step, tokens, seconds, **metrics)
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:
             fsdp.save_checkpoint(args, world, step, model, optimizer)
         log.seconds()
         if stopped:
-            log.say(f"stopped by SIGTERM after step {step}; --resume goes on from there")
+            log.say(f"stopped by SIGTERM after step {step}; --resume continues from there")
             return fsdp.STOPPED
     fsdp.export(model, processor, args, world)
     log.say(f"wrote {args.out}")

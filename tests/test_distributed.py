@@ -759,7 +759,7 @@ def test_bad_records_are_skipped_when_asked(script, name, said, wrong, tmp_path)
     options = f"--data {{}}/{name}.json --skip_bad_rows --batch_size 4"
     done = wrong_run(script, options, wrong, tmp_path / "out")
     assert done.code == 0, done.err
-    assert f"(id row 10): {said}" in done.out and "10 rows, 1 steps" in done.out
+    assert f"(id row 10): {said}" in done.out and "10 records, 1 steps" in done.out
     assert [line["step"] for line in tiny.log(tmp_path / "out")] == [1]
 
 

@@ -1,7 +1,7 @@
-"""dpo.py: its equations by hand, its reference, a shared prompt against separate rows, runs as a user starts
-them, and what it keeps in memory.
+"""dpo.py: equations by hand, the reference, a shared prompt against separate sequences, runs as a user starts
+them, and peak memory.
 
-Everything is fp32 on the CPU unless a test says otherwise. Legend: A answers, B rows, K answers of a row.
+All is fp32 on the CPU unless a test says otherwise. Legend: A answers, B records, K answers per record.
 """
 import functools
 import itertools
@@ -9,14 +9,12 @@ import json
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from test_fsdp import peak_of
 from tiny import PAIRS, RANKED, assert_same_gradients, assert_same_log, fork, inside
 
@@ -27,13 +25,13 @@ import fsdp
 ORACLES = Path(__file__).resolve().parents[2] / "shared/oracles.json"
 
 
-def files(place, rows="pairs.json"):
-    return ["--model", place / "model", "--data", place / rows, "--images", place / "images", "--workers", 0]
+def files(place, name="pairs.json"):
+    return ["--model", place / "model", "--data", place / name, "--images", place / "images", "--workers", 0]
 
 
-def prepared(place, world, *argv, rows="ranked.json", trainable=()):
-    """→ a model, its processor, and the examples of a file of rows"""
-    args = tiny.arguments("dpo", *files(place, rows), *argv)
+def prepared(place, world, *argv, records="ranked.json", trainable=()):
+    """→ model, processor, and the examples of a data file"""
+    args = tiny.arguments("dpo", *files(place, records), *argv)
     checkpoint = fsdp.open_checkpoint(args, world)
     examples = fsdp.read_examples(args.data, "ranked", checkpoint.processor, args, world)
     return fsdp.build(checkpoint, args, world, trainable), checkpoint.processor, examples
@@ -61,13 +59,23 @@ EQUATIONS = {  # name in oracles.json: options, the three losses by hand
 }
 
 
+def pair_loss(policy, reference, beta, *options, **named):
+    """dpo_loss of [B, 2] log-probabilities, the chosen answer first."""
+    return dpo.dpo_loss(*policy.unbind(1), *reference.unbind(1), beta, *options, **named)
+
+
+def list_loss(logratio, beta, answer_mask=None):
+    answer_mask = torch.ones_like(logratio, dtype=torch.bool) if answer_mask is None else answer_mask
+    return dpo.listwise_dpo_loss(logratio, torch.zeros_like(logratio), answer_mask, beta)
+
+
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_losses_by_hand(name):
-    """dpo_loss on log-ratios, an answer's or a token's."""
+    """dpo_loss on log-probabilities in nats per answer, or per token with length_norm."""
     options, expected = EQUATIONS[name]
-    options = dict(options)
-    logratio = (POLICY - REFERENCE) / (LENGTH if options.pop("length_norm", False) else 1)
-    losses = dpo.dpo_loss(logratio, torch.ones(3, 2, dtype=torch.bool), beta=0.1, **options)
+    unit = LENGTH if "length_norm" in options else 1
+    options = {key: value for key, value in options.items() if key != "length_norm"}
+    losses = pair_loss(POLICY / unit, REFERENCE / unit, 0.1, **options)
     assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
@@ -85,30 +93,30 @@ def test_the_hand_is_the_oracle():
     assert oracles["dpo_rejected_rewards"] == pytest.approx([0, -0.99, -2.09])
 
 
-def batch_of_pairs(processor, rows):
-    """Pairs of LENGTH, no pictures; and log-probabilities of their tokens whose sums are POLICY."""
+def batch_of_pairs(processor, records):
+    """Pairs of text with answers of LENGTH tokens; and token log-probabilities whose sums are POLICY."""
     examples = [data.Example(i, str(i), np.array([1, 9]), [np.arange(n) + 20 for n in LENGTH[i].tolist()],
-                             [np.ones(n, dtype=bool) for n in LENGTH[i].tolist()], []) for i in rows]
+                             [np.ones(n, dtype=bool) for n in LENGTH[i].tolist()], []) for i in records]
     batch, weights = data.collate(examples, processor), torch.Generator().manual_seed(0)
     parts = []
-    for total, n in zip(POLICY[rows].flatten(), LENGTH[rows].flatten()):
+    for total, n in zip(POLICY[records].flatten(), LENGTH[records].flatten()):
         share = torch.rand(int(n), generator=weights)
         parts.append(total * share / share.sum())
     return batch, torch.cat(parts)
 
 
-class Said:
-    """In place of a model: log-probabilities as given."""
+class Recorded:
+    """In place of a model: returns recorded log-probabilities of the target tokens."""
 
-    def __init__(self, logprob):
-        self.logprob = logprob
+    def __init__(self, token_logps):
+        self.token_logps = token_logps
 
     def vision_tower(self, pixels):
         return pixels
 
     def __call__(self, batch, features):
-        assert len(batch.target) == len(self.logprob)
-        return self.logprob
+        assert len(batch.target) == len(self.token_logps)
+        return self.token_logps
 
 
 @pytest.fixture(scope="module")
@@ -117,165 +125,182 @@ def processor(place, world):
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
-@pytest.mark.parametrize("rows", [[0], [1], [2], [0, 1, 2]])
-def test_a_micro_batch_by_hand(name, rows, processor, world):
-    """forward: an answer's log-probability is the sum of its tokens', --length_norm divides by their number;
-    the rewards of the figures are never divided; the best answers' tokens are summed for the SFT term."""
+@pytest.mark.parametrize("records", [[0], [1], [2], [0, 1, 2]])
+def test_a_micro_batch_by_hand(name, records, processor, place):
+    """forward: the log-probability of an answer is the sum over its tokens, and --length_norm divides it by
+    their number in the loss, but not in the rewards; the SFT loss is over the tokens of the chosen answers.
+    The step has 2 records and 10 chosen tokens."""
     options, expected = EQUATIONS[name]
-    args = SimpleNamespace(**{"beta": 0.1, "loss": "sigmoid", "label_smoothing": 0.0, "length_norm": False,
-                              **options})
-    batch, logprob = batch_of_pairs(processor, rows)
-    losses, best, figures = dpo.forward(Said(logprob), batch, rows, REFERENCE.tolist(), world, args)
-    figures = dict(zip(dpo.METRICS, figures.tolist(), strict=True))
-    pad_by_sequence = {
+    args = tiny.arguments("dpo", *files(place), "--beta", 0.1, "--sft_coef", 0.5)
+    vars(args).update(options)
+    batch, token_logps = batch_of_pairs(processor, records)
+    reference = [{"logps": logps} for logps in REFERENCE[records].tolist()]
+    loss, metrics = dpo.forward(Recorded(token_logps), batch, reference, 2, 10, args)
+    assert float(loss) == metrics.pop("loss")
+    assert float(loss) == pytest.approx(float(metrics["loss/dpo"] + 0.5 * metrics["loss/sft"]))
+    values = {
         "loss/dpo": expected, "rewards/chosen": [0, 0.01, -0.09], "rewards/rejected": [0, -0.99, -2.09],
         "rewards/accuracies": [math.nan, 1, 1], "rewards/margins": [0, 1, 2], "logps/chosen": [-0.5, -10, -1],
         "logps/rejected": [-0.1, -30, -21], "logratio/chosen": [0, 0.1 / 8, -0.9 / 4],
         "logratio/rejected": [0, -9.9 / 9, -20.9 / 6]}
-    sums = {name: sum(values[i] for i in rows) for name, values in pad_by_sequence.items()}
-    if 0 in rows:  # whose rewards are equal but for rounding
-        figures["rewards/accuracies"] = math.nan
-    assert figures == pytest.approx(sums, rel=1e-5, abs=1e-5, nan_ok=True)
-    assert float(losses) == figures["loss/dpo"]
-    assert float(best) == pytest.approx(sums["logps/chosen"], rel=1e-5)
+    terms = {name: sum(values[name][i] for i in records) / 2 for name in values}
+    if 0 in records:  # whose rewards are equal up to rounding
+        metrics["rewards/accuracies"] = math.nan
+    terms["loss/sft"] = -sum(values["logps/chosen"][i] for i in records) / 10
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        terms, rel=1e-5, abs=1e-5, nan_ok=True)
 
 
-def test_figures_of_more_answers_by_hand():
-    """Rows of two and three answers: rejected is the mean of the others, accuracy counts all pairs, padding
-    of a shorter row says nothing."""
-    policy, reference = torch.tensor([[3.0, 1.0, 0.0], [2.0, 6.0, 4.0]]), torch.zeros(2, 3)
-    kept = torch.tensor([[True, True, False], [True, True, True]])
-    length = torch.tensor([[3, 2, 0], [1, 2, 4]])
-    found = dpo.dpo_metrics(torch.tensor([0.5, 0.25]), policy, reference, kept, length, beta=2.0)
-    expected = {
+def test_metrics_of_more_answers_by_hand():
+    """Records of two and three answers: rejected is the mean of the others, accuracy counts all pairs,
+    padding of the shorter record counts for nothing."""
+    logps = torch.tensor([[3.0, 1.0, 0.0], [2.0, 6.0, 4.0]])
+    answer_mask = torch.tensor([[True, True, False], [True, True, True]])
+    length = torch.tensor([[3, 2, 1], [1, 2, 4]])
+    metrics = dpo.dpo_metrics(torch.tensor([0.5, 0.25]), 2 * logps, logps, logps / length, answer_mask)
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx({
         "loss/dpo": 0.75, "rewards/chosen": 6 + 4, "rewards/rejected": 2 + 10,
         "rewards/accuracies": 1 + 1 / 3, "rewards/margins": 4 - 6, "logps/chosen": 5, "logps/rejected": 1 + 5,
-        "logratio/chosen": 1 + 2, "logratio/rejected": 1 / 2 + (3 + 1) / 2}
-    assert dict(zip(dpo.METRICS, found.tolist(), strict=True)) == pytest.approx(expected)
+        "logratio/chosen": 1 + 2, "logratio/rejected": 1 / 2 + (3 + 1) / 2})
 
 
 def test_a_tie_counts_half():
-    """Of one pair in two, and of one pair in three answers: 1 > 1, 1 > 0, 1 > 0."""
-    kept = torch.tensor([[True, True, False], [True, True, True]])
-    policy = torch.tensor([[2.0, 2.0, 0.0], [1.0, 1.0, 0.0]])
-    sums = dpo.dpo_metrics(torch.zeros(2), policy, torch.zeros(2, 3), kept, torch.ones(2, 3), beta=1.0)
-    assert sums[dpo.METRICS.index("rewards/accuracies")].item() == pytest.approx(0.5 + 2.5 / 3)
+    """In one pair of two answers, and in one of the three pairs of 1, 1, 0."""
+    answer_mask = torch.tensor([[True, True, False], [True, True, True]])
+    rewards = torch.tensor([[2.0, 2.0, 0.0], [1.0, 1.0, 0.0]])
+    metrics = dpo.dpo_metrics(torch.zeros(2), rewards, rewards, rewards, answer_mask)
+    assert metrics["rewards/accuracies"].item() == pytest.approx(0.5 + 2.5 / 3)
 
 
-def random_logratios(B, K, seed=0):
+def random_logps(B, K, seed=0):
     return 5 * torch.randn(B, K, generator=torch.Generator().manual_seed(seed))
 
 
+def test_policy_equals_reference():
+    """Every loss at h = 0: log 2 for the sigmoid losses; 1 for hinge; (1 / (2 beta))² for IPO."""
+    logps = random_logps(6, 2)
+    for options, expected in ((("sigmoid",), math.log(2)), (("sigmoid", 0.2), math.log(2)),
+                              (("robust", 0.2), math.log(2)), (("hinge",), 1), (("ipo",), 25)):
+        assert pair_loss(logps, logps, 0.1, *options).tolist() == pytest.approx([expected] * 6)
+
+
 @pytest.mark.parametrize("K", [2, 3, 5])
-def test_policy_is_reference(K):
-    """Log-ratios of 0: every ranking is equally likely, log K!; for two answers log 2."""
-    losses = dpo.dpo_loss(torch.zeros(1, K), torch.ones(1, K, dtype=torch.bool), beta=0.3)
-    assert losses.item() == pytest.approx(math.log(math.factorial(K)), rel=1e-6)
+def test_policy_equals_reference_for_more_answers(K):
+    """All rankings are equally likely: log K!."""
+    assert list_loss(torch.zeros(1, K), 0.3).item() == pytest.approx(math.log(math.factorial(K)), rel=1e-6)
 
 
 def test_beta_to_zero():
     """The loss tends to log 2, whatever the log-ratios, and its gradient to ∓ beta / 2."""
-    logratio = random_logratios(6, 2).requires_grad_()
-    losses = dpo.dpo_loss(logratio, torch.ones(6, 2, dtype=torch.bool), beta=1e-5)
+    logps = random_logps(6, 2).requires_grad_()
+    losses = pair_loss(logps, torch.zeros(6, 2), 1e-5)
     losses.sum().backward()
     assert losses.tolist() == pytest.approx([math.log(2)] * 6, abs=1e-4)
-    assert torch.allclose(logratio.grad / 1e-5, torch.tensor([-0.5, 0.5]).expand(6, 2), atol=1e-4)
+    assert torch.allclose(logps.grad / 1e-5, torch.tensor([-0.5, 0.5]).expand(6, 2), atol=1e-4)
 
 
-def test_two_ranked_answers_are_a_pair():
-    """Plackett–Luce of two is − log σ(beta h), with the gradient − beta σ(−beta h) (Eq. 7 and after)."""
-    logratio = random_logratios(6, 2).requires_grad_()
-    losses = dpo.dpo_loss(logratio, torch.ones(6, 2, dtype=torch.bool), beta=0.3)
-    h = (logratio[:, 0] - logratio[:, 1]).detach()
-    torch.testing.assert_close(losses.detach(), -F.logsigmoid(0.3 * h))
-    losses.sum().backward()
-    torch.testing.assert_close(logratio.grad[:, 0], -0.3 * torch.sigmoid(-0.3 * h))
+def test_gradient_of_a_pair():
+    """− beta σ(−beta h) for the chosen answer (the equation after Eq. 7), its opposite for the rejected."""
+    logps = random_logps(6, 2).requires_grad_()
+    pair_loss(logps, torch.zeros(6, 2), 0.3).sum().backward()
+    expected = -0.3 * torch.sigmoid(-0.3 * (logps[:, 0] - logps[:, 1]).detach())
+    torch.testing.assert_close(logps.grad, torch.stack([expected, -expected], 1))
+
+
+def test_the_listwise_loss_of_two_answers_is_the_pairs():
+    """Eq. 20 with K = 2 is Eq. 7: the same losses and gradients."""
+    policy, reference, gradients = random_logps(6, 2).requires_grad_(), random_logps(6, 2, seed=1), []
+    pairs = pair_loss(policy, reference, 0.3)
+    lists = dpo.listwise_dpo_loss(policy, reference, torch.ones(6, 2, dtype=torch.bool), 0.3)
+    torch.testing.assert_close(pairs, lists)
+    for losses in (pairs, lists):
+        gradients += torch.autograd.grad(losses.sum(), policy)
+    torch.testing.assert_close(*gradients)
 
 
 def test_three_ranked_answers_by_hand():
-    """Weights 3, 2, 1: P(best to worst) = 3/6 · 2/3 · 1/1 = 1/3, and the other way round 1/6 · 2/5 = 1/15.
+    """Weights 3, 2, 1: P(best to worst) = 3/6 · 2/3 · 1/1 = 1/3, and of the opposite order 1/6 · 2/5 = 1/15.
     The probabilities of all six orders sum to 1."""
-    weights, kept = torch.tensor([3.0, 2.0, 1.0]), torch.ones(6, 3, dtype=torch.bool)
+    weights = torch.tensor([3.0, 2.0, 1.0])
     orders = torch.stack([weights[list(order)] for order in itertools.permutations(range(3))])
-    p = (-dpo.dpo_loss(orders.log() / 0.1, kept, beta=0.1)).exp()
+    p = (-list_loss(orders.log() / 0.1, 0.1)).exp()
     assert p[0].item() == pytest.approx(1 / 3) and p[-1].item() == pytest.approx(1 / 15)
     assert len(p.unique()) == 6 and p.sum().item() == pytest.approx(1)
 
 
-def test_answers_that_are_not_there_say_nothing():
-    """A row of two padded to five: the same loss, no gradient at the padding, no NaN."""
-    logratio = random_logratios(1, 5).requires_grad_()
-    kept = torch.tensor([[True, True, False, False, False]])
-    loss = dpo.dpo_loss(logratio, kept, beta=0.3)
-    torch.testing.assert_close(loss, dpo.dpo_loss(logratio[:, :2], kept[:, :2], beta=0.3))
+def test_padding_has_no_loss_and_no_gradient():
+    """A record of two answers padded to five: the same loss, no gradient at the padding, no NaN."""
+    logps = random_logps(1, 5).requires_grad_()
+    loss = list_loss(logps, 0.3, torch.tensor([[True, True, False, False, False]]))
+    torch.testing.assert_close(loss, list_loss(logps[:, :2], 0.3))
     loss.backward()
-    assert logratio.grad[0, :2].all() and not logratio.grad[0, 2:].any()
+    assert logps.grad[0, :2].all() and not logps.grad[0, 2:].any()
 
 
-def test_ipo_wants_a_margin():
-    """IPO is least, with gradient 0, at h = 1 / (2 beta): 5 for beta 0.1."""
-    logratio = torch.tensor([[3.0, -2.0]], requires_grad=True)
-    loss = dpo.dpo_loss(logratio, torch.ones(1, 2, dtype=torch.bool), beta=0.1, loss="ipo")
+def test_ipo_is_least_at_its_margin():
+    """IPO is 0, with gradient 0, at h = 1 / (2 beta): 5 for beta 0.1."""
+    logps = torch.tensor([[3.0, -2.0]], requires_grad=True)
+    loss = pair_loss(logps, torch.zeros(1, 2), 0.1, "ipo")
     loss.backward()
-    assert loss.item() == 0 and not logratio.grad.any()
+    assert loss.item() == 0 and not logps.grad.any()
 
 
 def test_robust_is_unbiased():
-    """Labels flipped at the rate 0.1: in the mean the robust loss is the plain one of the true labels."""
-    logratio, kept = random_logratios(6, 2), torch.ones(6, 2, dtype=torch.bool)
-    true, flipped = (dpo.dpo_loss(x, kept, 0.3, "robust", 0.1) for x in (logratio, logratio.flip(1)))
-    torch.testing.assert_close(0.9 * true + 0.1 * flipped, dpo.dpo_loss(logratio, kept, 0.3))
+    """Labels flipped at the rate 0.1: the expected robust loss is the plain loss of the true labels."""
+    logps, reference = random_logps(6, 2), torch.zeros(6, 2)
+    true, flipped = (pair_loss(x, reference, 0.3, "robust", 0.1) for x in (logps, logps.flip(1)))
+    torch.testing.assert_close(0.9 * true + 0.1 * flipped, pair_loss(logps, reference, 0.3))
 
 
-# ---- one row, or a row an answer ----
+# ---- one packed sequence, or one sequence per answer ----
 
 def gathered_gradients(model):
-    found = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters() if p.grad is not None}
+    named = model.named_parameters()
+    gradients = {name: p.grad.full_tensor().clone() for name, p in named if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
-def loss_of_separate_rows(model, processor, examples, reference, beta, tokens):
-    """The loss of a step with every answer in a row of its own, from its definition: Eq. 20 and sft_coef
-    0.5."""
+def loss_of_separate_sequences(model, processor, examples, reference, beta, tokens):
+    """The loss of a step with one sequence per answer, from its definition: Eq. 20 with sft_coef 0.5."""
     loss = 0.0
-    for example, given in zip(examples, reference):
+    for example, ref_logps in zip(examples, reference):
         logratio = []
-        for k, (answer, kept) in enumerate(zip(example.answers, example.token_masks)):
-            one = data.Example(0, "", example.prompt, [answer], [kept], example.images)
+        for k, (answer, token_mask) in enumerate(zip(example.answers, example.token_masks)):
+            one = data.Example(0, "", example.prompt, [answer], [token_mask], example.images)
             batch = data.collate([one], processor)
             assert batch.causal_prefix == batch.ids.shape[1]
             logprob = model(batch, model.vision_tower(batch.pixels))
-            logratio.append(beta * (logprob.sum() - given[k]))
+            logratio.append(beta * (logprob.sum() - ref_logps[k]))
             loss = loss - 0.5 * logprob.sum() / tokens if k == 0 else loss
         for k in range(len(logratio)):
             loss = loss - (logratio[k] - torch.stack(logratio[k:]).logsumexp(0)) / len(examples)
     return loss
 
 
-@pytest.mark.parametrize("rows", [[0], [2], [3], [2, 3, 0, 4, 6]], ids=str)
-def test_a_shared_prompt_is_separate_rows(rows, place, world):
-    """Two, three and five answers of unequal lengths, two pictures, padding, activations recomputed: loss
-    and every gradient are those of a row an answer. Each distinct picture passes the tower once."""
+@pytest.mark.parametrize("records", [[0], [2], [3], [2, 3, 0, 4, 6]], ids=str)
+def test_a_shared_prompt_equals_separate_sequences(records, place, world):
+    """Two, three and five answers of unequal lengths, two images, padding, activations recomputed: the loss
+    and all gradients equal those of one sequence per answer. Each distinct image passes the tower once."""
     model, processor, examples = prepared(place, world, trainable=[
         "vision_tower.", "multi_modal_projector.", "language_model."])
-    examples = [examples[i] for i in rows]
+    examples = [examples[i] for i in records]
     draw = np.random.default_rng(0)
     reference = [(-40 * draw.random(len(example.answers))).tolist() for example in examples]
-    tokens = dpo.best_tokens(range(len(rows)), examples)
+    tokens = dpo.chosen_tokens(examples)
     seen = []
     model.vision_tower.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     batch = data.collate(examples, processor)
     model.set_recompute(True)
-    args = SimpleNamespace(beta=0.05, loss="sigmoid", label_smoothing=0.0, length_norm=False)
-    losses, best, _ = dpo.forward(model, batch, range(len(rows)), reference, world, args)
-    loss = losses / len(rows) - 0.5 * best / tokens
+    args = tiny.arguments("dpo", *files(place), "--beta", 0.05, "--sft_coef", 0.5)
+    ref_logps = [{"logps": logps} for logps in reference]
+    loss, _ = dpo.forward(model, batch, ref_logps, len(examples), tokens, args)
     loss.backward()
     shared = gathered_gradients(model)
     assert seen == [max(1, len({path for example in examples for path in example.images}))]
 
     model.set_recompute(False)
-    expected = loss_of_separate_rows(model, processor, examples, reference, 0.05, tokens)
+    expected = loss_of_separate_sequences(model, processor, examples, reference, 0.05, tokens)
     expected.backward()
     separate = gathered_gradients(model)
     assert len(seen) == 1 + sum(len(example.answers) for example in examples)
@@ -302,7 +327,7 @@ def test_a_user_prefers(place, tmp_path):
     assert last["eval_rewards/margins"] > 0.5 and last["eval_rewards/accuracies"] > 0.5
     assert last["loss"] < first["loss"]
     assert [line["step"] for line in tiny.log(out) if "eval_loss" in line] == [10]
-    assert {f"eval_{name}" for name in dpo.METRICS} < last.keys()
+    assert {f"eval_{name}" for name in first if "/" in name} < last.keys()
     assert "rewards/margins" in done.out and f"wrote {out}" in done.out
     again = fork("dpo", *files(place), "--model", out, "--out", tmp_path / "again", "--max_steps", 1)
     assert again.code == 0, again.err
@@ -310,10 +335,10 @@ def test_a_user_prefers(place, tmp_path):
     assert one["logps/chosen"] == pytest.approx(last["eval_logps/chosen"], rel=1e-4)
 
 
-def test_step_one_of_ranked_rows(place, world, tmp_path):
+def test_step_one_of_ranked_records(place, world, tmp_path):
     """Rows of two, three and five answers: the mean of log K!, no margin; to the last bit, for the
     reference's batches are those of the first epoch, in bf16 as well."""
-    sizes = [len(row["conversations"][-1]["value"]) for row in RANKED]
+    sizes = [len(record["conversations"][-1]["value"]) for record in RANKED]
     for dtype in ("fp32", "bf16"):
         inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / dtype, "--batch_size", 3,
                "--micro_batch", 2, "--epochs", 1, "--lr", 0, "--dtype", dtype)
@@ -321,13 +346,14 @@ def test_step_one_of_ranked_rows(place, world, tmp_path):
         assert len(lines) == 3
         losses = sum(line["loss"] * n for line, n in zip(lines, (3, 3, 1)))
         assert losses == pytest.approx(sum(math.log(math.factorial(K)) for K in sizes), rel=1e-6)
-        assert all(line[f"rewards/{of}"] == 0 for line in lines for of in ("chosen", "rejected", "margins"))
+        assert all(line[f"rewards/{name}"] == 0
+                   for line in lines for name in ("chosen", "rejected", "margins"))
 
 
 def test_the_sft_term_is_sfts_loss(place, world, tmp_path):
-    """loss/sft of step 1 is the loss of sft.py on the best answers; with a vanishing beta the whole gradient
+    """loss/sft of step 1 is the loss of sft.py on the best answers; with a vanishing beta the full gradient
     is, too."""
-    single = [row for row in PAIRS if len(row["conversations"]) == 2]  # sft.py also learns earlier turns
+    single = [pair for pair in PAIRS if len(pair["conversations"]) == 2]  # sft.py also learns earlier turns
     tiny.write_rows(tmp_path / "pairs.json", single)
     tiny.write_rows(tmp_path / "best.json", tiny.best(single, 1))
     step = ["--batch_size", 6, "--micro_batch", 2, "--max_steps", 2, "--lr", "1e-3"]
@@ -340,7 +366,7 @@ def test_the_sft_term_is_sfts_loss(place, world, tmp_path):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
-def test_evaluation_is_a_mean_over_rows(place, world, tmp_path):
+def test_evaluation_is_a_mean_over_records(place, world, tmp_path):
     """Seven held-out records in batches of three, the last of one record, have the metrics of one training
     step of seven: the same loss, with its SFT term."""
     step = ["--ref_model", place / "other", "--lr", 0, "--max_steps", 1, "--sft_coef", 0.5]
@@ -349,7 +375,7 @@ def test_evaluation_is_a_mean_over_rows(place, world, tmp_path):
         inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / name, "--eval_data",
                place / "ranked.json", *step, *options)
     one, parts = (tiny.log(tmp_path / name)[0] for name in ("one", "parts"))
-    for name in ("loss", "loss/sft", *dpo.METRICS):
+    for name in ("loss", *(name for name in one if "/" in name and not name.startswith("eval_"))):
         assert parts[f"eval_{name}"] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
     assert one["rewards/margins"] != parts["rewards/margins"]
 
@@ -364,31 +390,31 @@ ONE_STEP = ["--max_steps", 1, "--batch_size", 3, "--micro_batch", 2]
 
 
 def test_the_file_is_a_resident_reference(place, world, tmp_path):
-    """Its values are those of a second model in memory, on the same batches; and, each answer alone,
-    transformers'."""
+    """Its values are those of a second model in memory, on the same batches; and those of
+    transformers, one answer per sequence."""
     inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / "out", *ONE_STEP, "--eval_data",
            place / "pairs.json")
     model, processor, examples = prepared(place, world)
     steps = data.Steps(examples, processor, 3, 2, 0, 1)
     saved = stored(tmp_path / "out" / "reference.json")
     for step in range(len(steps)):
-        for rows, batch in zip(steps.groups(step), steps[step]):
+        for indices, batch in zip(steps.groups(step), steps[step]):
             with torch.no_grad():
-                _, resident, _ = dpo.sequence_logprobs(model, batch, model.vision_tower(batch.pixels))
-            values = [value for i in rows for value in saved["training"][i]]
+                _, resident = dpo.sequence_logprobs(model, batch)
+            values = [value for i in indices for value in saved["training"][i]["logps"]]
             assert values == pytest.approx(resident.tolist(), rel=1e-6)
     peer = tiny.hf.LlavaForConditionalGeneration.from_pretrained(place / "model").eval()
     for example, *values in zip(examples, saved["training"], saved["held_out"], strict=True):
-        pictures = [processor.pixels(path) for path in example.images]
-        pictures = {"pixel_values": torch.stack(pictures)} if pictures else {}
+        images = [processor.pixels(path) for path in example.images]
+        images = {"pixel_values": torch.stack(images)} if images else {}
         expected = []
         for answer in example.answers:
             ids = torch.from_numpy(np.concatenate([processor.expand(example.prompt), answer])).long()
             with torch.no_grad():
-                logp = peer(input_ids=ids[None], **pictures).logits[0].log_softmax(-1)
+                logp = peer(input_ids=ids[None], **images).logits[0].log_softmax(-1)
             expected.append(sum(float(logp[i - 1, ids[i]]) for i in range(len(ids) - len(answer), len(ids))))
-        assert values[0] == pytest.approx(expected, rel=1e-5)
-        assert values[1] == pytest.approx(expected[:2], rel=1e-5)
+        assert values[0]["logps"] == pytest.approx(expected, rel=1e-5)
+        assert values[1]["logps"] == pytest.approx(expected[:2], rel=1e-5)
 
 
 def test_another_reference_model(place, world, tmp_path):
@@ -400,27 +426,28 @@ def test_another_reference_model(place, world, tmp_path):
     out, own, self, plain = (stored(tmp_path / name / "reference.json")
                              for name in ("out", "own", "self", "plain"))
     assert out == own and self == plain and out != plain
-    values, others = (torch.tensor(file["training"]) for file in (out, plain))
+    values, others = (torch.tensor([record["logps"] for record in file["training"]]) for file in (out, plain))
     assert ((values - others).abs() > 1e-2).all()
     assert abs(tiny.log(tmp_path / "out")[0]["rewards/margins"]) > 1e-2
     assert tiny.log(tmp_path / "self") == tiny.log(tmp_path / "plain")
 
 
-def test_overwrite_makes_the_reference_anew(place, world, tmp_path):
+def test_overwrite_recomputes_the_reference(place, world, tmp_path):
     """The default file belongs to the run: --overwrite with other data or another model is no stale file."""
     out = tmp_path / "out"
     inside("dpo", *files(place), "--out", out, *ONE_STEP)
     inside("dpo", *files(place, "ranked.json"), "--out", out, *ONE_STEP, "--overwrite")
-    assert [len(row) for row in stored(out / "reference.json")["training"]] == [2, 3, 2, 5, 2, 2, 2]
+    saved = stored(out / "reference.json")["training"]
+    assert [len(record["logps"]) for record in saved] == [2, 3, 2, 5, 2, 2, 2]
 
 
 DAMAGE = {
     "one entry short": lambda saved: {**saved, "training": saved["training"][:-1]},
-    "a number edited": lambda saved: {**saved, "held_out": [[0.0, 0.0], *saved["held_out"][1:]]},
+    "a number edited": lambda saved: {**saved, "held_out": [{"logps": [0.0, 0.0]}, *saved["held_out"][1:]]},
     "no digest": lambda saved: {"training": saved["training"], "held_out": saved["held_out"]},
     "of other records": lambda saved: {
         **saved, "training": saved["training"][:3],
-        "sha256": dpo.reference_digest(saved["training"][:3], saved["held_out"])},
+        "sha256": dpo.sha256({"training": saved["training"][:3], "held_out": saved["held_out"]})},
     "a list": lambda saved: saved["training"]}
 
 
@@ -442,7 +469,7 @@ def test_a_changed_reference_is_refused(damage, place, world, tmp_path):
 @tiny.compiles
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_compiled_runs_log_the_same(ranks, place, tmp_path):
-    """--compile beside FSDP, with --recompute, rows of several lengths and the reference's pass without
+    """--compile beside FSDP, with --recompute, records of several lengths and the reference pass without
     gradients: five steps' losses and gradient norms are those of a plain run."""
     traces = []
     for more in ([], ["--compile", "--recompute"]):
@@ -458,8 +485,8 @@ def test_compiled_runs_log_the_same(ranks, place, tmp_path):
 # ---- memory ----
 
 def measure(folder):
-    """Writes the peak of a forward and backward pass over 4 rows of 200 targets."""
-    args = tiny.arguments("dpo", "--model", folder, "--data", "none")
+    """Writes the peak of a forward and backward pass over 4 sequences of 200 targets."""
+    args = tiny.arguments("dpo", "--model", folder, "--data", "none", "--sft_coef", 1)
     world = fsdp.launch(args)
     checkpoint = fsdp.open_checkpoint(args, world)
     model = fsdp.build(checkpoint, args, world, trainable=["multi_modal_projector.", "language_model."])
@@ -469,9 +496,9 @@ def measure(folder):
     assert len(batch.target) == 800
 
     def step():
-        losses, best, _ = dpo.forward(model, batch, range(4), [[0.0, 0.0]] * 4, world, args)
-        (losses - best / 400).backward()
-        return losses
+        loss, _ = dpo.forward(model, batch, [{"logps": [0.0, 0.0]}] * 4, 1, 400, args)
+        loss.backward()
+        return loss
     peak, loss = peak_of(step)
     assert loss.isfinite()
     fsdp.write_json(str(folder / "peak.json"), peak)

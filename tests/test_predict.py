@@ -19,12 +19,13 @@ def place(trained):
 
 @pytest.fixture(scope="module")
 def predict(place, tmp_path_factory):
-    """Options → predict.py's Run and the text that it wrote; every run is made once."""
+    """Options → predict.py's Run and the text that it wrote; every run is started once."""
     @functools.cache
     def run(*options, ranks=1, data="rows.json"):
         out = tmp_path_factory.mktemp("out") / "answers.jsonl"
         done = fork("predict", "--model", place / "model", "--data", place / data, "--images",
-                    place / "images", "--out", out, "--max_new_tokens", 20, "--workers", 0, *options, ranks=ranks)
+                    place / "images", "--out", out, "--max_new_tokens", 20, "--workers", 0, *options,
+                    ranks=ranks)
         assert done.code == 0, done.err
         return done, out.read_text()
     return run
@@ -40,47 +41,47 @@ def oracle(place):
     return model, hf.AutoProcessor.from_pretrained(place / "model")
 
 
-def inputs(row, processor, place, answer=None):
-    """A one-turn row as transformers' own processor makes it."""
-    paths = row.get("image") or []
+def inputs(record, processor, place, answer=None):
+    """A one-turn record, encoded by the processor of transformers."""
+    paths = record.get("image") or []
     paths = paths if isinstance(paths, list) else [paths]
-    asked = row["conversations"][0]["value"]
+    asked = record["conversations"][0]["value"]
     asked = "<image>\n" * (len(paths) - asked.count("<image>")) + asked
     chat = [{"role": "user", "content": asked.strip()}]
     chat += [{"role": "assistant", "content": answer}] if answer else []
     text = processor.apply_chat_template(chat, add_generation_prompt=not answer)
-    pictures = [Image.open(place / "images" / path).convert("RGB") for path in paths]
-    return processor(text=text, images=pictures or None, return_tensors="pt", add_special_tokens=False)
+    images = [Image.open(place / "images" / path).convert("RGB") for path in paths]
+    return processor(text=text, images=images or None, return_tensors="pt", add_special_tokens=False)
 
 
 def test_greedy_answers_are_transformers(place, predict, oracle):
-    """Row by row the text of transformers.generate, which may not choose <image> and <pad> either; rows in
-    the file's order, with what was asked."""
+    """Each answer equals that of transformers.generate, which suppresses <image> and <pad> too; the lines
+    are in the file's order and hold the prompt."""
     model, processor = oracle
     banned = [processor.tokenizer.pad_token_id, processor.tokenizer.convert_tokens_to_ids("<image>")]
     done, text = predict("--micro_batch", 4)
-    found = lines(text)
-    assert [line["id"] for line in found] == [row["id"] for row in ONE_TURN]
-    for row, line in zip(ONE_TURN, found):
-        given = inputs(row, processor, place)
+    results = lines(text)
+    assert [line["id"] for line in results] == [record["id"] for record in ONE_TURN]
+    for record, line in zip(ONE_TURN, results):
+        encoded = inputs(record, processor, place)
         with torch.no_grad():
-            ids = model.generate(**given, max_new_tokens=20, do_sample=False, suppress_tokens=banned)
-        answer = processor.tokenizer.decode(ids[0, given.input_ids.shape[1]:], skip_special_tokens=True)
+            ids = model.generate(**encoded, max_new_tokens=20, do_sample=False, suppress_tokens=banned)
+        answer = processor.tokenizer.decode(ids[0, encoded.input_ids.shape[1]:], skip_special_tokens=True)
         assert line["answer"] == answer.strip()
         assert line.keys() == {"id", "image", "prompt", "answer", "label"}
-        assert line["image"] == row.get("image")
-        assert line["label"] == row["conversations"][1]["value"].strip()
-        pictures = row.get("image") or []
-        assert line["prompt"].count("<image>") == (len(pictures) if isinstance(pictures, list) else 1)
+        assert line["image"] == record.get("image")
+        assert line["label"] == record["conversations"][1]["value"].strip()
+        images = record.get("image") or []
+        assert line["prompt"].count("<image>") == (len(images) if isinstance(images, list) else 1)
         assert line["prompt"].startswith("<s>A chat between") and line["prompt"].endswith("ASSISTANT:")
-    assert len({line["answer"] for line in found}) > 3  # it learned to look at what is asked
-    right = sum(line["answer"] == line["label"] for line in found)
-    assert 0 < right and f"10 rows, 0 too long, 0 cut, exact match {right / 10:.4f} of 10" in done.out
+    assert len({line["answer"] for line in results}) > 3  # it learned to look at what is asked
+    right = sum(line["answer"] == line["label"] for line in results)
+    assert 0 < right and f"10 records, 0 too long, 0 cut, exact match {right / 10:.4f} of 10" in done.out
 
 
 def test_samples_do_not_depend_on_the_batch(predict):
     """Any --micro_batch draws the same answers; log-probabilities are equal to rounding. Another seed draws
-    others, and the answers of a row differ."""
+    others, and the answers of a record differ."""
     expected = lines(predict("--micro_batch", 3, "--num_samples", 3)[1])
     for size in (1, 10):
         for line, other in zip(expected, lines(predict("--micro_batch", size, "--num_samples", 3)[1])):
@@ -99,21 +100,21 @@ def test_samples_do_not_depend_on_the_batch(predict):
 
 
 def test_scores_are_transformers(place, predict, oracle):
-    """--score: the summed log-probability of each of a row's answers, end token included, and its length."""
+    """--score: the summed log-probability of each answer, end token included, and its length in tokens."""
     model, processor = oracle
-    rows = [{**row, "conversations": [row["conversations"][0], {"from": "gpt", "value": answers}]}
-            for row, answers in zip(ONE_TURN, (["a red circle", "no"], "yes", ["a", "a blue star", "no"]))]
-    tiny.write_rows(place / "ranked.json", rows)
-    for row, line in zip(rows, lines(predict("--score", data="ranked.json")[1]), strict=True):
+    records = [{**record, "conversations": [record["conversations"][0], {"from": "gpt", "value": answers}]}
+            for record, answers in zip(ONE_TURN, (["a red circle", "no"], "yes", ["a", "a blue star", "no"]))]
+    tiny.write_rows(place / "ranked.json", records)
+    for record, line in zip(records, lines(predict("--score", data="ranked.json")[1]), strict=True):
         assert "answer" not in line and "label" not in line
-        answers = row["conversations"][1]["value"]
+        answers = record["conversations"][1]["value"]
         answers = answers if isinstance(answers, list) else [answers]
         for answer, scored in zip(answers, line["answers"], strict=True):
-            start = inputs(row, processor, place).input_ids.shape[1]
-            given = inputs(row, processor, place, answer)
-            ids = given.input_ids[0]
+            start = inputs(record, processor, place).input_ids.shape[1]
+            encoded = inputs(record, processor, place, answer)
+            ids = encoded.input_ids[0]
             with torch.no_grad():
-                logp = model(**given).logits[0].log_softmax(-1)
+                logp = model(**encoded).logits[0].log_softmax(-1)
             expected = logp[torch.arange(start - 1, len(ids) - 1), ids[start:]].sum()
             assert scored["text"] == answer and scored["tokens"] == len(ids) - start
             assert int(ids[-1]) == processor.tokenizer.eos_token_id
@@ -123,24 +124,24 @@ def test_scores_are_transformers(place, predict, oracle):
 def test_a_sampled_logprob_is_its_score(place, predict):
     """What --num_samples says of an answer, --score says of it too, where it ended by itself."""
     sampled = lines(predict("--micro_batch", 3, "--num_samples", 3)[1])
-    rows = [{**row, "conversations": [row["conversations"][0], {"from": "gpt", "value": [
-        a["text"] for a in line["answers"]]}]} for row, line in zip(ONE_TURN, sampled)
+    records = [{**record, "conversations": [record["conversations"][0], {"from": "gpt", "value": [
+        a["text"] for a in line["answers"]]}]} for record, line in zip(ONE_TURN, sampled)
         if all(a["text"] for a in line["answers"])]
-    tiny.write_rows(place / "sampled.json", rows)
+    tiny.write_rows(place / "sampled.json", records)
     scored = {line["id"]: line["answers"] for line in lines(predict("--score", data="sampled.json")[1])}
     equal = [math.isclose(a["logprob"], b["logprob"], rel_tol=1e-4)
              for line in sampled for a, b in zip(line["answers"], scored.get(line["id"], []))]
     assert sum(equal) > len(equal) / 2  # others were cut at --max_new_tokens, or have a spelling of their own
 
 
-def test_a_row_without_room_has_no_answer(predict, place):
-    """--max_len below a row's prompt: its answer is null, in its place, and it counts as too long."""
+def test_a_record_whose_prompt_is_too_long_has_no_answer(predict, place):
+    """--max_len below a record's prompt: its answer is null, in its place, and it counts as too long."""
     tiny.write_rows(place / "long.json", [ONE_TURN[1], {**ONE_TURN[3], "conversations": [
         {"from": "human", "value": "What is it? " * 60}, {"from": "gpt", "value": "a star"}]}, ONE_TURN[0]])
     done, text = predict("--max_len", 150, data="long.json")
     answers = [line["answer"] for line in lines(text)]
     assert answers[1] is None and answers[0] is not None and answers[2] is not None
-    assert "3 rows, 1 too long" in done.out and " of 3" in done.out
+    assert "3 records, 1 too long" in done.out and " of 3" in done.out
     scored = lines(predict("--max_len", 150, "--score", data="long.json")[1])
     assert [line["answers"] is None for line in scored] == [False, True, False]
 
@@ -151,17 +152,17 @@ def test_a_records_other_fields_come_along(predict, place, tmp_path):
     first = lines(predict("--micro_batch", 4)[1])
     more = [{"question_id": 3, "category": ["a"], "answer": "no", "prompt": "x", "label": first[0]["answer"]},
             {"label": "never said"}, {"label": 5}, {"label": None, "score": float("nan"), "text": "\ud83d"}]
-    records = [{**row, **fields} for row, fields in zip(ONE_TURN, more)]
+    records = [{**record, **fields} for record, fields in zip(ONE_TURN, more)]
     records[1] = {**records[1], "conversations": records[1]["conversations"][:1]}  # a prompt: not matched
     tiny.write_rows(place / "more.json", records)
     done, text = predict("--micro_batch", 4, data="more.json")
-    found = lines(text)
-    assert [line["answer"] for line in found] == [line["answer"] for line in first[:4]]
-    assert found[0] == {**first[0], "question_id": 3, "category": ["a"], "label": first[0]["answer"]}
-    assert [line["label"] for line in found] == [first[0]["answer"], "never said", 5, first[3]["label"]]
-    assert found[3]["score"] is None and found[3]["text"] == "?" and "NaN" not in text
+    results = lines(text)
+    assert [line["answer"] for line in results] == [line["answer"] for line in first[:4]]
+    assert results[0] == {**first[0], "question_id": 3, "category": ["a"], "label": first[0]["answer"]}
+    assert [line["label"] for line in results] == [first[0]["answer"], "never said", 5, first[3]["label"]]
+    assert results[3]["score"] is None and results[3]["text"] == "?" and "NaN" not in text
     right = (1 + (first[3]["answer"] == first[3]["label"])) / 2
-    assert f"4 rows, 0 too long, 0 cut, exact match {right:.4f} of 2" in done.out
+    assert f"4 records, 0 too long, 0 cut, exact match {right:.4f} of 2" in done.out
     assert lines(predict("--score", data="rows.json")[1])[0].keys() == {"id", "image", "prompt", "answers"}
     argv = ["--model", place / "model", "--data", place / "more.json", "--images", place / "images", "--out",
             tmp_path / "out.jsonl", "--max_new_tokens", 20, "--micro_batch", 4]
@@ -171,9 +172,9 @@ def test_a_records_other_fields_come_along(predict, place, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == text
 
 
-def test_rows_without_an_answer_have_no_label(predict, place):
-    """Prompts alone are answered; there is no label and no exact match then."""
-    prompts = [{**row, "conversations": row["conversations"][:1]} for row in ONE_TURN]
+def test_records_without_an_answer_have_no_label(predict, place):
+    """Prompts without an answer are answered; there is then no label and no exact match."""
+    prompts = [{**record, "conversations": record["conversations"][:1]} for record in ONE_TURN]
     tiny.write_rows(place / "prompts.json", prompts)
     done, text = predict("--micro_batch", 4, data="prompts.json")
     assert all("label" not in line for line in lines(text)) and "exact match" not in done.out
@@ -218,7 +219,7 @@ def test_answers_are_written_as_they_are_done(place, predict, tmp_path):
         assert done.code == 0 and out.read_bytes() == text
         labelled = [json.loads(line) for line in text.splitlines()]
         right = sum(line["answer"] == line["label"] for line in labelled) / len(labelled)
-        assert f"10 rows, 0 too long, 0 cut, exact match {right:.4f} of 10" in done.out
+        assert f"10 records, 0 too long, 0 cut, exact match {right:.4f} of 10" in done.out
 
 
 DAMAGE = {  # of the lines that are there: how many of them stay
@@ -233,15 +234,15 @@ DAMAGE = {  # of the lines that are there: how many of them stay
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_lines_that_are_not_of_their_records_are_answered_again(damage, place, predict, tmp_path):
     """From the first of them on, and it is said."""
-    out, (spoil, kept) = tmp_path / "answers.jsonl", DAMAGE[damage]
+    out, (damaged, n) = tmp_path / "answers.jsonl", DAMAGE[damage]
     argv = ["--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
             "--out", out, "--max_new_tokens", 20, "--micro_batch", 1]
     assert fork("predict", *argv).code == 0
     text = out.read_bytes()
-    out.write_bytes(b"".join(spoil(text.splitlines(keepends=True))))
+    out.write_bytes(b"".join(damaged(text.splitlines(keepends=True))))
     done = fork("predict", *argv, "--resume")
     assert done.code == 0 and out.read_bytes() == text, done.err
-    assert f"{out}: {kept} complete lines stay, the rest is answered again" in done.out
+    assert f"{out}: {n} complete lines stay, the rest is answered again" in done.out
 
 
 def test_answers_are_not_mixed_up(place, tmp_path):
@@ -282,9 +283,9 @@ def reward_by_transformers(folder):
     head = load_file(folder / "score.safetensors")
 
     @torch.no_grad()
-    def reward(given):
-        states = model(**given, output_hidden_states=True).hidden_states[-1]
-        return float(states[0, -1] @ head["weight"][0] + head["bias"][0])
+    def reward(encoded):
+        hidden = model(**encoded, output_hidden_states=True).hidden_states[-1]
+        return float(hidden[0, -1] @ head["weight"][0] + head["bias"][0])
     return reward
 
 
@@ -292,24 +293,24 @@ def reward_by_transformers(folder):
 def test_rewards_are_transformers(name, place, predict):
     """--score --reward_model: every answer's reward by the reward model's own tower and template; text,
     log-probability and number of tokens as without."""
-    tiny.write_rows(place / "given.json", GIVEN)
+    tiny.write_rows(place / "given.json", ANSWERED)
     reward, processor = reward_by_transformers(place / name), hf.AutoProcessor.from_pretrained(place / name)
-    found = lines(predict("--score", "--reward_model", place / name, data="given.json")[1])
+    results = lines(predict("--score", "--reward_model", place / name, data="given.json")[1])
     plain, rewards = lines(predict("--score", data="given.json")[1]), []
-    for row, line, without in zip(GIVEN, found, plain, strict=True):
-        answers = row["conversations"][1]["value"]
+    for record, line, without in zip(ANSWERED, results, plain, strict=True):
+        answers = record["conversations"][1]["value"]
         for answer, scored in zip(answers if isinstance(answers, list) else [answers], line["answers"],
                                   strict=True):
-            given = inputs(row, processor, place, answer)
-            assert scored["text"] == answer and given.input_ids[0, -1] == processor.tokenizer.eos_token_id
+            encoded = inputs(record, processor, place, answer)
+            assert scored["text"] == answer and encoded.input_ids[0, -1] == processor.tokenizer.eos_token_id
             rewards.append(scored.pop("reward"))
-            assert math.isclose(rewards[-1], reward(given), rel_tol=1e-5, abs_tol=1e-5)
+            assert math.isclose(rewards[-1], reward(encoded), rel_tol=1e-5, abs_tol=1e-5)
         assert line == without
     assert len(set(rewards)) == len(rewards) == 14
 
 
-GIVEN = [{**row, "conversations": [row["conversations"][0], {"from": "gpt", "value": answers}]}
-         for row, answers in zip(ONE_TURN, (["a red circle", "no"], "yes", ["a", "a blue star", "no"],
+ANSWERED = [{**record, "conversations": [record["conversations"][0], {"from": "gpt", "value": answers}]}
+         for record, answers in zip(ONE_TURN, (["a red circle", "no"], "yes", ["a", "a blue star", "no"],
                                         ["yes", "no", "a star", "a picture", "a human, a human, a human"],
                                         ["polite", "no"], "a picture"))]
 
@@ -320,9 +321,9 @@ BEST = "--micro_batch", 3, "--num_samples", 3
 def test_the_best_of_three(place, predict):
     """Answers and log-probabilities are those drawn without a reward model; the answer is the best rewarded,
     which is not always the first."""
-    found = lines(predict(*BEST, "--reward_model", place / "reward")[1])
+    results = lines(predict(*BEST, "--reward_model", place / "reward")[1])
     places = []
-    for line, without in zip(found, lines(predict(*BEST)[1]), strict=True):
+    for line, without in zip(results, lines(predict(*BEST)[1]), strict=True):
         rewards = [answer.pop("reward") for answer in line["answers"]]
         places.append(rewards.index(max(rewards)))
         assert line["answer"] == line["answers"][places[-1]]["text"] and len(rewards) == 3
@@ -343,12 +344,12 @@ def watched(file):
         seen["towers"].append(len(pixels))
         return forward(self, pixels)
 
-    def watched_add(answers, judged, *rest):
-        add(answers, judged, *rest)
-        for example, row in zip(judged, answers):
-            given = {"prompt": example.prompt.tolist(), "images": example.images}
-            seen["rewards"] += [{**given, "ids": ids.tolist(), "reward": answer["reward"]}
-                                for ids, answer in zip(example.answers, row, strict=True)]
+    def watched_add(answers, examples, *rest):
+        add(answers, examples, *rest)
+        for example, record in zip(examples, answers):
+            item = {"prompt": example.prompt.tolist(), "images": example.images}
+            seen["rewards"] += [{**item, "ids": ids.tolist(), "reward": answer["reward"]}
+                                for ids, answer in zip(example.answers, record, strict=True)]
         file.write_text(json.dumps(seen))
     CLIPVision.forward, predict.add_rewards = watched_forward, watched_add
 
@@ -356,48 +357,48 @@ def watched(file):
 @pytest.mark.parametrize("name, options, passes", [
     ("reward", [], 1), ("tower", [], 2), ("reward", ["--image_mode", "pad"], 2)])
 def test_an_equal_tower_is_run_once(name, options, passes, place, tmp_path):
-    """A micro-batch's distinct pictures pass one tower where the reward model's is the policy's and sees them
-    alike, else each model's. Each sampled answer has the reward of its very ids in a row of their own, with
-    pictures as the reward model sees them."""
+    """The distinct images of a micro-batch pass one tower if both models have the same one and the same image
+    mode, else both towers. Each reward equals that of the sampled ids in a sequence of their own, with the
+    images as the reward model sees them."""
     done = fork("predict", "--model", place / "model", "--data", place / "rows.json", "--images",
-                place / "images", "--out", tmp_path / "out.jsonl", "--max_new_tokens", 12, "--workers", 0, *BEST,
-                "--reward_model", place / name, *options,
+                place / "images", "--out", tmp_path / "out.jsonl", "--max_new_tokens", 12, "--workers", 0,
+                *BEST, "--reward_model", place / name, *options,
                 prepare=functools.partial(watched, tmp_path / "seen.json"))
     assert done.code == 0, done.err
     seen = json.loads((tmp_path / "seen.json").read_text())
     groups, expected = [ONE_TURN[i:i + 3] for i in range(0, len(ONE_TURN), 3)], []
     for group in groups:
-        paths = [row.get("image") or [] for row in group]
+        paths = [record.get("image") or [] for record in group]
         distinct = {path for p in paths for path in (p if isinstance(p, list) else [p])}
         expected += [len(distinct) or 1] * passes
     assert seen["towers"] == expected
 
     reward, processor = reward_by_transformers(place / name), hf.AutoProcessor.from_pretrained(place / name)
     written = [a["reward"] for line in lines((tmp_path / "out.jsonl").read_text()) for a in line["answers"]]
-    assert written == [given["reward"] for given in seen["rewards"]] and len(written) == 3 * len(ONE_TURN)
+    assert written == [item["reward"] for item in seen["rewards"]] and len(written) == 3 * len(ONE_TURN)
     token = processor.tokenizer.convert_tokens_to_ids("<image>")
-    for given in seen["rewards"]:
-        ids = [i for i in (*given["prompt"], *given["ids"]) for _ in range(tiny.PATCHES if i == token else 1)]
-        pictures = [Image.open(path).convert("RGB") for path in given["images"]]
-        pixels = processor.image_processor(pictures, return_tensors="pt").pixel_values if pictures else None
+    for item in seen["rewards"]:
+        ids = [i for i in (*item["prompt"], *item["ids"]) for _ in range(tiny.PATCHES if i == token else 1)]
+        images = [Image.open(path).convert("RGB") for path in item["images"]]
+        pixels = processor.image_processor(images, return_tensors="pt").pixel_values if images else None
         expected = reward({"input_ids": torch.tensor([ids]), "pixel_values": pixels})
-        assert math.isclose(given["reward"], expected, rel_tol=1e-5, abs_tol=1e-5)
+        assert math.isclose(item["reward"], expected, rel_tol=1e-5, abs_tol=1e-5)
 
 
-def test_rows_that_do_not_fit_the_reward_model(place, predict):
-    """A row too long behind the reward model's own words has no answer, as one too long for the policy; the
-    others have those that they have without."""
+def test_records_that_do_not_fit_the_reward_model(place, predict):
+    """A record that is too long in the reward model's template has no answer, like one that is
+    too long for the policy; the answers of the others do not change."""
     tiny.shutil.copytree(place / "reward", place / "more words")
     jinja = place / "more words" / "chat_template.jinja"
     jinja.write_text(jinja.read_text().replace("A chat between", "A polite chat between"))
     processor = hf.AutoProcessor.from_pretrained(place / "model")
-    longest = max(inputs(row, processor, place).input_ids.shape[1] for row in ONE_TURN)
-    found = {name: predict(*BEST, "--max_len", longest + 1, "--reward_model", place / name)
+    longest = max(inputs(record, processor, place).input_ids.shape[1] for record in ONE_TURN)
+    results = {name: predict(*BEST, "--max_len", longest + 1, "--reward_model", place / name)
              for name in ("reward", "more words")}
-    all_, some = (lines(found[name][1]) for name in ("reward", "more words"))
-    assert "10 rows, 0 too long" in found["reward"][0].out and all(line["answers"] for line in all_)
+    all_, some = (lines(results[name][1]) for name in ("reward", "more words"))
+    assert "10 records, 0 too long" in results["reward"][0].out and all(line["answers"] for line in all_)
     left = [line["answers"] is not None for line in some]
-    assert 0 < sum(left) < 10 and f"10 rows, {10 - sum(left)} too long" in found["more words"][0].out
+    assert 0 < sum(left) < 10 and f"10 records, {10 - sum(left)} too long" in results["more words"][0].out
     for line, full in zip(some, all_, strict=True):
         if line["answers"]:
             assert [a["text"] for a in line["answers"]] == [a["text"] for a in full["answers"]]

@@ -24,7 +24,7 @@ def test_loss_by_hand():
     assert math.isclose(sft.sft_loss(logprob, 4), 6 * math.log(2) / 4, rel_tol=1e-6)
 
 
-def test_loss_of_parts_is_the_loss_of_the_whole():
+def test_loss_of_micro_batches_sums_to_the_loss_of_the_step():
     """Summed over micro-batches of unequal size it is the mean over all tokens, not a mean of means."""
     logprob = -torch.arange(1.0, 8.0)
     parts = sft.sft_loss(logprob[:2], 7) + sft.sft_loss(logprob[2:], 7)
@@ -35,8 +35,8 @@ def test_loss_of_parts_is_the_loss_of_the_whole():
 def test_the_first_logged_loss_is_transformers(place, tmp_path):
     """Step 1 of a run logs the mean over the supervised tokens of the logits that transformers computes."""
     from transformers import AutoTokenizer
-    row = MIXED[1]
-    tiny.write_rows(tmp_path / "one.json", [row])
+    record = MIXED[1]
+    tiny.write_rows(tmp_path / "one.json", [record])
     done = fork("sft", *files(place), "--data", tmp_path / "one.json", "--out", tmp_path / "out",
                 "--max_steps", 1, "--workers", 0)
     assert done.code == 0, done.err
@@ -69,7 +69,7 @@ def test_a_user_fine_tunes(ranks, place, tmp_path):
     assert [line["step"] for line in lines if "eval_loss" in line] == [15, 30]
     assert lines[0]["lr"] == pytest.approx(1e-2 / 4)
     assert max(line["lr"] for line in lines) == pytest.approx(1e-2)
-    assert done.out.count("    row 0: ") == 2 and "(given: 'a red circle')" in done.out
+    assert done.out.count("    row 0: ") == 2 and "(label: 'a red circle')" in done.out
     assert f"wrote {out}" in done.out and "30/30" in done.out
     assert "Traceback" not in done.err and "Warning" not in done.err
     done = fork("sft", *files(place), "--model", out, "--out", tmp_path / "again", "--max_steps", 1,
@@ -97,7 +97,7 @@ def fake_wandb():
 
 
 def test_weights_and_biases(place, tmp_path):
-    """--wandb: started with the project, given every step's figures, and finished."""
+    """--wandb: started with the project, called with the metrics of every step, and finished."""
     done = fork("sft", *files(place), "--out", tmp_path / "out", "--max_steps", 2, "--wandb", "mine",
                 "--workers", 0, prepare=fake_wandb)
     assert done.code == 0, done.err
@@ -124,8 +124,8 @@ def test_projector_pre_training(place, tmp_path):
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == plain
 
 
-def test_cut_and_skipped_rows_are_counted(place, tmp_path):
-    """--max_len: what is left out and what loses its tail is said."""
+def test_truncated_and_skipped_records_are_counted(place, tmp_path):
+    """--max_len: the run prints how many records are left out."""
     done = fork("sft", *files(place), "--max_len", 140, "--out", tmp_path / "out", "--workers", 0,
                 "--max_steps", 1, "--batch_size", 4)
     assert done.code == 0, done.err
