@@ -1022,8 +1022,9 @@ def test_ptx_gradients_are_sfts(bench, place, world):
     (2.5 * loss).backward()
     expected = taken(bench)
     parts = [data.collate(examples[:2], bench.processor), data.collate(examples[2:5], bench.processor)]
-    ppo.ptx_gradients(parts, bench.policy, arguments("--ptx_coef", 1), world)
-    found = ppo.ptx_gradients(parts, bench.policy, arguments("--ptx_coef", 1.5), world)
+    for coefficient in (1, 1.5):
+        args = arguments("--ptx_data", "turns.json", "--ptx_coef", coefficient)
+        found = ppo.ptx_gradients(parts, bench.policy, args, world)
     assert found == pytest.approx(loss.item(), rel=1e-5)
     assert_same_gradients(taken(bench), expected)
 
