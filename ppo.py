@@ -1,37 +1,45 @@
 r"""Proximal policy optimisation of a vision-LLM against a learned reward model.
 
-Four models: the policy π and its frozen start π_ref (--model), the reward model and the critic V
-(--reward_model). An iteration samples answers y to --rollout_batch prompts x and learns from them for
---ppo_epochs passes, in minibatches of --batch_size prompts (an optimiser step each), in micro-batches (a
-forward pass; one Rollout each):
+Four models: the policy π, the reference π_ref (the policy before training, frozen), the reward model (frozen)
+and the critic V. Policy and reference start from --model, the critic from --reward_model. Each iteration
+samples answers y to --rollout_batch prompts x, then takes --ppo_epochs passes over them. A pass takes one
+optimizer step per minibatch of --batch_size prompts; a minibatch is one or more micro-batches, one forward
+pass each.
 
     reward      r_t = − β (log π(y_t) − log π_ref(y_t)) + [t is the last token] · score(x, y)
     advantage   A_t = Σ_l (γ λ)^l δ_{t+l},   δ_t = r_t + γ V_{t+1} − V_t,   return R_t = A_t + V_t
     policy      mean over tokens of max(− A_t ρ_t, − A_t clip(ρ_t, 1 ± ε)),   ρ_t = π(y_t) / π_old(y_t)
     critic      mean over tokens of ½ max((V_t − R_t)², (clip(V_t, V_old,t ± ε) − R_t)²)
 
-PPO, arXiv:1707.06347, Eq. 7; GAE, arXiv:1506.02438, Eq. 16; on language, with the reward above,
-arXiv:1909.08593, Eq. 2, and arXiv:2009.01325, whose critic too starts from the reward model. The defaults
-γ = 1, λ = 0.95, ε = 0.2, β = 0.05, four epochs and Adam's ε 1e-5, advantages whitened over the iteration
-(after R_t is taken) and a fixed score for answers without an end token are those of arXiv:2403.17031, which
-reproduces it; its normalised scores are --normalize_scores. Clipped values are OpenAI Baselines'. --ptx_data
-is after InstructGPT, arXiv:2203.02155, Eq. 2.
+V_t is read one position before token t: it is the value of the prompt and y_1 … y_{t−1}. After an answer's
+last token the value is 0, also where --max_new_tokens cut the answer.
 
-Departures: the critic has an optimiser of its own; a loss is a mean over all tokens of a minibatch and
-whitening over those of an iteration, on all ranks; tokens are the inverse CDF of uniforms keyed by (seed,
-minibatch, prompt, sample, step); the samples of a prompt share its row; a cosine over iterations, not a line,
-and the policy's starts after --critic_warmup; prompts that do not fill a minibatch at an epoch's end wait for
-a later one; the vision tower stays frozen; --ptx_data holds SFT rows, not pre-training text; --whiten_rewards
-divides and does not centre. ρ and KL are of the whole softmax, while ids that no one may say (padding,
-pictures) and what --top_k or --top_p cut are never sampled. policy/clipfrac and val/clipfrac count what lies
-outside 1 ± ε and V_old ± ε, whether or not it is clipped.
+PPO: arXiv:1707.06347, Eq. 7. GAE: arXiv:1506.02438, Eq. 16. The reward: arXiv:1909.08593, Eq. 2. The critic
+starts from the reward model as in arXiv:2009.01325. The defaults (γ = 1, λ = 0.95, ε = 0.2, β = 0.05, four
+epochs, Adam's ε = 1e-5, advantages whitened after R_t is computed, a fixed score for answers without an end
+token) are those of arXiv:2403.17031; --normalize_scores is its score normalisation. The clipped value loss is
+OpenAI Baselines'. --ptx_data follows InstructGPT, arXiv:2203.02155, Eq. 2.
 
-    python ppo.py                                       # on the shapes world, after sft.py and rm.py
+Departures:
+- The critic has its own optimizer and learning rate.
+- A loss is a mean over all tokens of a minibatch, and whitening is over all tokens of an iteration, on all
+  ranks.
+- Tokens are sampled by inverse CDF from uniforms keyed by (seed, minibatch, prompt, sample, step).
+- The samples of a prompt share one packed sequence.
+- The learning rate follows a cosine over iterations, not a line; the policy's starts after --critic_warmup.
+- Prompts that do not fill a minibatch at the end of a data epoch are left out of that epoch.
+- The vision tower is frozen. --ptx_data holds SFT records, not pre-training text.
+- --whiten_rewards divides by the standard deviation and does not subtract the mean.
+- Ratios and KL use the full softmax, but padding and image ids are never sampled, nor is what --top_k or
+  --top_p exclude.
+
+    python ppo.py                                       # on the shapes data set, after sft.py and rm.py
     torchrun --nproc_per_node=8 ppo.py --model runs/sft-7b --reward_model runs/rm-7b --data prompts.json \
         --images pictures --out out
 
-Legend: B rows (prompts) of P tokens, K samples of each, T = prompt and answers, A = B · K answers, L longest
-answer, N all answers' tokens.
+Legend: B prompts, K samples per prompt, A = B · K answers, L tokens of the longest answer, N tokens of all
+answers, T positions of a packed sequence (a prompt and its K answers), M images, I features per image,
+D width.
 """
 import argparse
 import contextlib
@@ -40,6 +48,7 @@ import importlib.util
 import json
 import os
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,247 +59,282 @@ import fsdp
 from data import UserError
 from model import generate, keyed_uniforms
 
-# ---- equations: all tensors [A, L] over the answers' tokens, kept [A, L] says which there are ----
+PARTS = {"projector": "multi_modal_projector.", "llm": "language_model."}  # --train → parameter prefix
+HELD_OUT = 0  # minibatch number in the sampling key of held-out prompts; training minibatches count from 1
+
+# ---- equations: tensors [A, L], one value per answer token; token_mask [A, L] marks the real tokens ----
 
 
-def kl_reward(logprob, ref_logprob, score, kept, beta):
-    """r_t = − β (log π − log π_ref), and the score [A] at each answer's last token (Eq. 2,
+def kl_reward(logprob, ref_logprob, score, token_mask, beta):
+    """r_t = − β (log π − log π_ref), plus the score [A] at each answer's last token (Eq. 2,
     arXiv:1909.08593)."""
-    last = kept & ~nn.functional.pad(kept, (0, 1))[:, 1:]
-    return (-beta * (logprob - ref_logprob) + last * score[:, None]) * kept
+    last_token = token_mask & ~nn.functional.pad(token_mask, (0, 1))[:, 1:]
+    return (-beta * (logprob - ref_logprob) + last_token * score[:, None]) * token_mask
 
 
-def gae(rewards, values, kept, gamma, lam):
-    """→ advantages and returns [A, L] (Eq. 16, arXiv:1506.02438); nothing follows an answer's last token."""
-    values = values * kept
-    advantages, following = torch.zeros_like(rewards), rewards.new_zeros(len(rewards))
+def gae(rewards, values, token_mask, gamma, lam):
+    """→ advantages and returns [A, L] (Eq. 16, arXiv:1506.02438). The value after the last token is 0."""
+    values = values * token_mask
+    advantages, next_advantage = torch.zeros_like(rewards), rewards.new_zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
-        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(following)
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(next_advantage)
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * kept[:, t]
-        advantages[:, t] = following
+        next_advantage = (delta + gamma * lam * next_advantage) * token_mask[:, t]
+        advantages[:, t] = next_advantage
     return advantages, advantages + values
 
 
-def policy_loss(logprob, old_logprob, advantages, kept, clip):
-    """Sum over kept tokens of max(− A ρ, − A clip(ρ, 1 ± ε)) (Eq. 7, arXiv:1707.06347)."""
+def policy_loss(logprob, old_logprob, advantages, token_mask, clip):
+    """Sum over tokens of max(− A ρ, − A clip(ρ, 1 ± ε)) (Eq. 7, arXiv:1707.06347)."""
     ratio = (logprob - old_logprob).exp()
     losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
-    return (losses * kept).sum()
+    return (losses * token_mask).sum()
 
 
-def value_loss(values, old_values, returns, kept, clip):
-    """Sum over kept tokens of ½ max((V − R)², (clip(V, V_old ± ε) − R)²) (OpenAI Baselines' ppo2)."""
+def value_loss(values, old_values, returns, token_mask, clip):
+    """Sum over tokens of ½ max((V − R)², (clip(V, V_old ± ε) − R)²) (OpenAI Baselines' ppo2)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return (0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * kept).sum()
+    return (0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * token_mask).sum()
 
 
-def masked_mean_std(tensors, kepts, world):
-    """Mean and standard deviation (of a sample: n − 1) over the kept elements of all tensors on all ranks."""
-    kept = torch.cat([t[k].double() for t, k in zip(tensors, kepts)])
-    n, total, squares = world.sum(len(kept), kept.sum(), kept.square().sum())
+def masked_mean_std(tensors, masks, world):
+    """Mean and sample standard deviation (n − 1) over the unmasked elements of all tensors on all ranks."""
+    values = torch.cat([tensor[mask].double() for tensor, mask in zip(tensors, masks)])
+    n, total, squares = world.sum(len(values), values.sum(), values.square().sum())
     mean = total / n
     return mean, (max(0.0, squares - n * mean**2) / max(1, n - 1)) ** 0.5
 
 
 def adapted_beta(beta, kl, target, horizon, answers):
-    """β after an iteration of so many answers whose mean KL was kl (section 2.2, arXiv:1909.08593, with
-    answers / horizon for its K_β, as in the code released with it)."""
+    """β for the next iteration, after `answers` answers of mean KL `kl` (section 2.2 of arXiv:1909.08593,
+    with K_β = answers / horizon, as in the code released with it)."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * answers / horizon)
 
 
-# ---- rewards ----
+# ---- an iteration: rollouts → scores → log-probabilities and values → advantages → optimizer steps ----
+# Each phase returns one item per micro-batch. All of them stay in device memory until the iteration ends, as
+# every epoch reads them: ids, image features and [A, L] tensors. Pixels wait in host memory.
+
+class Rollout(NamedTuple):
+    """A micro-batch of B prompts with K sampled answers each."""
+    examples: list  # B data.Examples with their sampled answers
+    batch: data.Batch  # packed sequences [B, T], without pixels
+    pixels: torch.Tensor  # [M, 3, S, S] on the CPU, for a scorer or critic with its own vision tower
+    features: torch.Tensor  # [M, I, D] from the policy's vision tower
+    ended: torch.Tensor  # [A] bool: False where --max_new_tokens cut the answer before its end token
+
+
+class OldOutputs(NamedTuple):
+    """What the models compute for the sampled tokens before any update of the iteration."""
+    token_mask: torch.Tensor  # [A, L] bool
+    logprob: torch.Tensor  # [A, L] log π_old
+    ref_logprob: torch.Tensor  # [A, L] log π_ref
+    values: torch.Tensor  # [A, L] V_old; None in evaluations
+    critic_features: torch.Tensor  # [M, I, D] from the critic's vision tower; None in evaluations
+
+    def kl(self):
+        """[A] log π_old(y) − log π_ref(y) in nats per answer: a one-sample estimate of the KL divergence."""
+        return (self.logprob - self.ref_logprob).sum(1)
+
+
+class Targets(NamedTuple):
+    """What GAE computes from OldOutputs and scores."""
+    advantages: torch.Tensor  # [A, L], whitened
+    returns: torch.Tensor  # [A, L], from the advantages before whitening
+
+
+class Prompts(NamedTuple):
+    """The prompts of data files, as the policy reads them and as the scorer does."""
+    examples: list  # data.Examples in the policy's template
+    records: list  # the JSON records by Example.index, for a reward function
+    scorer_examples: dict  # Example.index → the same prompt in the reward model's template
+
 
 @dataclasses.dataclass
-class Judge:
-    """What scores whole answers: a reward model, or a function of (row, texts) → scores."""
-    function: object = None
-    rows: list = None  # of the data files, for the function
-    model: object = None
-    processor: object = None  # the reward model's own, with its template
-    prompts: dict = None  # index of a row → its prompt as the reward model reads it
-    same_images: bool = False  # whether it reads images in the policy's size and mode
-    shared: bool = False  # whether it sees with the policy's tower
+class RewardFunction:
+    """Scores answers by a user's function of (record, texts) → scores."""
+    function: object
+    processor: data.Processor
+
+    def score(self, rollout, prompts):
+        """→ scores [A]"""
+        scores = []
+        for example in rollout.examples:
+            texts = [self.processor.text(ids) for ids in example.answers]
+            values = list(self.function(prompts.records[example.index], texts))
+            numbers = all(isinstance(v, (int, float, np.number)) and np.isfinite(v) for v in values)
+            if len(values) != len(texts) or not numbers:
+                raise UserError(f"{example.name}: --reward_model's function gave {len(values)} scores for "
+                                f"{len(texts)} answers, need a finite number each: {values}")
+            scores += values
+        return torch.tensor(scores, dtype=torch.float32, device=rollout.features.device)
+
+
+@dataclasses.dataclass
+class RewardModel:
+    """Scores answers by a model with a scalar head. It reads the prompt in its own template and the answers'
+    ids as they were sampled."""
+    model: nn.Module
+    processor: data.Processor
+    same_images: bool  # it reads images in the policy's size and mode: rollout.pixels serve
+    shared_tower: bool  # its vision tower is the policy's: rollout.features serve
 
     @torch.no_grad()
-    def scores(self, rollout, processor):
-        """→ scores [A] of a Rollout's answers, as they were sampled"""
-        if self.function:
-            texts = [[processor.text(ids) for ids in example.answers] for example in rollout.examples]
-            found = [list(self.function(self.rows[e.index], t)) for e, t in zip(rollout.examples, texts)]
-            for example, said, scores in zip(rollout.examples, texts, found):
-                numbers = all(isinstance(s, (int, float, np.number)) and np.isfinite(s) for s in scores)
-                if len(scores) != len(said) or not numbers:
-                    raise UserError(f"{example.name}: --reward_model's function gave "
-                                     f"{len(scores)} scores for {len(said)} answers, need a finite number "
-                                     f"each: {scores}")
-            return torch.tensor(sum(found, []), dtype=torch.float32, device=rollout.features.device)
-        read = [dataclasses.replace(self.prompts[example.index], answers=example.answers, token_masks=example.token_masks)
-                for example in rollout.examples]
-        batch = data.collate(read, self.processor, rollout.batch.pixels.cpu() if self.same_images else None)
+    def score(self, rollout, prompts):
+        """→ scores [A], read at each answer's last token"""
+        examples = [dataclasses.replace(prompts.scorer_examples[example.index], answers=example.answers,
+                                        token_masks=example.token_masks) for example in rollout.examples]
+        batch = data.collate(examples, self.processor, rollout.pixels if self.same_images else None)
         batch = batch.to(rollout.features.device)
-        features = rollout.features if self.shared else self.model.vision_tower(batch.pixels)
+        features = rollout.features if self.shared_tower else self.model.vision_tower(batch.pixels)
         return self.model.scores(batch, features, batch.last_token)
 
 
-def load_function(name):
-    """FILE.py:FUNCTION → the function"""
-    path, _, function = name.rpartition(":")
-    if not os.path.isfile(path):
-        raise UserError(f"got --reward_model {name}: no such file {path}")
-    spec = importlib.util.spec_from_file_location("reward_function", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # as an import would leave it
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        raise UserError(f"got --reward_model {name}: no function {function} in {path}")
-    return getattr(module, function)
-
-
-# ---- one micro-batch's way through an iteration ----
-
-@dataclasses.dataclass
-class Rollout:
-    """A micro-batch of prompts with their sampled answers, and what is computed of them."""
-    examples: list  # B of them, each with its K answers
-    batch: data.Batch
-    features: torch.Tensor  # the policy's tower
-    critic_features: torch.Tensor = None
-    kept: torch.Tensor = None  # [A, L] like all that follows
-    logprob: torch.Tensor = None
-    ref_logprob: torch.Tensor = None
-    values: torch.Tensor = None
-    kl: torch.Tensor = None  # [A] log π − log π_ref of whole answers
-    score: torch.Tensor = None  # [A]
-    ended: torch.Tensor = None  # [A] whether the answer has its end token
-    rewards: torch.Tensor = None
-    advantages: torch.Tensor = None
-    returns: torch.Tensor = None
-
-
-def decoding(policy, args):
-    """Around a rollout: whole weights on every rank, which then decodes at its own pace, or sharded ones."""
-    return fsdp.unsharded(policy) if args.rollout == "gathered" else contextlib.nullcontext()
-
-
-def interrupted(stop, world, args):
-    """Whether SIGTERM ends a rollout before its next batch. Ranks that decode at their own pace need not
-    agree: what is sampled is dropped on all of them."""
-    return stop.asked(world) if args.rollout == "sharded" else stop.heard
+def generate_rollouts(policy, steps, first, count, batches, processor, args, world, stop, held_out=False):
+    """Samples answers to `count` minibatches, from step `first` on → Rollouts; [] once SIGTERM stops it on
+    any rank. With --rollout gathered each rank holds the full weights and decodes at its own pace."""
+    rollouts, sharded = [], args.rollout == "sharded"
+    with contextlib.nullcontext() if sharded else fsdp.unsharded(policy):
+        for step in range(first, first + count):
+            for batch, indices in zip(next(batches), steps.groups(step)):
+                if stop.asked(world) if sharded else stop.heard:
+                    continue
+                prompts = [steps.examples[i] for i in indices]
+                number = HELD_OUT if held_out else step + 1
+                rollouts.append(generate_rollout(policy, batch, prompts, processor, args, world, number))
+    return [] if stop.asked(world) else rollouts
 
 
 @torch.no_grad()
 def generate_rollout(policy, batch, examples, processor, args, world, minibatch_number):
-    """Samples --samples_per_prompt answers of each prompt → Rollout with rows of prompt and answers. The
-    draws are keyed by the minibatch's number."""
-    batch, K = batch.to(world.device), args.samples_per_prompt
+    """Samples K answers per prompt; batch [B, prompt length] holds the prompts of the examples → Rollout"""
+    K, indices = args.samples_per_prompt, [example.index for example in examples]
+    pixels, batch = batch.pixels.cpu(), batch.to(world.device)
     features = policy.vision_tower(batch.pixels)
     uniforms = None
     if examples:
-        uniforms = keyed_uniforms(args.seed, minibatch_number, [e.index for e in examples], K, args.max_new_tokens)
-    anyone = world.any if args.rollout == "sharded" else torch.any  # sharded weights: ranks decode in step
-    answers, _ = generate(policy, batch, features, args.max_new_tokens, processor.stop, processor.banned, uniforms,
-                          K, args.temperature, args.top_k, args.top_p, anyone)
-    rows = [dataclasses.replace(example, answers=[np.array(ids, dtype=np.int32) for ids in row],
-                                token_masks=[np.ones(len(ids), dtype=bool) for ids in row])
-            for example, row in zip(examples, answers)]
-    whole = data.collate(rows, processor, batch.pixels.cpu()).to(world.device)
-    ended = [int(ids[-1]) in processor.stop for row in rows for ids in row.answers]
-    return Rollout(rows, whole, features, ended=torch.tensor(ended, dtype=torch.bool, device=world.device))
+        uniforms = keyed_uniforms(args.seed, minibatch_number, indices, K, args.max_new_tokens)
+    any_running = world.any if args.rollout == "sharded" else torch.any  # sharded: all ranks decode in step
+    answers, _ = generate(policy, batch, features, args.max_new_tokens, processor.stop, processor.banned,
+                          uniforms, K, args.temperature, args.top_k, args.top_p, any_running)
+    examples = [dataclasses.replace(example, answers=[np.array(ids, dtype=np.int32) for ids in samples],
+                                    token_masks=[np.ones(len(ids), dtype=bool) for ids in samples])
+                for example, samples in zip(examples, answers)]
+    packed = dataclasses.replace(data.collate(examples, processor, pixels), pixels=None).to(world.device)
+    ended = [int(ids[-1]) in processor.stop for example in examples for ids in example.answers]
+    ended = torch.tensor(ended, dtype=torch.bool, device=world.device)
+    return Rollout(examples, packed, pixels, features, ended)
+
+
+def fit_score_scale(scores, rollouts, world):
+    """→ mean and standard deviation of the scores of all answers that have their end token."""
+    ended, = world.sum(sum(int(rollout.ended.sum()) for rollout in rollouts))
+    if ended < 2:
+        raise UserError(f"got --normalize_scores, but {ended:.0f} of the first iteration's answers have "
+                        "their end token: raise --max_new_tokens")
+    mean, std = masked_mean_std(scores, [rollout.ended for rollout in rollouts], world)
+    if std < 1e-6:
+        raise UserError(f"got --normalize_scores, but all complete answers of iteration 1 score {mean}: "
+                        "leave it out")
+    return mean, std
+
+
+@torch.no_grad()
+def rescale_head(head, mean, std):
+    """Makes a scalar head predict (score − μ) / σ: w / σ and (b − μ) / σ. A critic that starts from the
+    reward model predicts raw scores, but the returns contain normalised ones."""
+    head.weight /= std
+    head.bias.copy_((head.bias - mean) / std)
+
+
+def postprocess_scores(scores, rollouts, score_moments, args):
+    """→ scores [A] per rollout: normalised (--normalize_scores), clipped (--score_clip); an answer without
+    its end token gets --missing_eos_score instead."""
+    mean, std = score_moments.tolist()
+    scores = [(score - mean) / std for score in scores]
+    if args.score_clip:
+        scores = [score.clamp(-args.score_clip, args.score_clip) for score in scores]
+    return [torch.where(rollout.ended, score, args.missing_eos_score)
+            for rollout, score in zip(rollouts, scores)]
 
 
 @torch.no_grad()
 def logprobs_and_values(rollout, policy, reference, critic, args):
-    """The sampled tokens' log-probabilities under policy and reference, and their values, by the very forward
-    passes that the update will take. reference None: the policy without its adapters."""
+    """→ OldOutputs of the sampled tokens. The forward passes are those of the update, with the same padding,
+    so that the first ratio is 1. reference None: the policy without its adapters. critic None: no values."""
     batch, features = rollout.batch, rollout.features
-    rollout.logprob, rollout.token_mask = data.pad_by_sequence(policy(batch, features, args.temperature), batch.answer)
+    logprob = policy(batch, features, args.temperature)  # [N]
+    logprob, token_mask = data.pad_by_sequence(logprob, batch.answer)  # [A, L]
     policy.set_adapters(False)
     ref_logprob = (reference or policy)(batch, features, args.temperature)
+    ref_logprob, _ = data.pad_by_sequence(ref_logprob, batch.answer)
     policy.set_adapters(True)
-    rollout.ref_logprob, _ = data.pad_by_sequence(ref_logprob, batch.answer)
-    rollout.kl = (rollout.logprob - rollout.ref_logprob).sum(1)
-    shared = critic.vision_tower is policy.vision_tower
-    rollout.critic_features = features if shared else critic.vision_tower(batch.pixels)
-    rollout.values, _ = data.pad_by_sequence(critic.scores(batch, rollout.critic_features, batch.logit_position), batch.answer)
+    if critic is None:
+        return OldOutputs(token_mask, logprob, ref_logprob, None, None)
+    if critic.vision_tower is not policy.vision_tower:
+        features = critic.vision_tower(rollout.pixels.to(features.device))
+    values, _ = data.pad_by_sequence(critic.scores(batch, features, batch.logit_position), batch.answer)
+    return OldOutputs(token_mask, logprob, ref_logprob, values, features)
 
 
-@torch.no_grad()
-def fit_score_scale(training, rollouts, args, world):
-    """Fixes the scale of all scores by those of whole answers before training, and brings a critic that was
-    the reward model to it."""
-    ended, = world.sum(sum(int(r.ended.sum()) for r in rollouts))
-    if ended < 2:
-        raise UserError(f"got --normalize_scores, but {ended:.0f} of the first iteration's answers have "
-                         "their end token: raise --max_new_tokens")
-    mean, std = masked_mean_std([r.score for r in rollouts], [r.ended for r in rollouts], world)
-    if std < 1e-6:
-        raise UserError(f"got --normalize_scores, but whole answers of iteration 1 all score {mean}: "
-                         "leave it out")
-    training.score_moments.copy_(torch.tensor([mean, std], dtype=torch.float64))
-    if args.critic == "reward":
-        head = training["critic"].score
-        head.weight /= std
-        head.bias.copy_((head.bias - mean) / std)
-
-
-def postprocess_scores(rollouts, score_moments, args):
-    """What the judge said, in place: brought to the scale of the first iteration's (--normalize_scores),
-    clipped, and a fixed score for an answer without its end token."""
-    mean, std = score_moments.tolist()
-    for rollout in rollouts:
-        score = (rollout.score - mean) / std
-        if args.score_clip:
-            score = score.clamp(-args.score_clip, args.score_clip)
-        rollout.score = torch.where(rollout.ended, score, args.missing_eos_score)
-
-
-def compute_advantages(rollouts, beta, args, world):
-    """KL rewards, GAE and whitened advantages of all of an iteration's rollouts, in place."""
-    for r in rollouts:
-        r.rewards = kl_reward(r.logprob, r.ref_logprob, r.score, r.token_mask, beta)
+def compute_advantages(old_outputs, scores, beta, args, world):
+    """KL rewards, GAE, and whitening over all tokens of the iteration → Targets per rollout."""
+    masks = [old.token_mask for old in old_outputs]
+    rewards = [kl_reward(old.logprob, old.ref_logprob, score, old.token_mask, beta)
+               for old, score in zip(old_outputs, scores)]
     if args.whiten_rewards:
-        _, std = masked_mean_std([r.rewards for r in rollouts], [r.token_mask for r in rollouts], world)
-        for r in rollouts:
-            r.rewards = r.rewards / (std + 1e-8)
-    for r in rollouts:
-        r.advantages, r.returns = gae(r.rewards, r.values, r.token_mask, args.gamma, args.lam)
-    mean, std = masked_mean_std([r.advantages for r in rollouts], [r.token_mask for r in rollouts], world)
-    for r in rollouts:
-        r.advantages = (r.advantages - mean) / (std + 1e-8) * r.token_mask
+        _, std = masked_mean_std(rewards, masks, world)
+        rewards = [reward / (std + 1e-8) for reward in rewards]
+    estimates = [gae(reward, old.values, old.token_mask, args.gamma, args.lam)
+                 for reward, old in zip(rewards, old_outputs)]
+    mean, std = masked_mean_std([advantages for advantages, _ in estimates], masks, world)
+    return [Targets((advantages - mean) / (std + 1e-8) * mask, returns)
+            for (advantages, returns), mask in zip(estimates, masks)]
 
 
-def minibatch_gradients(rollouts, policy, critic, args, world):
-    """Backward passes of one optimiser step's rollouts. policy None: while the critic learns alone. → its
-    figures, means over its tokens, and their number"""
-    count, = world.sum(sum(int(r.token_mask.sum()) for r in rollouts))
+def policy_gradients(rollout, old, targets, policy, count, args):
+    """Backward pass of a micro-batch's policy loss / count → metrics, which are logged as means per token.
+
+    policy/entropy is exact (nats, full softmax). policy/approxkl is ½ (log ρ)² at the sampled token, an
+    estimate in nats of KL(π_old, π). policy/clipfrac is the share of ratios outside 1 ± ε, clipped or not."""
+    logprob, entropy = policy(rollout.batch, rollout.features, args.temperature, entropy=True)  # [N] each
+    logprob, mask = data.pad_by_sequence(logprob, rollout.batch.answer)  # [A, L]
+    loss = policy_loss(logprob, old.logprob, targets.advantages, mask, args.clip_range)
+    ((loss - args.entropy_coef * entropy.sum()) / count).backward()
+    log_ratio = (logprob.detach() - old.logprob)[mask]
+    ratio = log_ratio.exp()
+    return {"loss/policy": loss, "policy/approxkl": 0.5 * log_ratio.square(), "policy/ratio": ratio,
+            "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/entropy": entropy}
+
+
+def critic_gradients(rollout, old, targets, critic, count, args):
+    """Backward pass of a micro-batch's value loss / count → metrics, which are logged as means per token.
+    val/clipfrac is the share of values outside V_old ± ε, clipped or not."""
+    values = critic.scores(rollout.batch, old.critic_features, rollout.batch.logit_position)  # [N]
+    values, mask = data.pad_by_sequence(values, rollout.batch.answer)  # [A, L]
+    loss = value_loss(values, old.values, targets.returns, mask, args.value_clip)
+    (loss / count).backward()
+    change = (values.detach() - old.values)[mask].abs()
+    return {"loss/value": loss, "val/clipfrac": change > args.value_clip}
+
+
+def minibatch_gradients(minibatch, policy, critic, args, world):
+    """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Targets). policy None: only the
+    critic's. → metrics, means over the minibatch's tokens on all ranks, and the number of these tokens"""
+    count, = world.sum(sum(int(old.token_mask.sum()) for _, old, _ in minibatch))
     sums = {}
-    for r in rollouts:
-        parts = {}
-        if policy:
-            logprob, entropy = policy(r.batch, r.features, args.temperature, entropy=True)  # [N] each
-            logprob, _ = data.pad_by_sequence(logprob, r.batch.answer)  # [A, L]
-            loss = policy_loss(logprob, r.logprob, r.advantages, r.token_mask, args.clip_range)
-            ((loss - args.entropy_coef * entropy.sum()) / count).backward()
-            change = (logprob.detach() - r.logprob)[r.token_mask]
-            ratio = change.exp()
-            parts |= {"loss/policy": loss, "policy/approxkl": 0.5 * change.square(),
-                      "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/ratio": ratio,
-                      "policy/entropy": entropy}
-        values = critic.scores(r.batch, r.critic_features, r.batch.logit_position)  # [N]
-        values, _ = data.pad_by_sequence(values, r.batch.answer)
-        error = value_loss(values, r.values, r.returns, r.token_mask, args.value_clip)
-        (error / count).backward()
-        moved = (values.detach() - r.values)[r.token_mask].abs()
-        parts |= {"loss/value": error, "val/clipfrac": moved > args.value_clip}
-        for name, value in parts.items():
+    for micro_batch in minibatch:
+        metrics = policy_gradients(*micro_batch, policy, count, args) if policy else {}
+        metrics |= critic_gradients(*micro_batch, critic, count, args)
+        for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value.detach().sum() / count
     return dict(zip(sums, world.sum(*sums.values()))), count
 
 
 def ptx_gradients(micro_batches, policy, args, world):
-    """Backward passes of sft.py's loss on a step's rows of --ptx_data (Eq. 2, arXiv:2203.02155) → the
-    loss"""
+    """Backward passes of sft.py's loss on one step's records of --ptx_data, times --ptx_coef (Eq. 2,
+    arXiv:2203.02155) → the loss, nats per token"""
     count, = world.sum(sum(len(batch.target) for batch in micro_batches))
     total = 0.0
     for batch in micro_batches:
@@ -301,104 +345,135 @@ def ptx_gradients(micro_batches, policy, args, world):
     return world.sum(total)[0]
 
 
-@torch.no_grad()
-def rollout_metrics(rollouts, beta, world):
-    """What the iteration's answers are worth, means over answers, and how much of the returns' variance the
-    critic explains."""
-    names = ("kl", "entropy", "scores", "non_score_reward", "length", "no_eos")
-    sums = torch.zeros(len(names), device=world.device)
-    for r in rollouts:
-        sums += torch.stack([value.sum() for value in (
-            r.kl, -r.logprob, r.score, -beta * r.kl, r.token_mask, ~r.ended)])
-    *sums, count = world.sum(*sums, sum(len(r.score) for r in rollouts))
-    kl, entropy, scores, non_score, length, no_eos = (value / count for value in sums)
-    figures = {"objective/kl": kl, "objective/entropy": entropy, "objective/scores": scores,
-               "objective/non_score_reward": non_score, "objective/rlhf_reward": scores + non_score,
-               "answer/length": length, "answer/no_eos": no_eos}
-    if rollouts[0].returns is not None:
-        kepts = [r.token_mask for r in rollouts]
-        _, left = masked_mean_std([r.returns - r.values for r in rollouts], kepts, world)
-        _, whole = masked_mean_std([r.returns for r in rollouts], kepts, world)
-        figures["val/explained_variance"] = 1 - left**2 / max(whole**2, 1e-12)
-    return figures
+def ppo_step(minibatch, ptx_batches, models, optimizers, iteration, args, world):
+    """One step of each optimizer → metrics per token, the number of tokens, metrics per step. No optimizer
+    steps where approxkl exceeds --kl_stop; the metrics per step are then empty."""
+    policy = models["policy"] if "policy" in optimizers else None  # None: critic warm-up
+    metrics, count = minibatch_gradients(minibatch, policy, models["critic"], args, world)
+    too_far = args.kl_stop and policy and metrics["policy/approxkl"] > args.kl_stop
+    per_step = {}
+    if ptx_batches and not too_far:
+        per_step["loss/ptx"] = ptx_gradients(ptx_batches, policy, args, world)
+    for name, optimizer in optimizers.items() if not too_far else ():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        per_step[f"grad_norm/{name}"] = fsdp.clip_gradients(parameters, args.grad_clip)
+    fsdp.check_finite(args, iteration, **metrics, **per_step)
+    for optimizer in optimizers.values():
+        if not too_far:
+            optimizer.step()
+        optimizer.zero_grad()
+    return metrics, count, per_step
 
 
-def rollout_records(rollouts, processor, beta):
-    """What was sampled, an answer a line: {"id", "answer", "score", "kl", "total"}"""
-    lines = []
-    for r in rollouts:
-        said = [(example.id, processor.text(ids)) for example in r.examples for ids in example.answers]
-        for (id_, text), score, kl in zip(said, r.score.tolist(), r.kl.tolist()):
-            lines.append({"id": id_, "answer": text, "score": score, "kl": kl, "total": score - beta * kl})
-    return lines
+# ---- what is logged ----
+
+def update_metrics(steps):
+    """Results of ppo_step → means over the iteration's steps, and first/* of its first step alone. In the
+    first step π is still π_old: a ratio other than 1 or an approxkl other than 0 reveals a bug."""
+    metrics, tokens, per_step = zip(*steps)
+    means = {name: np.average([step[name] for step in metrics], weights=tokens) for name in metrics[0]}
+    means |= {f"first/{name}": value for name, value in metrics[0].items()}
+    return means | {name: np.mean([step[name] for step in per_step if step]) for name in per_step[0]}
 
 
-def evaluate_rollouts(steps, models, judge, processor, score_moments, beta, args, world, stop):
-    """Answers sampled to each held-out prompt, scored: the objectives, as eval_…; {} where SIGTERM cuts it
-    short."""
-    policy, reference, critic = models
-    rollouts = []
-    with decoding(policy, args):
-        for step, micro_batches in enumerate(data.loader(steps, 0, len(steps), args.workers)):
-            for rows, batch in zip(steps.groups(step), micro_batches):
-                if interrupted(stop, world, args):
-                    continue
-                prompts = [steps.examples[i] for i in rows]
-                rollouts.append(generate_rollout(policy, batch, prompts, processor, args, world, 0))
-    rollouts = [] if stop.asked(world) else rollouts  # a rank that heard of it has fewer
+def rollout_metrics(rollouts, scores, old_outputs, beta, world):
+    """→ means per answer. objective/kl, that of π_old to π_ref, and objective/entropy are estimates from the
+    sampled tokens, in nats; the scores are those of postprocess_scores; non_score_reward is − β kl.
+    answer/length is in tokens; answer/no_eos is the share of answers that --max_new_tokens cut."""
+    sums = torch.zeros(6, device=world.device)
+    for rollout, score, old in zip(rollouts, scores, old_outputs):
+        sums += torch.stack([values.sum() for values in (
+            old.kl(), -old.logprob, score, -beta * old.kl(), old.token_mask, ~rollout.ended)])
+    *sums, count = world.sum(*sums, sum(map(len, scores)))
+    kl, entropy, score, non_score_reward, length, no_eos = (total / count for total in sums)
+    return {"objective/kl": kl, "objective/entropy": entropy, "objective/scores": score,
+            "objective/non_score_reward": non_score_reward, "objective/rlhf_reward": score + non_score_reward,
+            "answer/length": length, "answer/no_eos": no_eos}
+
+
+def explained_variance(old_outputs, targets, world):
+    """1 − Var(R − V_old) / Var(R) over all tokens: 1 is a perfect critic, 0 one that is no better than a
+    constant."""
+    masks = [old.token_mask for old in old_outputs]
+    errors = [target.returns - old.values for target, old in zip(targets, old_outputs)]
+    _, error_std = masked_mean_std(errors, masks, world)
+    _, return_std = masked_mean_std([target.returns for target in targets], masks, world)
+    return 1 - error_std**2 / max(return_std**2, 1e-12)
+
+
+def rollout_records(rollouts, scores, old_outputs, processor, beta):
+    """One record per answer: {"id", "answer", "score", "kl", "total"}, where total is score − β kl."""
+    records = []
+    for rollout, score, old in zip(rollouts, scores, old_outputs):
+        answers = [(e.id, processor.text(ids)) for e in rollout.examples for ids in e.answers]
+        records += [{"id": id_, "answer": text, "score": s, "kl": kl, "total": s - beta * kl}
+                    for (id_, text), s, kl in zip(answers, score.tolist(), old.kl().tolist())]
+    return records
+
+
+def save_rollouts(records, iteration, args, world):
+    """Writes the records of all ranks to OUT/rollouts/ITERATION.jsonl."""
+    records = sorted(sum(world.gather(records), []), key=lambda record: record["id"])
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    world.on_rank0(fsdp.write_text, os.path.join(args.out, "rollouts", f"{iteration}.jsonl"), text)
+
+
+def evaluate_rollouts(policy, reference, scorer, prompts, steps, processor, training, args, world, stop):
+    """Samples and scores answers to the held-out prompts → rollout_metrics as eval_…; {} once SIGTERM stops
+    it."""
+    batches = iter(data.loader(steps, 0, len(steps), args.workers))
+    rollouts = generate_rollouts(policy, steps, 0, len(steps), batches, processor, args, world, stop, True)
+    scores, old_outputs = [], []
     for rollout in stop.until(rollouts, world):
-        rollout.score = judge.scores(rollout, processor)
-        logprobs_and_values(rollout, policy, reference, critic, args)
-    fsdp.reshard(*[model for model in (*models, judge.model) if model])
+        scores.append(scorer.score(rollout, prompts))
+        old_outputs.append(logprobs_and_values(rollout, policy, reference, None, args))
+    fsdp.reshard(*[model for model in (policy, reference, getattr(scorer, "model", None)) if model])
     if stop.asked(world):
         return {}
-    postprocess_scores(rollouts, score_moments, args)
-    figures = rollout_metrics(rollouts, beta, world)
-    return {f"eval_{name}": value for name, value in figures.items()}
+    scores = postprocess_scores(scores, rollouts, training.score_moments, args)
+    metrics = rollout_metrics(rollouts, scores, old_outputs, float(training.beta), world)
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 # ---- the script ----
 
 def parse_args():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     fsdp.arguments(parser)
     parser.set_defaults(lr=1e-6, save_every=10, eval_every=10)
     add = parser.add_argument_group("PPO (steps of the options above are iterations)").add_argument
     add("--train", help="projector, llm or both (default: projector,llm; with --lora_rank llm)")
-    add("--reward_model", help="what rm.py leaves, or FILE.py:FUNCTION of (row, texts) → scores")
-    add("--critic", choices=["reward", "policy"], default="reward", help="what the "
-        "critic starts from (policy: with V = 0)")
-    add("--rollout_batch", type=int, default=512, help="prompts an iteration, over all ranks")
-    add("--samples_per_prompt", type=int, default=1, help="answers sampled of each")
-    add("--max_new_tokens", type=int, default=256, help="tokens an answer, at most; not part of --max_len")
-    add("--temperature", type=float, default=1.0, help="of sampling, and of all log-probabilities")
-    add("--top_k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
-    add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens up to this mass")
+    add("--reward_model", help="output folder of rm.py, or FILE.py:FUNCTION of (record, texts) → scores")
+    add("--critic", choices=["reward", "policy"], default="reward", help="critic's start (policy: V = 0)")
+    add("--rollout_batch", type=int, default=512, help="prompts per iteration, over all ranks")
+    add("--samples_per_prompt", type=int, default=1, help="answers sampled per prompt")
+    add("--max_new_tokens", type=int, default=256, help="tokens per answer, at most; --max_len excludes them")
+    add("--temperature", type=float, default=1.0, help="of sampling and of all log-probabilities")
+    add("--top_k", type=int, default=0, help="sample from the k likeliest tokens (0: from all)")
+    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
     add("--rollout", choices=["gathered", "sharded"], default="gathered", help="weights while "
         "decoding (sharded: less memory, slower)")
-    add("--missing_eos_score", type=float, default=-1.0, help="score of an answer without its end "
-        "token, on the scale that --normalize_scores and --score_clip leave")
-    add("--normalize_scores", action="store_true", help="scores to mean 0 and deviation 1, as "
-        "measured in the first iteration")
+    add("--missing_eos_score", type=float, default=-1.0, help="final score of a cut answer")
+    add("--normalize_scores", action="store_true", help="give iteration 1's scores mean 0, deviation 1")
     add("--score_clip", type=float, default=0.0, help="largest absolute score (0: no clipping)")
-    add("--whiten_rewards", action="store_true", help="divide rewards by their deviation")
+    add("--whiten_rewards", action="store_true", help="divide rewards by their standard deviation")
     add("--kl_coef", type=float, default=0.05, help="β: reward lost per nat of KL")
-    add("--target_kl", type=float, default=0.0, help="KL an answer that β is adapted to (0: β is fixed)")
+    add("--target_kl", type=float, default=0.0, help="nats per answer that β is adapted to (0: β is fixed)")
     add("--kl_horizon", type=float, default=10000, help="answers over which β is adapted")
-    add("--gamma", type=float, default=1.0, help="discount")
-    add("--lam", type=float, default=0.95, help="GAE's λ")
+    add("--gamma", type=float, default=1.0, help="discount per token")
+    add("--lam", type=float, default=0.95, help="λ of GAE")
     add("--ppo_epochs", type=int, default=4, help="passes over an iteration's answers")
     add("--clip_range", type=float, default=0.2, help="ε of the policy's ratio")
     add("--value_clip", type=float, default=0.2, help="ε of the critic's values")
-    add("--entropy_coef", type=float, default=0.0, help="weight of an entropy bonus")
-    add("--ptx_data", nargs="+", help="files of SFT records, mixed into the policy's loss")
-    add("--ptx_coef", type=float, default=1.0, help="weight of their loss a token")
-    add("--kl_stop", type=float, default=0.0, help="end an iteration's updates at this approxkl (0: never)")
-    add("--critic_lr", type=float, help="the critic's peak rate (default: --lr)")
-    add("--critic_warmup", type=int, default=0, help="first iterations that train the critic alone")
-    add("--save_rollouts", action="store_true", help="keep all sampled answers, OUT/rollouts/ITERATION.jsonl")
-    add("--show_every", type=int, default=10, help="iterations between shown answers (0: never)")
+    add("--entropy_coef", type=float, default=0.0, help="weight of the entropy bonus, per nat")
+    add("--ptx_data", nargs="+", help="files of SFT records, whose loss is added to the policy's")
+    add("--ptx_coef", type=float, default=1.0, help="weight of the SFT loss per token")
+    add("--kl_stop", type=float, default=0.0, help="approxkl that ends an iteration's updates (0: none)")
+    add("--critic_lr", type=float, help="the critic's peak rate, often 5 to 10 times --lr (default: --lr)")
+    add("--critic_warmup", type=int, default=0, help="first iterations, in which only the critic is trained")
+    add("--save_rollouts", action="store_true", help="write sampled answers to OUT/rollouts/ITERATION.jsonl")
+    add("--show_every", type=int, default=10, help="iterations between printed answers (0: never)")
     args = fsdp.parse(parser, data_file="prompts.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=128, micro_batch=128, rollout_batch=128,
         max_steps=40, max_new_tokens=28, lr=2e-4, critic_lr=3e-4, ppo_epochs=2, critic_warmup=2,
@@ -419,25 +494,68 @@ def parse_args():
     return args
 
 
-def read_prompts(paths, judge, processor, args, world):
-    """Data files → their prompts as Examples, and the Judge that knows their rows."""
+def load_function(name):
+    """FILE.py:FUNCTION → the function"""
+    path, _, function = name.rpartition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"got --reward_model {name}: no such file {path}")
+    spec = importlib.util.spec_from_file_location("reward_function", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # as an import does
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"got --reward_model {name}: no function {function} in {path}")
+    return getattr(module, function)
+
+
+def read_prompts(paths, processor, scorer_processor, args, world):
+    """Data files → Prompts. scorer_processor None: a reward function scores, which reads the records."""
     if not paths:
-        return [], judge
-    rows, conversations = fsdp.read_conversations(paths, args, world, 0)
+        return Prompts([], [], {})
+    records, conversations = fsdp.read_conversations(paths, args, world, 0)
     examples, _ = data.build_examples(conversations, processor, "prompt")
-    prompts = {}
-    if judge.processor:
-        prompts, _ = data.build_examples(conversations, judge.processor, "prompt")
-        prompts = {example.index: example for example in prompts}
-        examples = [example for example in examples if example.index in prompts]
+    scorer_examples = {}
+    if scorer_processor:
+        built, _ = data.build_examples(conversations, scorer_processor, "prompt")
+        scorer_examples = {example.index: example for example in built}
+        examples = [example for example in examples if example.index in scorer_examples]
     if world.rank == 0 and len(examples) < len(conversations):
-        left_out = len(conversations) - len(examples)
-        print(f"{', '.join(paths)}: --max_len {args.max_len} leaves out {left_out} prompts", flush=True)
-    return examples, dataclasses.replace(judge, rows=rows, prompts=prompts)
+        skipped = len(conversations) - len(examples)
+        print(f"{', '.join(paths)}: --max_len {args.max_len} leaves out {skipped} prompts", flush=True)
+    return Prompts(examples, records, scorer_examples)
+
+
+def build_models(checkpoint, reward_checkpoint, args, world):
+    """→ policy, reference (None with LoRA alone: it is the policy without its adapters), RewardModel (None: a
+    function scores), critic. Models whose frozen vision towers are equal share one."""
+    train = args.train.split(",")
+    trainable = [PARTS[part] for part in train]
+    policy = fsdp.build(checkpoint, args, world, trainable)
+    reference = scorer = None
+    if not args.lora_rank or "projector" in train:
+        reference = fsdp.build(checkpoint, args, world)
+        reference.vision_tower = policy.vision_tower
+    if reward_checkpoint:
+        reward_model = fsdp.build(reward_checkpoint, args, world, score=True)
+        same_images = checkpoint.processor.pictures == reward_checkpoint.processor.pictures
+        shared_tower = same_images and fsdp.share_tower(policy, reward_model, world)
+        scorer = RewardModel(reward_model, reward_checkpoint.processor, same_images, shared_tower)
+    # The critic reads the policy's sequences and images. Its LM head is not used, so it is not trained.
+    trainable = [name.replace("language_model.", "language_model.model.") for name in trainable]
+    start = checkpoint if args.critic == "policy" else reward_checkpoint
+    critic = fsdp.build(start, args, world, [*trainable, "score."], score=True)
+    if not fsdp.share_tower(policy, critic, world) and scorer:
+        fsdp.share_tower(scorer.model, critic, world)
+    if args.critic == "policy":
+        for parameter in critic.score.parameters():
+            nn.init.zeros_(parameter)
+    for model in (policy, critic):
+        model.set_recompute(args.recompute)
+    return policy, reference, scorer, critic
 
 
 def adam(model, lr, args):
-    """AdamW on a model's trained parameters, weight decay on matrices only; ε 1e-5 (arXiv:2403.17031)."""
+    """AdamW on a model's trained parameters, with weight decay on matrices only; ε 1e-5
+    (arXiv:2403.17031)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if (p.ndim > 1) == matrix], "weight_decay": decay}
               for matrix, decay in ((True, args.weight_decay), (False, 0.0))]
@@ -445,92 +563,83 @@ def adam(model, lr, args):
                              betas=(0.9, args.adam_beta2), fused=True)
 
 
+def learning_rates(iteration, total, args):
+    """{"policy", "critic"} → learning rate; iteration counts from 1, the policy's schedule after
+    --critic_warmup."""
+    warmup = args.critic_warmup
+    policy = fsdp.schedule(max(0, iteration - 1 - warmup), max(1, total - warmup), args.warmup)
+    return {"policy": args.lr * policy,
+            "critic": args.critic_lr * fsdp.schedule(iteration - 1, total, args.warmup)}
+
+
 def main():
     # check
     args = parse_args()
     world = fsdp.launch(args)
     fsdp.check_out_dir(args, world)
-    train = args.train.split(",")
-    parts = {"projector": "multi_modal_projector.", "llm": "language_model."}
-    if not set(train) <= set(parts):
+    if not set(args.train.split(",")) <= set(PARTS):
         raise UserError(f"got --train {args.train}, need projector, llm or both, comma-joined")
-    by_rule = ".py:" in args.reward_model
-    judge = Judge(function=load_function(args.reward_model)) if by_rule else Judge()
-    if by_rule and args.critic == "reward":
-        raise UserError("got a function as --reward_model, from which no critic can start: give --critic "
-                         "policy")
+    function = load_function(args.reward_model) if ".py:" in args.reward_model else None
+    if function and args.critic == "reward":
+        raise UserError("got a function as --reward_model and --critic reward: give --critic policy")
 
     # data
-    checkpoint = fsdp.open_checkpoint(args, world)
-    processor = checkpoint.processor
-    if not by_rule:
+    checkpoint, reward_checkpoint = fsdp.open_checkpoint(args, world), None
+    processor, scorer_processor = checkpoint.processor, None
+    if not function:
         reward_checkpoint = fsdp.open_second_model("reward_model", processor, args, world, reward=True)
-        judge.processor = reward_checkpoint.processor
-        sizes = [(p.size, p.image_tokens) for p in (processor, judge.processor)]
+        scorer_processor = reward_checkpoint.processor
+        sizes = [(p.size, p.image_tokens) for p in (processor, scorer_processor)]
         if args.critic == "reward" and sizes[0] != sizes[1]:
-            raise UserError(f"{args.reward_model}: sees pictures of another size than the policy, "
-                             "whose rows the critic reads: give --critic policy")
-    examples, judge = read_prompts(args.data, judge, processor, args, world)
-    held_out, eval_judge = read_prompts(args.eval_data, judge, processor, args, world)
-    steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                       args.seed, by_length=args.group_by_length == "yes", drop_last=True)
-    ptx = fsdp.read_examples(args.ptx_data, "turns", processor, args, world) if args.ptx_data else []
-    ptx_steps = data.Steps(ptx, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                           args.seed, by_length=args.group_by_length == "yes")
-    eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                            shuffle=False)
-    minibatches = args.rollout_batch // args.batch_size  # optimiser steps a pass over an iteration's answers
+            raise UserError(f"{args.reward_model}: its images have another size than the policy's, whose "
+                            "sequences the critic reads: give --critic policy")
+    prompts = read_prompts(args.data, processor, scorer_processor, args, world)
+    eval_prompts = read_prompts(args.eval_data, processor, scorer_processor, args, world)
+    ptx_examples = fsdp.read_examples(args.ptx_data, "turns", processor, args, world) if args.ptx_data else []
+    batching = (processor, args.batch_size, args.micro_batch, world.rank, world.size, args.seed)
+    by_length = args.group_by_length == "yes"
+    steps = data.Steps(prompts.examples, *batching, by_length=by_length, drop_last=True)
+    ptx_steps = data.Steps(ptx_examples, *batching, by_length=by_length)
+    eval_steps = data.Steps(eval_prompts.examples, *batching, shuffle=False)
+    minibatches = args.rollout_batch // args.batch_size  # optimizer steps per PPO epoch
     total = args.max_steps or max(1, round(args.epochs * len(steps) / minibatches))
 
-    # models and optimisers
-    trainable = [parts[part] for part in train]
-    policy = fsdp.build(checkpoint, args, world, trainable)
-    reference = None  # with LoRA alone the reference is the policy without its adapters
-    if not args.lora_rank or "projector" in train:
-        reference = fsdp.build(checkpoint, args, world)
-        reference.vision_tower = policy.vision_tower
-    if not by_rule:
-        judge.model = eval_judge.model = fsdp.build(reward_checkpoint, args, world, score=True)
-        judge.same_images = eval_judge.same_images = processor.pictures == judge.processor.pictures
-        judge.shared = eval_judge.shared = (judge.same_images
-                                            and fsdp.share_tower(policy, judge.model, world))
-    trainable = [name.replace("language_model.", "language_model.model.") for name in trainable]  # no head
-    start = checkpoint if args.critic == "policy" else reward_checkpoint
-    critic = fsdp.build(start, args, world, [*trainable, "score."], score=True)  # reads the policy's rows
-    if not fsdp.share_tower(policy, critic, world) and judge.model:
-        fsdp.share_tower(judge.model, critic, world)
-    if args.critic == "policy":
-        for parameter in critic.score.parameters():
-            nn.init.zeros_(parameter)
-    for model in (policy, critic):
-        model.set_recompute(args.recompute)
-    policy_adam, critic_adam = adam(policy, args.lr, args), adam(critic, args.critic_lr, args)
-    training = nn.ModuleDict({"policy": policy, "critic": critic})  # what a checkpoint holds
+    # models and optimizers
+    policy, reference, scorer, critic = build_models(checkpoint, reward_checkpoint, args, world)
+    scorer = scorer or RewardFunction(function, processor)
+    models = [model for model in (policy, reference, critic, getattr(scorer, "model", None)) if model]
+    # One optimizer each: the value loss has another scale and usually takes a higher rate.
+    optimizers = {"policy": adam(policy, args.lr, args), "critic": adam(critic, args.critic_lr, args)}
+    # What a checkpoint holds. β (--target_kl) and the scores' mean and standard deviation
+    # (--normalize_scores) change during training, so they are buffers, which a resumed run loads.
+    training = nn.ModuleDict({"policy": policy, "critic": critic})
     training.register_buffer("beta", torch.tensor(args.kl_coef, dtype=torch.float64))
     training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
-    models = [model for model in (policy, reference, critic, judge.model) if model]
-    if by_rule:  # it may read any field of a record
+    if function:  # it may read any field of a record
         for path in (args.reward_model.rpartition(":")[0], *args.data, *(args.eval_data or [])):
             world.depends_on(f"the file {path}", world.on_rank0(fsdp.file_digest, path))
-    fsdp.begin_run(args, world, checkpoint, *([] if by_rule else [reward_checkpoint]))
-    done = fsdp.load_checkpoint(args, world, training, policy_adam, critic_adam)
+    fsdp.begin_run(args, world, checkpoint, *([reward_checkpoint] if reward_checkpoint else []))
+    done = fsdp.load_checkpoint(args, world, training, *optimizers.values())
     log = fsdp.Log(args, world, total, done, shown=("objective/scores", "objective/kl", "policy/clipfrac",
                                                     "val/explained_variance", "answer/length"))
     stop = fsdp.Stop()
-    log.say(f"{len(examples)} prompts, {total} iterations")
+    log.say(f"{len(prompts.examples)} prompts, {total} iterations")
+
+    def save(iteration):
+        fsdp.save_checkpoint(args, world, iteration, training, *optimizers.values())
 
     def evaluate():
-        return evaluate_rollouts(eval_steps, (policy, reference, critic), eval_judge, processor,
-                                training.score_moments, float(training.beta), args, world, stop)
+        return evaluate_rollouts(policy, reference, scorer, eval_prompts, eval_steps, processor, training,
+                                 args, world, stop)
 
-    def abandon(iteration):  # its weights are still those that the last one left
+    def abandon(iteration):  # the weights are still those after the iteration before
         fsdp.reshard(*models)
         if iteration > 1 and iteration - 1 not in world.on_rank0(fsdp.checkpoint_steps, args.out):
-            fsdp.save_checkpoint(args, world, iteration - 1, training, policy_adam, critic_adam)
+            save(iteration - 1)
         log.say(f"stopped by SIGTERM in iteration {iteration}; --resume starts it again")
         return fsdp.STOPPED
 
-    if held_out and log.owes_evaluation():  # of the last iteration done: SIGTERM cut it short
+    if eval_prompts.examples and log.owes_evaluation():  # SIGTERM cut short that of the last iteration
         log.add_evaluation(evaluate())
         if stop.asked(world):
             return fsdp.STOPPED
@@ -538,111 +647,82 @@ def main():
     # loop
     batches = iter(data.loader(steps, done * minibatches, total * minibatches, args.workers))
     for iteration in range(done + 1, total + 1):
-        alone = args.critic_warmup  # iterations
-        lr = args.lr * fsdp.schedule(max(0, iteration - 1 - alone), max(1, total - alone), args.warmup)
-        critic_lr = args.critic_lr * fsdp.schedule(iteration - 1, total, args.warmup)
-        for optimizer, rate in ((policy_adam, lr), (critic_adam, critic_lr)):
-            for group in optimizer.param_groups:
+        rates, beta, seconds = learning_rates(iteration, total, args), float(training.beta), {}
+        for name, rate in rates.items():
+            for group in optimizers[name].param_groups:
                 group["lr"] = rate
-        first, seconds = (iteration - 1) * minibatches, {}
 
-        # generate: prompts [B, P] → rows of prompt and answers [B, T]
-        with decoding(policy, args):
-            rollouts = []  # of each minibatch, of each of its micro-batches
-            for m in range(minibatches):
-                rollouts.append([])
-                for batch, rows in zip(next(batches), steps.groups(first + m)):
-                    if interrupted(stop, world, args):
-                        continue
-                    prompts = [examples[i] for i in rows]
-                    rollouts[m].append(
-                        generate_rollout(policy, batch, prompts, processor, args, world, first + m + 1))
+        # prompts [B, prompt length] → packed prompts and answers [B, T], per micro-batch
+        first = (iteration - 1) * minibatches
+        rollouts = generate_rollouts(policy, steps, first, minibatches, batches, processor, args, world, stop)
         if stop.asked(world):
             return abandon(iteration)
-        every = [rollout for minibatch in rollouts for rollout in minibatch]
         seconds["generate"] = log.seconds()
 
-        # score: answers, as they were sampled → one number each [A]
-        for rollout in stop.until(every, world):
-            rollout.score = judge.scores(rollout, processor)
+        # answers → one score each [A]
+        scores = [scorer.score(rollout, prompts) for rollout in stop.until(rollouts, world)]
         if stop.asked(world):
             return abandon(iteration)
         if args.normalize_scores and iteration == 1:
-            fit_score_scale(training, every, args, world)
-        postprocess_scores(every, training.score_moments, args)
-        fsdp.check_finite(args, iteration, scores=world.sum(sum(r.score.sum() for r in every))[0])
+            mean, std = fit_score_scale(scores, rollouts, world)
+            training.score_moments.copy_(torch.tensor([mean, std], dtype=torch.float64))
+            if args.critic == "reward":
+                rescale_head(critic.score, mean, std)
+        scores = postprocess_scores(scores, rollouts, training.score_moments, args)
+        fsdp.check_finite(args, iteration, scores=world.sum(sum(score.sum() for score in scores))[0])
         seconds["score"] = log.seconds()
 
-        # log-probabilities under policy and reference, values: rows → [A, L] each
-        for rollout in stop.until(every, world):
-            logprobs_and_values(rollout, policy, reference, critic, args)
+        # sequences → log π_old, log π_ref, V_old [A, L]
+        old_outputs = [logprobs_and_values(rollout, policy, reference, critic, args)
+                       for rollout in stop.until(rollouts, world)]
         fsdp.reshard(*models)
         if stop.asked(world):
             return abandon(iteration)
         seconds["forward"] = log.seconds()
 
-        # KL reward, GAE, whitening: [A, L] → advantages and returns [A, L]
-        beta = float(training.beta)
-        compute_advantages(every, beta, args, world)
+        # rewards and values [A, L] → advantages and returns [A, L]
+        targets = compute_advantages(old_outputs, scores, beta, args, world)
 
-        # minibatch epochs: the same row groups every time, in an order of their own
-        train_policy, figures, tokens, norms, ptx_losses = iteration > args.critic_warmup, [], [], {}, []
+        # epochs over fixed minibatches, each epoch in its own order
+        train_policy = iteration > args.critic_warmup
         order = [m for epoch in range(args.ppo_epochs)
                  for m in data.keyed_permutation(minibatches, args.seed, iteration, epoch)]
-        start = (iteration - 1 - args.critic_warmup) * len(order)
         ptx_batches = [None] * len(order)
-        if ptx and train_policy:
+        if ptx_examples and train_policy:
+            start = (iteration - 1 - args.critic_warmup) * len(order)
             ptx_batches = data.loader(ptx_steps, start, start + len(order), args.workers)
-        optimizers = {"policy": policy_adam} if train_policy else {}
-        optimizers["critic"] = critic_adam
+        trained = optimizers if train_policy else {"critic": optimizers["critic"]}
+        micro_batches, results = list(zip(rollouts, old_outputs, targets)), []
+        n = len(micro_batches) // minibatches  # the same in every minibatch and on every rank
         for m, ptx_batch in zip(order, ptx_batches):
-            found, count = minibatch_gradients(
-                rollouts[m], policy if train_policy else None, critic, args, world)
-            figures.append(found)
-            tokens.append(count)
-            too_far = args.kl_stop and train_policy and found["policy/approxkl"] > args.kl_stop
-            if ptx_batch and not too_far:
-                ptx_losses.append(ptx_gradients(ptx_batch, policy, args, world))
-            for name, optimizer in optimizers.items() if not too_far else ():
-                trained = [p for group in optimizer.param_groups for p in group["params"]]
-                norms.setdefault(name, []).append(fsdp.clip_gradients(trained, args.grad_clip))
-            fsdp.check_finite(args, iteration, **found,
-                              **{f"grad_norm/{name}": norm[-1] for name, norm in norms.items()})
-            for optimizer in optimizers.values():
-                if not too_far:
-                    optimizer.step()
-                optimizer.zero_grad()
-            if too_far:
+            minibatch = micro_batches[m * n:(m + 1) * n]
+            results.append(ppo_step(minibatch, ptx_batch, training, trained, iteration, args, world))
+            if not results[-1][-1]:  # --kl_stop
                 break
         seconds["update"] = log.seconds()
 
         # log, evaluate, save
-        line = rollout_metrics(every, beta, world)
-        line |= {name: np.average([step[name] for step in figures], weights=tokens) for name in figures[0]}
-        line |= {f"first/{name}": value for name, value in figures[0].items()}
+        line = rollout_metrics(rollouts, scores, old_outputs, beta, world) | update_metrics(results)
+        line["val/explained_variance"] = explained_variance(old_outputs, targets, world)
         line |= {f"seconds/{name}": value for name, value in seconds.items()}
-        line |= {"loss/ptx": np.mean(ptx_losses)} if ptx_losses else {}
-        line |= {f"grad_norm/{name}": np.mean(norm) for name, norm in norms.items()}
-        line |= {"beta": beta, "lr": lr, "critic_lr": critic_lr}
-        n, columns = world.sum(sum(len(r.score) for r in every),
-                               sum(int((r.batch.branch >= 0).sum()) for r in every))
+        line |= {"beta": beta, "lr": rates["policy"], "critic_lr": rates["critic"]}
+        answers, tokens = world.sum(sum(map(len, scores)),
+                                    sum(int((rollout.batch.branch >= 0).sum()) for rollout in rollouts))
         if args.target_kl and train_policy:
-            training.beta.fill_(adapted_beta(beta, line["objective/kl"], args.target_kl, args.kl_horizon, n))
+            kl = line["objective/kl"]
+            training.beta.fill_(adapted_beta(beta, kl, args.target_kl, args.kl_horizon, answers))
+        records = rollout_records(rollouts, scores, old_outputs, processor, beta)
         if args.show_every and iteration % args.show_every == 0:
-            answers = rollout_records(every, processor, beta)
-            log.say("\n".join(f"    {answer}" for answer in answers[::max(1, len(answers) // 3)][:3]))
+            log.say("\n".join(f"    {record}" for record in records[::max(1, len(records) // 3)][:3]))
         if args.save_rollouts:
-            answers = sum(world.gather(rollout_records(every, processor, beta)), [])
-            answers.sort(key=lambda answer: answer["id"])
-            text = "".join(json.dumps(answer) + "\n" for answer in answers)
-            world.on_rank0(fsdp.write_text, os.path.join(args.out, "rollouts", f"{iteration}.jsonl"), text)
+            save_rollouts(records, iteration, args, world)
         ended = iteration == total
-        if held_out and (ended or args.eval_every and iteration % args.eval_every == 0):
+        if eval_prompts.examples and (ended or args.eval_every and iteration % args.eval_every == 0):
             line |= evaluate() or fsdp.EVAL_DUE
-        log.step(iteration, columns, sum(seconds.values()), **line)
+        log.step(iteration, tokens, sum(seconds.values()), **line)
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and iteration % args.save_every == 0:
-            fsdp.save_checkpoint(args, world, iteration, training, policy_adam, critic_adam)
+            save(iteration)
         log.seconds()
         if stopped:
             log.say(f"stopped by SIGTERM after iteration {iteration}; --resume goes on from there")

@@ -1,13 +1,12 @@
 """An iteration of PPO (16 prompts, 64 new tokens, one optimiser pass) against a loop of transformers models.
 
-Ours are the functions of ppo.py in its order: rollout, scores, forward passes, advantages, gradients, clip,
-step. Theirs is a plain loop with transformers: policy.generate(), then forward passes of full sequences
-through reward model, policy, reference and critic, then the update, with the same equations (imported from
-ppo.py). Policy and critic are trained; reference and reward model are frozen. transformers, too, computes
-logits only at the answers' positions (logits_to_keep).
+Our side calls ppo.py's own functions in its order. Their side is what one writes with transformers:
+policy.generate(), then forward passes of full sequences through reward model, policy, reference and critic,
+then the update, with the equations of ppo.py. Policy and critic are trained; reference and reward model are
+frozen. transformers, too, computes logits only at the answers' positions (logits_to_keep).
 
-Both sides take the most likely token (--top_k 1, which changes nothing else), so that the answers are equal
-and the results can be compared: the value loss, and −log π per token before the update. All answers count as
+Both sides take the likeliest token (--top_k 1, which changes nothing else), so their answers are the same and
+their results can be compared: the value loss, and − log π per token before the update. Every answer counts as
 ended.
 
     python benchmarks/bench_ppo.py
@@ -20,72 +19,70 @@ import ppo
 
 
 def ours(setup):
-    options, world, checkpoint = setup.options, setup.world, setup.checkpoint
-    policy = fsdp.build(checkpoint, options, world, common.TRAINED)
-    reference = fsdp.build(checkpoint, options, world)
-    judge = ppo.Judge(model=fsdp.build(checkpoint, options, world, score=True), processor=setup.processor,
-                      prompts={example.index: example for example in setup.examples})
-    trained = ["multi_modal_projector.", "language_model.model.", "score."]
-    critic = fsdp.build(checkpoint, options, world, trained, score=True)
+    args, world, checkpoint = setup.options, setup.world, setup.checkpoint
+    policy = fsdp.build(checkpoint, args, world, common.TRAINED)
+    reference = fsdp.build(checkpoint, args, world)
     reference.vision_tower = policy.vision_tower
-    judge.shared = fsdp.share_tower(policy, judge.model, world) and fsdp.share_tower(policy, critic, world)
-    adams = [(model, ppo.adam(model, common.LR, options)) for model in (policy, critic)]
+    reward_model = fsdp.build(checkpoint, args, world, score=True)
+    critic_parts = ["multi_modal_projector.", "language_model.model.", "score."]
+    critic = fsdp.build(checkpoint, args, world, critic_parts, score=True)
+    shared_tower = fsdp.share_tower(policy, reward_model, world) and fsdp.share_tower(policy, critic, world)
+    scorer = ppo.RewardModel(reward_model, setup.processor, False, shared_tower)
+    prompts = ppo.Prompts(setup.examples, [], {example.index: example for example in setup.examples})
+    models = {"policy": policy, "critic": critic}
+    optimizers = {name: ppo.adam(model, common.LR, args) for name, model in models.items()}
 
     def step():
-        with ppo.decoding(policy, options):
-            rollout = ppo.generate_rollout(
-                policy, setup.batch, setup.examples, setup.processor, options, world, 1)
+        with fsdp.unsharded(policy):
+            rollout = ppo.generate_rollout(policy, setup.batch, setup.examples, setup.processor, args,
+                                           world, 1)
         rollout.ended[:] = True
-        rollout.score = judge.scores(rollout, setup.processor)
-        ppo.postprocess_scores([rollout], torch.tensor([0.0, 1.0]), options)
-        ppo.logprobs_and_values(rollout, policy, reference, critic, options)
-        fsdp.reshard(policy, reference, critic, judge.model)
-        ppo.compute_advantages([rollout], options.kl_coef, options, world)
-        figures, _ = ppo.minibatch_gradients([rollout], policy, critic, options, world)
-        for model, adam in adams:
-            fsdp.clip_gradients([p for p in model.parameters() if p.requires_grad], options.grad_clip)
-            adam.step()
-            adam.zero_grad()
-        return [figures["loss/value"], -rollout.logprob.mean().item()]
+        scores, moments = [scorer.score(rollout, prompts)], torch.tensor([0.0, 1.0])
+        scores = ppo.postprocess_scores(scores, [rollout], moments, args)
+        old = ppo.logprobs_and_values(rollout, policy, reference, critic, args)
+        fsdp.reshard(policy, reference, critic, reward_model)
+        targets, = ppo.compute_advantages([old], scores, args.kl_coef, args, world)
+        metrics, *_ = ppo.ppo_step([(rollout, old, targets)], None, models, optimizers, 1, args, world)
+        return [metrics["loss/value"], -old.logprob.mean().item()]
     return step
 
 
 def theirs(setup):
     options, inputs, n = setup.options, common.their_rows(setup)[0], setup.options.max_new_tokens
     policy, critic = common.build_theirs(setup), common.build_theirs(setup).model
-    reference, judge = (common.build_theirs(setup, fsdp.DTYPES[setup.args.dtype]) for _ in range(2))
-    critic_head, judge_head = common.their_head(setup), common.their_head(setup)
+    reference, reward_model = (common.build_theirs(setup, fsdp.DTYPES[setup.args.dtype]) for _ in range(2))
+    critic_head, reward_head = common.their_head(setup), common.their_head(setup)
     updates = [common.their_update(policy, eps=1e-5), common.their_update(critic, critic_head, eps=1e-5)]
     policy.generation_config.eos_token_id = None
-    kept = torch.ones(len(setup.examples), n, dtype=torch.bool)
+    mask = torch.ones(len(setup.examples), n, dtype=torch.bool)
 
-    def logprobs(model, rows):
-        logits = model(**rows, logits_to_keep=n + 1, use_cache=False).logits[:, :-1].float()
-        answers = rows["input_ids"][:, -n:, None]
+    def logprobs(model, full):
+        logits = model(**full, logits_to_keep=n + 1, use_cache=False).logits[:, :-1].float()
+        answers = full["input_ids"][:, -n:, None]
         return torch.log_softmax(logits, dim=-1).gather(-1, answers).squeeze(-1)
 
-    def heads(model, head, rows):
+    def values_of(model, head, full):
         with setup.autocast():
-            states = model(**rows, use_cache=False).last_hidden_state
-        return head(states.float()).squeeze(-1)  # [B, T]
+            hidden = model(**full, use_cache=False).last_hidden_state
+        return head(hidden.float()).squeeze(-1)  # [B, T]
 
     def step():
         with torch.no_grad(), setup.autocast():
             ids = policy.generate(**inputs, max_new_tokens=n, do_sample=True, top_k=1)
-            rows = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            old, given = logprobs(policy, rows), logprobs(reference, rows)
+            full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            old, ref = logprobs(policy, full), logprobs(reference, full)
         with torch.no_grad():
-            score = heads(judge.model, judge_head, rows)[:, -1]
-            old_values = heads(critic, critic_head, rows)[:, -n - 1:-1]
-        rewards = ppo.kl_reward(old, given, score, kept, options.kl_coef)
-        advantages, returns = ppo.gae(rewards, old_values, kept, options.gamma, options.lam)
+            score = values_of(reward_model.model, reward_head, full)[:, -1]
+            old_values = values_of(critic, critic_head, full)[:, -n - 1:-1]
+        rewards = ppo.kl_reward(old, ref, score, mask, options.kl_coef)
+        advantages, returns = ppo.gae(rewards, old_values, mask, options.gamma, options.lam)
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         with setup.autocast():
-            logprob = logprobs(policy, rows)
-        loss = ppo.policy_loss(logprob, old, advantages, kept, options.clip_range) / kept.numel()
+            logprob = logprobs(policy, full)
+        loss = ppo.policy_loss(logprob, old, advantages, mask, options.clip_range) / mask.numel()
         loss.backward()
-        values = heads(critic, critic_head, rows)[:, -n - 1:-1]
-        loss = ppo.value_loss(values, old_values, returns, kept, options.value_clip) / kept.numel()
+        values = values_of(critic, critic_head, full)[:, -n - 1:-1]
+        loss = ppo.value_loss(values, old_values, returns, mask, options.value_clip) / mask.numel()
         loss.backward()
         for update in updates:
             update()
@@ -94,15 +91,15 @@ def theirs(setup):
 
 
 def flops(setup):
-    """The tower once; a prefill; n − 1 tokens an answer; four forward passes of whole rows (reward model,
-    policy, reference, critic), and the policy's and the critic's training passes."""
+    """The tower once; a prefill; n − 1 decoded tokens per answer; four forward passes of full sequences
+    (reward model, policy, reference, critic), and the policy's and the critic's training passes."""
     config, (tokens, pairs) = setup.checkpoint.config, common.visible_pairs(setup.batch)
     B, n = len(setup.examples), setup.options.max_new_tokens
     prefill = common.forward_flops(config, B, tokens, pairs, B)
     more = sum(tokens + B * t for t in range(1, n + 1))  # pairs: each new token sees what came before
     decoding = common.forward_flops(config, 0, B * (n - 1), more, B * (n - 1))
-    row = common.forward_flops(config, B, tokens + B * n, pairs + more, B * n)
-    passes = (4 + 3 + 3) * row["language"] + (2 + 3) * row["head"]
+    full = common.forward_flops(config, B, tokens + B * n, pairs + more, B * n)
+    passes = (4 + 3 + 3) * full["language"] + (2 + 3) * full["head"]
     return sum(prefill.values()) + sum(decoding.values()) + passes
 
 

@@ -1,12 +1,11 @@
-"""ppo.py: its equations by hand and in their limits, the rollout against the training forward pass and
-against chance, shared rows against rows of their own, two ranks against one, kill and resume, runs as a user
-starts them.
+"""ppo.py: its equations by hand and in their limits, rollouts against the training forward pass and against
+the softmax, packed sequences against one sequence per answer, and runs as a user starts them.
 
 A run is ppo.py's own main, in this process or in forked ones (tiny.py), in fp32 on the CPU, over gloo. The
-policy is a tiny LLaVA after a few steps of sft.py, so that answers end by themselves at unequal lengths; the
-reward model is another one behind the same vision tower.
+policy is a tiny LLaVA after a few steps of sft.py, so its answers end at unequal lengths; the reward model
+has other weights behind the same vision tower.
 
-Legend: A answers, L longest of them, B rows, K samples of each, V vocabulary.
+Legend: A answers, L tokens of the longest, B prompts, K samples per prompt, V vocabulary.
 """
 import dataclasses
 import functools
@@ -42,8 +41,13 @@ def files(place, reward="reward"):
             "--images", place / "images", "--workers", 0]
 
 
-SMALL = ["--batch_size", 5, "--rollout_batch", 10, "--micro_batch", 5, "--samples_per_prompt", 2, "--max_new_tokens",
-         8, "--ppo_epochs", 2, "--max_steps", 1, "--lr", "1e-3", "--show_every", 0]
+SMALL = ["--batch_size", 5, "--rollout_batch", 10, "--micro_batch", 5, "--samples_per_prompt", 2,
+         "--max_new_tokens", 8, "--ppo_epochs", 2, "--max_steps", 1, "--lr", "1e-3", "--show_every", 0]
+
+
+def arguments(*argv):
+    """Parsed options of a run that is not started."""
+    return tiny.arguments("ppo", "--model", "model", "--reward_model", "reward", "--data", "data.json", *argv)
 
 
 def ragged(*lengths):
@@ -70,7 +74,7 @@ DISCOUNTED = [0.855**2 * 0.9, 0.855 * 0.9, 0.9, 0.0]
 
 
 def test_gae_by_hand():
-    """Advantages and returns of four tokens; and, discounted, of a reward and a value at the last alone."""
+    """Advantages and returns of four tokens; and, discounted, of a reward and a value at the last token."""
     advantages, returns = ppo.gae(REWARDS, VALUES, ragged(4), 1.0, 0.95)
     close(advantages, ADVANTAGES)
     close(returns, RETURNS)
@@ -80,17 +84,17 @@ def test_gae_by_hand():
 
 
 def test_gae_of_ragged_answers():
-    """Answers of 4, 2 and 1 tokens in one tensor are each by themselves; what stands behind an answer's end
+    """Answers of 4, 2 and 1 tokens in one tensor do not affect each other; what comes after an answer's end
     is neither read nor written."""
-    rewards, values, kept = REWARDS.repeat(3, 1), VALUES.repeat(3, 1), ragged(4, 2, 1)
-    for behind in (0.0, 50.0):
-        found = ppo.gae(rewards.where(kept, behind), values.where(kept, -behind), kept, 0.9, 0.8)
+    rewards, values, mask = REWARDS.repeat(3, 1), VALUES.repeat(3, 1), ragged(4, 2, 1)
+    for garbage in (0.0, 50.0):
+        found = ppo.gae(rewards.where(mask, garbage), values.where(mask, -garbage), mask, 0.9, 0.8)
         for a, n in enumerate((4, 2, 1)):
-            alone = ppo.gae(REWARDS[:, :n], VALUES[:, :n], ragged(n), 0.9, 0.8)
-            for ours, theirs in zip(found, alone):
+            single = ppo.gae(REWARDS[:, :n], VALUES[:, :n], ragged(n), 0.9, 0.8)
+            for ours, theirs in zip(found, single):
                 close(ours[a, :n], theirs[0])
                 assert not ours[a, n:].any()
-    advantages, returns = ppo.gae(rewards, values, kept, 0.9, 0.8)
+    advantages, returns = ppo.gae(rewards, values, mask, 0.9, 0.8)
     close(advantages[1, :2], [-0.01 - 0.9 * 0.2 - 0.5 + 0.72 * 0.22, 0.02 + 0.2])  # δ, and 0.72 of the next
     close(returns[2, 0], -0.01)
 
@@ -99,10 +103,10 @@ def test_gae_of_ragged_answers():
 def test_gae_in_its_limits(gamma):
     """λ = 1: returns are the discounted sums of the rewards to come, whatever the values say (Eq. 18,
     arXiv:1506.02438); λ = 0: advantages are the TD errors (Eq. 17)."""
-    kept = ragged(6, 3, 1, 6)
-    rewards, values = noise(kept, 0) * kept, noise(kept, 1)
-    _, returns = ppo.gae(rewards, values, kept, gamma, 1.0)
-    advantages, _ = ppo.gae(rewards, values, kept, gamma, 0.0)
+    mask = ragged(6, 3, 1, 6)
+    rewards, values = noise(mask, 0) * mask, noise(mask, 1)
+    _, returns = ppo.gae(rewards, values, mask, gamma, 1.0)
+    advantages, _ = ppo.gae(rewards, values, mask, gamma, 0.0)
     for a, n in enumerate((6, 3, 1, 6)):
         for t in range(n):
             to_come = sum(gamma**k * rewards[a, t + k] for k in range(n - t))
@@ -112,18 +116,18 @@ def test_gae_in_its_limits(gamma):
 
 
 def test_kl_reward_by_hand():
-    """− β (log π − log π_ref) at every kept token, and the score at the last kept one alone."""
-    kept, logprob = ragged(3, 1, 2), torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 9.0, 9.0], [-2.0, -2.0, 9.0]])
+    """− β (log π − log π_ref) at every token, and the score at the last token only."""
+    mask, logprob = ragged(3, 1, 2), torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 9.0, 9.0], [-2.0, -2.0, 9.0]])
     reference = torch.tensor([[-1.5, -2.0, -2.0], [-3.0, 0.0, 0.0], [-1.0, -2.2, 0.0]])
-    rewards = ppo.kl_reward(logprob, reference, torch.tensor([5.0, 6.0, -7.0]), kept, 0.1)
+    rewards = ppo.kl_reward(logprob, reference, torch.tensor([5.0, 6.0, -7.0]), mask, 0.1)
     close(rewards, [[-0.05, 0.0, 0.1 + 5], [-0.2 + 6, 0, 0], [0.1, -0.02 - 7, 0]])
 
 
 def test_kl_reward_of_identical_policies():
-    """The score at the last kept token and nothing else; the scores themselves stay what they were."""
-    kept, score = ragged(4, 2, 3, 1), torch.tensor([5.0, -1.0, 2.0, 0.5])
-    logprob = noise(kept, 2)
-    rewards = ppo.kl_reward(logprob, logprob.clone(), score, kept, 0.5)
+    """The score at the last token and nothing else; the scores themselves do not change."""
+    mask, score = ragged(4, 2, 3, 1), torch.tensor([5.0, -1.0, 2.0, 0.5])
+    logprob = noise(mask, 2)
+    rewards = ppo.kl_reward(logprob, logprob.clone(), score, mask, 0.5)
     expected = torch.zeros(4, 4)
     for a, n in enumerate((4, 2, 3, 1)):
         expected[a, n - 1] = score[a]
@@ -132,8 +136,8 @@ def test_kl_reward_of_identical_policies():
 
 
 def test_policy_loss_by_hand():
-    """max(− A ρ, − A clip(ρ, 0.8, 1.2)): clipped, without a gradient, only where the ratio has gone too far
-    the way the advantage pulls."""
+    """max(− A ρ, − A clip(ρ, 0.8, 1.2)): clipped, without a gradient, only where the ratio has gone beyond
+    1 ± 0.2 in the direction that the advantage favours."""
     ratio, advantages = torch.tensor([[1.5, 0.5, 1.5, 0.5, 1.1]]), torch.tensor([[2.0, 2.0, -2.0, -2.0, 3.0]])
     old = torch.tensor([[-0.5, -1.0, -2.0, -3.0, -0.1]])
     expected = [-2.4, -1.0, 3.0, 1.6, -3.3]
@@ -149,8 +153,8 @@ def test_policy_loss_by_hand():
 
 
 def test_value_loss_by_hand():
-    """½ max((V − R)², (clip(V, V_old ± 0.2) − R)²): no gradient where moving further would only look
-    good."""
+    """½ max((V − R)², (clip(V, V_old ± 0.2) − R)²): no gradient where V has moved more than 0.2
+    towards R."""
     old, values = torch.ones(1, 4), torch.tensor([[1.5, 1.5, 1.1, 0.5]], requires_grad=True)
     returns = torch.tensor([[2.0, 1.0, 0.0, 0.0]])
     loss = ppo.value_loss(values, old, returns, ragged(4), 0.2)
@@ -161,21 +165,21 @@ def test_value_loss_by_hand():
           0.125)
 
 
-def test_losses_do_not_see_what_is_not_kept():
-    """Loss and gradient are those without the columns behind the answers' ends."""
-    kept = ragged(5, 2, 3)
+def test_losses_ignore_masked_tokens():
+    """Loss and gradient do not depend on what comes after the answers' ends."""
+    mask = ragged(5, 2, 3)
     for loss in (ppo.policy_loss, ppo.value_loss):
         found = []
-        for behind in (0.0, 3.0):
-            new, old, target = (noise(kept, seed).where(kept, torch.tensor(seed * behind))
+        for garbage in (0.0, 3.0):
+            new, old, target = (noise(mask, seed).where(mask, torch.tensor(seed * garbage))
                                 for seed in (3, 4, 5))
             new.requires_grad_()
-            value = loss(new, old, target, kept, 0.2)
+            value = loss(new, old, target, mask, 0.2)
             value.backward()
             found.append((value.detach(), new.grad))
         close(found[0][0], found[1][0])
         close(found[0][1], found[1][1])
-        assert found[0][1][kept].any() and not found[0][1][~kept].any()
+        assert found[0][1][mask].any() and not found[0][1][~mask].any()
 
 
 def test_beta_follows_the_kl():
@@ -188,90 +192,89 @@ def test_beta_follows_the_kl():
 
 
 def test_moments_by_hand(world):
-    """Over the kept elements of all tensors: (1, 2, 3, 6) has mean 3 and deviation √(14 / 3); of one number
-    the deviation is 0; a large mean costs nothing."""
+    """Over the unmasked elements of all tensors: (1, 2, 3, 6) has mean 3 and deviation √(14 / 3); of one
+    number the deviation is 0; a large mean costs no precision."""
     tensors = [torch.tensor([[1.0, 9.0], [2.0, 3.0]]), torch.tensor([6.0])]
-    kepts = [torch.tensor([[True, False], [True, True]]), torch.tensor([True])]
-    mean, std = ppo.masked_mean_std(tensors, kepts, world)
+    masks = [torch.tensor([[True, False], [True, True]]), torch.tensor([True])]
+    mean, std = ppo.masked_mean_std(tensors, masks, world)
     assert mean == pytest.approx(3) and std == pytest.approx((14 / 3) ** 0.5)
-    assert ppo.masked_mean_std(tensors[1:], kepts[1:], world) == (6, 0)
-    _, shifted = ppo.masked_mean_std([t + 2.0**20 for t in tensors], kepts, world)
+    assert ppo.masked_mean_std(tensors[1:], masks[1:], world) == (6, 0)
+    _, shifted = ppo.masked_mean_std([t + 2.0**20 for t in tensors], masks, world)
     assert shifted == pytest.approx(std, rel=1e-6)
 
 
-def given(rewards, values, kept, beta=0.0):
-    """A Rollout whose KL rewards are the given ones: by log-probabilities for β = 1, the score 0."""
-    logprob = -rewards * kept
-    return ppo.Rollout([], None, None, token_mask=kept, logprob=logprob, ref_logprob=torch.zeros_like(logprob),
-                       values=values, score=torch.zeros(len(kept)))
+def old_outputs_for(rewards, values, token_mask):
+    """OldOutputs whose KL rewards for β = 1 are these."""
+    logprob = -rewards * token_mask
+    return ppo.OldOutputs(token_mask, logprob, torch.zeros_like(logprob), values, None)
 
 
-def advantage_args(**changes):
-    return SimpleNamespace(**{"whiten_rewards": False, "gamma": 0.9, "lam": 0.95, **changes})
+def advantages_of(old_outputs, args, world, beta=1.0):
+    """compute_advantages where all scores are 0"""
+    scores = [torch.zeros(len(old.token_mask)) for old in old_outputs]
+    return ppo.compute_advantages(old_outputs, scores, beta, args, world)
 
 
 def test_advantages_are_whitened_over_all_answers(world):
-    """Mean 0 and deviation 1 over the kept tokens of all rollouts; returns are of the advantages before."""
-    r = given(LAST, LAST, ragged(4))
-    ppo.compute_advantages([r], 1.0, advantage_args(), world)
+    """Mean 0 and standard deviation 1 over the tokens of all rollouts; returns come before whitening."""
+    args = arguments("--gamma", 0.9)
+    targets, = advantages_of([old_outputs_for(LAST, LAST, ragged(4))], args, world)
     mean, std = sum(DISCOUNTED) / 4, torch.tensor(DISCOUNTED).std()
-    close(r.advantages, [[(a - mean) / std for a in DISCOUNTED]])
-    close(r.returns, [[*DISCOUNTED[:3], 1.0]])
-    kepts = [ragged(3, 1, 5), ragged(2, 2)]
-    rollouts = [given(noise(kept, i), noise(kept, i + 7), kept) for i, kept in enumerate(kepts)]
-    ppo.compute_advantages(rollouts, 1.0, advantage_args(), world)
-    raw = [ppo.gae(-r.logprob, r.values, r.token_mask, 0.9, 0.95)[0] for r in rollouts]
-    every = torch.cat([a[k] for a, k in zip(raw, kepts)])
-    for r, a in zip(rollouts, raw):
-        close(r.advantages, (a - every.mean()) / every.std() * r.token_mask, 1e-5)
-        assert not r.advantages[~r.token_mask].any()
+    close(targets.advantages, [[(a - mean) / std for a in DISCOUNTED]])
+    close(targets.returns, [[*DISCOUNTED[:3], 1.0]])
+    masks = [ragged(3, 1, 5), ragged(2, 2)]
+    old_outputs = [old_outputs_for(noise(mask, i), noise(mask, i + 7), mask) for i, mask in enumerate(masks)]
+    raw = [ppo.gae(-old.logprob, old.values, old.token_mask, 0.9, 0.95)[0] for old in old_outputs]
+    all_raw = torch.cat([a[mask] for a, mask in zip(raw, masks)])
+    for targets, a, mask in zip(advantages_of(old_outputs, args, world), raw, masks):
+        close(targets.advantages, (a - all_raw.mean()) / all_raw.std() * mask, 1e-5)
+        assert not targets.advantages[~mask].any()
 
 
 def test_rewards_are_divided_by_their_deviation(world):
-    """--whiten_rewards: the deviation over all kept tokens; the mean is not taken off."""
-    kepts = [ragged(3, 1), ragged(2, 4)]
-    plain, whitened = ([given(noise(kept, i) + 2, noise(kept, i + 7), kept) for i, kept in enumerate(kepts)]
-                       for _ in range(2))
-    ppo.compute_advantages(plain, 1.0, advantage_args(), world)
-    ppo.compute_advantages(whitened, 1.0, advantage_args(whiten_rewards=True), world)
-    every = torch.cat([r.rewards[r.token_mask] for r in plain])
-    for r, w in zip(plain, whitened):
-        close(w.rewards, r.rewards / every.std(), 1e-5)
-        close(w.returns, ppo.gae(w.rewards, w.values, w.token_mask, 0.9, 0.95)[1], 1e-5)
+    """--whiten_rewards: by the standard deviation over all tokens; the mean stays."""
+    masks = [ragged(3, 1), ragged(2, 4)]
+    rewards = [(noise(mask, i) + 2) * mask for i, mask in enumerate(masks)]
+    old_outputs = [old_outputs_for(r, noise(r, i + 7), mask)
+                   for i, (r, mask) in enumerate(zip(rewards, masks))]
+    std = torch.cat([r[mask] for r, mask in zip(rewards, masks)]).std()
+    args = arguments("--whiten_rewards", "--gamma", 0.9)
+    for targets, old, r in zip(advantages_of(old_outputs, args, world), old_outputs, rewards):
+        close(targets.returns, ppo.gae(r / std, old.values, old.token_mask, 0.9, 0.95)[1], 1e-5)
 
 
 def step_of(logprob, world):
-    """The figures of a step whose answers' tokens have these log-probabilities now, and had 0 before."""
-    kept, now = torch.ones_like(logprob).bool(), logprob.flatten().requires_grad_()  # [A, L], [N]
-    nought = torch.zeros_like(logprob)
-    r = dataclasses.replace(given(nought, nought, kept), advantages=nought, returns=nought,
-                            batch=SimpleNamespace(answer=kept.nonzero()[:, 0], logit_position=None))
+    """The metrics of a step whose tokens have these log-probabilities now, and had 0 before."""
+    mask, now = torch.ones_like(logprob).bool(), logprob.flatten().requires_grad_()  # [A, L], [N]
+    zeros = torch.zeros_like(logprob)
+    batch = SimpleNamespace(answer=mask.nonzero()[:, 0], logit_position=None)
+    micro_batch = (ppo.Rollout([], batch, None, None, None), old_outputs_for(zeros, zeros, mask),
+                   ppo.Targets(zeros, zeros))
     critic = SimpleNamespace(scores=lambda *_: torch.zeros(len(now), requires_grad=True))
-    args = SimpleNamespace(temperature=1.0, entropy_coef=0.0, clip_range=0.2, value_clip=0.2)
-    return ppo.minibatch_gradients([r], lambda *_, entropy: (now, now), critic, args, world)[0]
+    policy = lambda *_, entropy: (now, now)  # noqa: E731
+    return ppo.minibatch_gradients([micro_batch], policy, critic, arguments(), world)[0]
 
 
-def test_objectives_by_hand(world):
-    """Three answers in two rollouts, of 3, 1 and 2 tokens: means over answers, and how much of the returns'
-    variance over all six tokens the critic explains; without returns it is not said."""
-    r = dict(examples=[], batch=None, features=None)
-    rollouts = [
-        ppo.Rollout(**r, token_mask=ragged(3, 1), logprob=torch.tensor([[-1.0, -2.0, -0.5], [-4.0, 0.0, 0.0]]),
-                    kl=torch.tensor([0.5, -0.25]), score=torch.tensor([2.0, -1.0]),
-                    ended=torch.tensor([True, False]),
-                    values=torch.tensor([[1.0, 2.0, 3.0], [0.0, 9.0, 9.0]]),
-                    returns=torch.tensor([[2.0, 2.0, 4.0], [-2.0, 0.0, 0.0]])),
-        ppo.Rollout(**r, token_mask=ragged(2), logprob=torch.tensor([[-0.25, -0.75]]), kl=torch.tensor([1.25]),
-                    score=torch.tensor([5.0]), ended=torch.tensor([True]), values=torch.tensor([[1.0, 2.0]]),
-                    returns=torch.tensor([[1.0, 5.0]]))]
-    found = ppo.rollout_metrics(rollouts, 0.1, world)
+def test_rollout_metrics_by_hand(world):
+    """Three answers in two rollouts, of 3, 1 and 2 tokens: means over answers; explained variance is over all
+    six tokens."""
+    logprobs = [torch.tensor([[-1.0, -2.0, -0.5], [-4.0, 0.0, 0.0]]), torch.tensor([[-0.25, -0.75]])]
+    kl = [torch.tensor([[0.25, 0.5, -0.25], [-0.25, 0.0, 0.0]]), torch.tensor([[1.0, 0.25]])]
+    values = [torch.tensor([[1.0, 2.0, 3.0], [0.0, 9.0, 9.0]]), torch.tensor([[1.0, 2.0]])]
+    returns = [torch.tensor([[2.0, 2.0, 4.0], [-2.0, 0.0, 0.0]]), torch.tensor([[1.0, 5.0]])]
+    ended = [torch.tensor([True, False]), torch.tensor([True])]
+    rollouts = [ppo.Rollout([], None, None, None, e) for e in ended]
+    old_outputs = [ppo.OldOutputs(mask, logprob, logprob - k, v, None)
+                   for mask, logprob, k, v in zip((ragged(3, 1), ragged(2)), logprobs, kl, values)]
+    scores = [torch.tensor([2.0, -1.0]), torch.tensor([5.0])]
+    metrics = ppo.rollout_metrics(rollouts, scores, old_outputs, 0.1, world)
+    assert metrics == pytest.approx(
+        {"objective/kl": 1.5 / 3, "objective/entropy": 8.5 / 3, "objective/scores": 2.0,
+         "objective/non_score_reward": -0.05, "objective/rlhf_reward": 1.95, "answer/length": 2.0,
+         "answer/no_eos": 1 / 3}, rel=1e-6)
     # R = 2, 2, 4, −2, 1, 5 of variance 30 / 5; R − V = 1, 0, 1, −2, 0, 3 of 13.5 / 5
-    expected = {"objective/kl": 1.5 / 3, "objective/entropy": 8.5 / 3, "objective/scores": 2.0,
-                "objective/non_score_reward": -0.05, "objective/rlhf_reward": 1.95, "answer/length": 2.0,
-                "answer/no_eos": 1 / 3, "val/explained_variance": 1 - 13.5 / 30}
-    assert found == pytest.approx(expected, rel=1e-6)
-    rollouts[0].returns = None
-    assert found.keys() - ppo.rollout_metrics(rollouts, 0.1, world).keys() == {"val/explained_variance"}
+    targets = [ppo.Targets(None, r) for r in returns]
+    assert ppo.explained_variance(old_outputs, targets, world) == pytest.approx(1 - 13.5 / 30, rel=1e-6)
 
 
 @pytest.mark.skipif(not ORACLES.is_file(), reason="no ../shared/oracles.json")
@@ -286,9 +289,9 @@ def test_the_hand_is_the_oracle(world):
         if "adv_raw" in o:
             close(advantages, o["adv_raw"], 2e-6)
         else:  # whitened, with the mean added again
-            r = given(rewards, values, torch.ones_like(values).bool())
-            ppo.compute_advantages([r], 1.0, advantage_args(gamma=o["gamma"], lam=o["lam"]), world)
-            close(r.advantages + advantages.mean(), o["adv_whitened_shift_mean_true"], 2e-6)
+            old = old_outputs_for(rewards, values, torch.ones_like(values).bool())
+            targets, = advantages_of([old], arguments("--gamma", o["gamma"], "--lam", o["lam"]), world)
+            close(targets.advantages + advantages.mean(), o["adv_whitened_shift_mean_true"], 2e-6)
     o = oracles["ppo_policy_loss eps=.2 adv=1"]
     old = torch.tensor([o["old"]])
     for change in ("+1.0", "-1.0", "+0.1"):
@@ -315,27 +318,31 @@ def prepared(place, world, *argv, reward="reward"):
     args = tiny.arguments("ppo", *files(place, reward), *SMALL, *argv)
     checkpoint = fsdp.open_checkpoint(args, world)
     processor = checkpoint.processor
-    other = fsdp.open_second_model("reward_model", processor, args, world, reward=True)
-    judge = ppo.Judge(processor=other.processor)
-    examples, judge = ppo.read_prompts(args.data, judge, processor, args, world)
-    parts = ["language_model."] if args.lora_rank else PARTS
-    policy = fsdp.build(checkpoint, args, world, parts)
-    judge.model = fsdp.build(other, args, world, score=True)
-    judge.shared = fsdp.share_tower(policy, judge.model, world)
-    critic = fsdp.build(other, args, world, CRITIC, score=True)
-    fsdp.share_tower(policy, critic, world)
-    return SimpleNamespace(args=args, processor=processor, judge=judge, policy=policy, critic=critic,
-                           examples=examples, world=world)
+    reward_checkpoint = fsdp.open_second_model("reward_model", processor, args, world, reward=True)
+    prompts = ppo.read_prompts(args.data, processor, reward_checkpoint.processor, args, world)
+    policy, _, scorer, critic = ppo.build_models(checkpoint, reward_checkpoint, args, world)
+    return SimpleNamespace(args=args, processor=processor, scorer=scorer, policy=policy, critic=critic,
+                           prompts=prompts, examples=prompts.examples, world=world)
 
 
-def rolled(bench, examples, iteration=1, reference=None):
-    """Rollouts of the examples, one micro-batch, scored and looked at."""
-    b, prompts = bench, data.collate(examples, bench.processor)
-    rollout = ppo.generate_rollout(b.policy, prompts, examples, b.processor, b.args, b.world, iteration)
-    rollout.score = b.judge.scores(rollout, b.processor)
-    ppo.logprobs_and_values(rollout, b.policy, reference, b.critic, b.args)
-    fsdp.reshard(b.policy, b.critic, b.judge.model)
-    return rollout
+def sample(bench, examples, number=1, **options):
+    """Rollout of one micro-batch, as in the minibatch of this number."""
+    args = SimpleNamespace(**{**vars(bench.args), **options})
+    prompts = data.collate(examples, bench.processor)
+    return ppo.generate_rollout(bench.policy, prompts, examples, bench.processor, args, bench.world, number)
+
+
+def rolled(bench, examples):
+    """One micro-batch → Rollout, scores, OldOutputs"""
+    b, rollout = bench, sample(bench, examples)
+    return rollout, b.scorer.score(rollout, b.prompts), old_outputs_of(b, rollout)
+
+
+def old_outputs_of(bench, rollout):
+    """OldOutputs with the policy itself, without its adapters, as the reference."""
+    old = ppo.logprobs_and_values(rollout, bench.policy, None, bench.critic, bench.args)
+    fsdp.reshard(bench.policy, bench.critic, bench.scorer.model)
+    return old
 
 
 @pytest.fixture(scope="module")
@@ -343,22 +350,22 @@ def bench(place, world):
     return prepared(place, world, "--samples_per_prompt", 3, "--entropy_coef", 0.02, "--temperature", 0.8)
 
 
-def disturbed(bench, rollout):
+def disturbed(bench, scores, old):
     """As in a later epoch: old log-probabilities and values are others, some far enough to be clipped."""
-    kept = rollout.token_mask
-    rollout.ref_logprob = rollout.logprob + noise(kept, 1, 0.3) * kept
-    ppo.compute_advantages([rollout], 0.1, bench.args, bench.world)
-    rollout.logprob = rollout.logprob + noise(kept, 2, 0.3) * kept
-    rollout.values = rollout.values + noise(kept, 3, 0.3) * kept
-    return rollout
+    mask = old.token_mask
+    old = old._replace(ref_logprob=old.logprob + noise(mask, 1, 0.3) * mask)
+    targets, = ppo.compute_advantages([old], [scores], 0.1, bench.args, bench.world)
+    old = old._replace(logprob=old.logprob + noise(mask, 2, 0.3) * mask,
+                       values=old.values + noise(mask, 3, 0.3) * mask)
+    return old, targets
 
 
-def gradients(bench, rollouts):
-    """→ the gradients of policy and critic, and the figures"""
+def gradients(bench, minibatch):
+    """→ the gradients of policy and critic, and the metrics"""
     b = bench
-    found, count = ppo.minibatch_gradients(rollouts, b.policy, b.critic, b.args, b.world)
-    assert count == sum(int(r.token_mask.sum()) for r in rollouts)
-    return taken(b), found
+    metrics, count = ppo.minibatch_gradients(minibatch, b.policy, b.critic, b.args, b.world)
+    assert count == sum(int(old.token_mask.sum()) for _, old, _ in minibatch)
+    return taken(b), metrics
 
 
 def taken(bench):
@@ -371,19 +378,26 @@ def taken(bench):
 
 
 @pytest.fixture(scope="module")
-def rollout(bench):
-    """Pictures, two pictures and text alone, three samples each, unequal lengths."""
-    r = disturbed(bench, rolled(bench, [bench.examples[i] for i in (0, 1, 2, 7)]))
-    assert len({len(ids) for e in r.examples for ids in e.answers}) > 2 and 0 < r.ended.sum() < len(r.ended)
-    return r
+def micro_batch(bench):
+    """(Rollout, OldOutputs, Targets) of prompts with one image, two and none, three samples each, unequal
+    lengths."""
+    rollout, scores, old = rolled(bench, [bench.examples[i] for i in (0, 1, 2, 7)])
+    assert len({len(ids) for e in rollout.examples for ids in e.answers}) > 2
+    assert 0 < rollout.ended.sum() < len(rollout.ended)
+    return rollout, *disturbed(bench, scores, old)
 
 
 @pytest.fixture(scope="module")
-def expected(bench, rollout):
-    return gradients(bench, [rollout])
+def rollout(micro_batch):
+    return micro_batch[0]
 
 
-def alone(example, k):
+@pytest.fixture(scope="module")
+def expected(bench, micro_batch):
+    return gradients(bench, [micro_batch])
+
+
+def with_answer(example, k):
     return dataclasses.replace(example, answers=[example.answers[k]], token_masks=[example.token_masks[k]])
 
 
@@ -391,24 +405,24 @@ def everywhere(model, batch, read):
     return model.hidden(batch, model.vision_tower(batch.pixels), torch.arange(batch.ids.numel()), read)
 
 
-def by_definition(bench, rollout):
-    """Both losses of a step, every answer in a row of its own, from logits and values at all positions.
+def by_definition(bench, rollout, old_outputs, targets):
+    """Both losses of a step, one sequence per answer, from logits and values at all positions.
     → loss to be differentiated; log-probabilities, values and entropies of each answer"""
-    args, count, loss, found = bench.args, int(rollout.token_mask.sum()), 0.0, []
+    args, count, loss, found = bench.args, int(old_outputs.token_mask.sum()), 0.0, []
     answers = [(e, k) for e in rollout.examples for k in range(len(e.answers))]
     for a, (example, k) in enumerate(answers):
-        row = data.collate([alone(example, k)], bench.processor)
+        row = data.collate([with_answer(example, k)], bench.processor)
         assert row.causal_prefix == row.ids.shape[1]
         n, ids = len(example.answers[k]), torch.from_numpy(example.answers[k]).long()
-        before = slice(row.ids.shape[1] - n - 1, -1)  # the state in front of each token
+        before = slice(row.ids.shape[1] - n - 1, -1)  # the positions that predict each token
         logp = (everywhere(bench.policy, row, F.linear)[before] / args.temperature).log_softmax(-1)
         logprob = logp.gather(1, ids[:, None])[:, 0]
         states = everywhere(bench.critic, row, lambda states, head: states)
         values = bench.critic.score(states)[before, 0]
         entropy = -(logp.exp() * logp).sum(-1)
         found.append((logprob.detach(), values.detach(), entropy.detach()))
-        A, old, V, R = (x[a, :n] for x in (rollout.advantages, rollout.logprob, rollout.values,
-                                           rollout.returns))
+        A, old, V, R = (x[a, :n] for x in (targets.advantages, old_outputs.logprob, old_outputs.values,
+                                           targets.returns))
         ratio = (logprob - old).exp()
         clipped = V + (values - V).clamp(-args.value_clip, args.value_clip)
         bounded = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
@@ -418,113 +432,107 @@ def by_definition(bench, rollout):
     return loss, found
 
 
-def test_samples_that_share_a_row_are_rows_of_their_own(bench, rollout, expected):
-    """Three samples in a row with their prompt: log-probabilities, values and every gradient of policy and
-    critic are those of one sample a row, from the definitions. So no prompt or padding token has a loss."""
-    loss, found = by_definition(bench, rollout)
+def test_packed_samples_equal_one_sequence_per_answer(bench, micro_batch, expected):
+    """Three samples packed behind their prompt: log-probabilities, values and every gradient of policy and
+    critic are those of one sequence per answer, from the definitions. So prompt and padding have no loss."""
+    loss, found = by_definition(bench, *micro_batch)
     loss.backward()
     assert_same_gradients(expected[0], taken(bench))
-    fresh = dataclasses.replace(rollout)
-    ppo.logprobs_and_values(fresh, bench.policy, None, bench.critic, bench.args)
-    fsdp.reshard(bench.policy, bench.critic)
+    old = old_outputs_of(bench, micro_batch[0])
     for a, (logprob, values, _) in enumerate(found):
-        close(fresh.logprob[a, :len(logprob)], logprob, 1e-5)
-        close(fresh.values[a, :len(values)], values, 1e-5)
-        assert fresh.token_mask[a].sum() == len(logprob) and not fresh.logprob[a, len(logprob):].any()
+        close(old.logprob[a, :len(logprob)], logprob, 1e-5)
+        close(old.values[a, :len(values)], values, 1e-5)
+        assert old.token_mask[a].sum() == len(logprob) and not old.logprob[a, len(logprob):].any()
 
 
-def test_one_by_one_is_the_micro_batch(bench, rollout, expected):
-    """The rows in micro-batches of one: accumulated gradients and figures are those of one of four."""
-    parts, K = [], bench.args.samples_per_prompt
+def test_micro_batches_of_one_sum_to_one_of_four(bench, micro_batch, expected):
+    """Accumulated gradients and metrics are the same."""
+    rollout, old, targets = micro_batch
+    minibatch, K = [], bench.args.samples_per_prompt
     for i, example in enumerate(rollout.examples):
         batch = data.collate([example], bench.processor)
         longest, rows = max(map(len, example.answers)), slice(i * K, (i + 1) * K)
-        cut = {name: getattr(rollout, name)[rows, :longest]
-               for name in ("kept", "logprob", "values", "advantages", "returns")}
         features = bench.policy.vision_tower(batch.pixels)
-        parts.append(dataclasses.replace(rollout, examples=[example], batch=batch, features=features,
-                                         critic_features=features, **cut))
-    found = gradients(bench, parts)
+        old_i = ppo.OldOutputs(*(x[rows, :longest] for x in old[:4]), features)
+        minibatch.append((rollout._replace(examples=[example], batch=batch, features=features), old_i,
+                          ppo.Targets(*(x[rows, :longest] for x in targets))))
+    found = gradients(bench, minibatch)
     assert_same_gradients(found[0], expected[0])
     assert found[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-5)
 
 
-def test_the_figures_of_an_update(bench, rollout, expected):
-    """Means over the step's kept tokens, by hand from the log-probabilities and values before and after."""
-    fresh = dataclasses.replace(rollout)
-    ppo.logprobs_and_values(fresh, bench.policy, None, bench.critic, bench.args)
-    fsdp.reshard(bench.policy, bench.critic)
-    change, moved = ((ours - old)[rollout.token_mask] for ours, old in (
-        (fresh.logprob, rollout.logprob), (fresh.values, rollout.values)))
-    found = expected[1]
-    assert found["policy/approxkl"] == pytest.approx(float(change.square().mean() / 2), rel=1e-4)
-    assert found["policy/ratio"] == pytest.approx(float(change.exp().mean()), rel=1e-4)
+def test_the_metrics_of_an_update(bench, micro_batch, expected):
+    """Means over the step's tokens, by hand from the log-probabilities and values before and after."""
+    rollout, old, targets = micro_batch
+    new, mask, metrics = old_outputs_of(bench, rollout), old.token_mask, expected[1]
+    change, moved = (new.logprob - old.logprob)[mask], (new.values - old.values)[mask]
+    assert metrics["policy/approxkl"] == pytest.approx(float(change.square().mean() / 2), rel=1e-4)
+    assert metrics["policy/ratio"] == pytest.approx(float(change.exp().mean()), rel=1e-4)
     far = (change.exp() < 0.8) | (change.exp() > 1.2)
-    assert found["policy/clipfrac"] == pytest.approx(float(far.float().mean()), abs=1e-6) and 0 < far.sum()
-    assert found["val/clipfrac"] == pytest.approx(float((moved.abs() > 0.2).float().mean()), abs=1e-6)
-    terms = (fresh.logprob, rollout.logprob, rollout.advantages, rollout.token_mask, 0.2)
-    mean = ppo.policy_loss(*terms) / rollout.token_mask.sum()
-    assert found["loss/policy"] == pytest.approx(float(mean), rel=1e-4)
+    assert metrics["policy/clipfrac"] == pytest.approx(float(far.float().mean()), abs=1e-6) and 0 < far.sum()
+    assert metrics["val/clipfrac"] == pytest.approx(float((moved.abs() > 0.2).float().mean()), abs=1e-6)
+    mean = ppo.policy_loss(new.logprob, old.logprob, targets.advantages, mask, 0.2) / mask.sum()
+    assert metrics["loss/policy"] == pytest.approx(float(mean), rel=1e-4)
     with torch.no_grad():
-        entropies = torch.cat([entropy for *_, entropy in by_definition(bench, rollout)[1]])
+        entropies = torch.cat([entropy for *_, entropy in by_definition(bench, *micro_batch)[1]])
     fsdp.reshard(bench.policy, bench.critic)
-    assert len(entropies) == rollout.token_mask.sum() and entropies.mean() > 0.1
-    assert found["policy/entropy"] == pytest.approx(float(entropies.mean()), rel=1e-4)
+    assert len(entropies) == mask.sum() and entropies.mean() > 0.1
+    assert metrics["policy/entropy"] == pytest.approx(float(entropies.mean()), rel=1e-4)
 
 
 GARBAGE = {"advantages": 50.0, "returns": -50.0, "values": 30.0, "logprob": -3.0}
 
 
 @pytest.mark.parametrize("name", [*GARBAGE, "ids"])
-def test_what_is_not_kept_has_no_gradient(name, bench, rollout, expected):
-    """Other numbers behind the answers' ends, and another token in place of the padding, change no gradient
-    and no figure."""
+def test_masked_tokens_get_no_gradient(name, bench, micro_batch, expected):
+    """Other numbers after the answers' ends, and another token in place of the padding, change no gradient
+    and no metric."""
+    rollout, old, targets = micro_batch
     if name == "ids":
-        batch = rollout.batch
-        assert (batch.branch < 0).any()
-        changed = dataclasses.replace(rollout, batch=dataclasses.replace(
-            batch, ids=batch.ids.where(batch.branch >= 0, 17),
-            position=batch.position.where(batch.branch >= 0, 33)))
+        batch, real = rollout.batch, rollout.batch.branch >= 0
+        assert not real.all()
+        rollout = rollout._replace(batch=dataclasses.replace(
+            batch, ids=batch.ids.where(real, 17), position=batch.position.where(real, 33)))
+    elif name in targets._fields:
+        changed = getattr(targets, name).where(old.token_mask, GARBAGE[name])
+        targets = targets._replace(**{name: changed})
     else:
-        values = getattr(rollout, name)
-        changed = dataclasses.replace(rollout, **{name: values.where(rollout.token_mask, GARBAGE[name])})
-    found = gradients(bench, [changed])
+        old = old._replace(**{name: getattr(old, name).where(old.token_mask, GARBAGE[name])})
+    found = gradients(bench, [(rollout, old, targets)])
     assert_same_gradients(found[0], expected[0])
     assert found[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-5)
 
 
-def test_what_is_not_kept_has_no_reward(bench, rollout):
-    """Other log-probabilities and values behind the answers' ends change no reward, advantage or return."""
-    plain, changed = dataclasses.replace(rollout), dataclasses.replace(rollout)
-    for name, value in (("logprob", 40.0), ("ref_logprob", -40.0), ("values", 25.0)):
-        setattr(changed, name, getattr(rollout, name).where(rollout.token_mask, value))
-    for r in (plain, changed):
-        ppo.compute_advantages([r], 0.1, bench.args, bench.world)
-    for name in ("rewards", "advantages", "returns"):
-        close(getattr(changed, name), getattr(plain, name))
-        assert getattr(plain, name)[rollout.token_mask].all() and not getattr(plain, name)[~rollout.token_mask].any()
+def test_masked_tokens_get_no_reward(bench, micro_batch):
+    """Other log-probabilities and values after the answers' ends change no advantage and no return."""
+    _, old, _ = micro_batch
+    garbage = {"logprob": 40.0, "ref_logprob": -40.0, "values": 25.0}
+    changed = old._replace(**{name: getattr(old, name).where(old.token_mask, value)
+                              for name, value in garbage.items()})
+    plain, found = (advantages_of([x], bench.args, bench.world, 0.1)[0] for x in (old, changed))
+    for ours, theirs in zip(found, plain):
+        close(ours, theirs)
+        assert theirs[old.token_mask].all() and not theirs[~old.token_mask].any()
 
 
 # ---- rollout ----
 
 def test_greedy_is_predict(bench, place, tmp_path, monkeypatch):
-    """Without uniforms generate_rollout takes the tokens that predict.py answers with; with them too where --top_k or
-    --top_p leave one."""
+    """Without uniforms generate_rollout takes the tokens that predict.py answers with, and with uniforms
+    where --top_k or --top_p leave one token."""
     inside("predict", "--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
            "--out", tmp_path / "answers.jsonl", "--max_new_tokens", 8, "--workers", 0, "--micro_batch", 4)
     answers = [json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    prompts = data.collate(bench.examples, bench.processor)
 
-    def found(*argv):
-        args = tiny.arguments("ppo", *files(place), *SMALL, "--samples_per_prompt", 3, *argv)
-        r = ppo.generate_rollout(bench.policy, prompts, bench.examples, bench.processor, args, bench.world, 1)
+    def texts(**options):
+        rollout = sample(bench, bench.examples, **options)
         fsdp.reshard(bench.policy)
-        return [[bench.processor.text(ids) for ids in example.answers] for example in r.examples]
+        return [[bench.processor.text(ids) for ids in e.answers] for e in rollout.examples]
 
     expected = [[answer] * 3 for answer in answers]
-    assert found() != expected == found("--top_k", 1) == found("--top_p", 1e-6) and len(set(answers)) > 3
+    assert texts() != expected == texts(top_k=1) == texts(top_p=1e-6) and len(set(answers)) > 3
     monkeypatch.setattr(ppo, "keyed_uniforms", lambda *_: None)
-    assert found() == expected
+    assert texts() == expected
 
 
 def test_the_caches_logprobs_are_the_forward_passs(bench):
@@ -533,8 +541,8 @@ def test_the_caches_logprobs_are_the_forward_passs(bench):
     args = SimpleNamespace(**{**vars(bench.args), "temperature": 1.0})
     examples, K = bench.examples, args.samples_per_prompt
     prompts = data.collate(examples, bench.processor)
-    r = ppo.generate_rollout(bench.policy, prompts, examples, bench.processor, args, bench.world, 5)
-    ppo.logprobs_and_values(r, bench.policy, None, bench.critic, args)
+    r = sample(bench, examples, 5, temperature=1.0)
+    old = ppo.logprobs_and_values(r, bench.policy, None, bench.critic, args)
     before = torch.zeros(len(examples), K)
     for n in range(1, args.max_new_tokens + 1):
         uniforms = network.keyed_uniforms(args.seed, 5, [e.index for e in examples], K, n)
@@ -542,10 +550,10 @@ def test_the_caches_logprobs_are_the_forward_passs(bench):
                                           bench.processor.banned, uniforms, K)
         ids = [answer for row in r.examples for answer in row.answers]
         assert [a for row in answers for a in row] == [answer[:n].tolist() for answer in ids]
-        close((total - before).flatten(), r.logprob[:, n - 1], 1e-4)
+        close((total - before).flatten(), old.logprob[:, n - 1], 1e-4)
         before = total
     fsdp.reshard(bench.policy, bench.critic)
-    assert r.token_mask.sum(1).min() < args.max_new_tokens == r.token_mask.sum(1).max()
+    assert old.token_mask.sum(1).min() < args.max_new_tokens == old.token_mask.sum(1).max()
 
 
 def chi_square(drawn, p, least=5.0):
@@ -560,10 +568,10 @@ def chi_square(drawn, p, least=5.0):
 
 
 def next_token(bench, example, begun, temperature):
-    """The training forward's distribution of the token behind a prompt and the tokens begun [V], without
+    """The training forward's distribution [V] of the token after a prompt and the tokens begun, without
     those that are never sampled."""
-    whole = dataclasses.replace(example, prompt=np.concatenate([example.prompt, begun]).astype(np.int32))
-    row = data.collate([whole], bench.processor)
+    longer = dataclasses.replace(example, prompt=np.concatenate([example.prompt, begun]).astype(np.int32))
+    row = data.collate([longer], bench.processor)
     with torch.no_grad():
         logits = everywhere(bench.policy, row, F.linear)[-1] / temperature
     logits[sorted(bench.processor.banned)] = -torch.inf
@@ -575,12 +583,10 @@ def test_tokens_are_drawn_from_the_policy(temperature, bench):
     """Thousands of first tokens, and of second ones given the first, have the softmax's frequencies; and
     not those at another temperature."""
     example = bench.examples[2]
-    prompt = data.collate([example], bench.processor)
 
     def draw(samples, max_new, iteration):
-        args = SimpleNamespace(**{**vars(bench.args), "samples_per_prompt": samples, "max_new_tokens": max_new,
-                                  "temperature": temperature})
-        r = ppo.generate_rollout(bench.policy, prompt, [example], bench.processor, args, bench.world, iteration)
+        r = sample(bench, [example], iteration, samples_per_prompt=samples, max_new_tokens=max_new,
+                   temperature=temperature)
         return [ids.tolist() for ids in r.examples[0].answers]
 
     first = [ids[0] for ids in draw(4000, 1, 1)]
@@ -600,31 +606,29 @@ def test_tokens_are_drawn_from_the_policy(temperature, bench):
 def test_every_prompt_sample_and_iteration_draws_its_own(bench):
     """Answers do not depend on the batch, and change with iteration and seed."""
     def draw(examples, iteration=1, **changes):
-        args = SimpleNamespace(**{**vars(bench.args), **changes})
-        prompts = data.collate(examples, bench.processor)
-        r = ppo.generate_rollout(bench.policy, prompts, examples, bench.processor, args, bench.world, iteration)
+        r = sample(bench, examples, iteration, **changes)
         return [[ids.tolist() for ids in e.answers] for e in r.examples]
 
-    every = draw(bench.examples)
-    assert draw(bench.examples[4:7]) == every[4:7] and draw(bench.examples[:1]) == every[:1]
-    assert draw(bench.examples, samples_per_prompt=1) == [row[:1] for row in every]
-    assert draw(bench.examples, 2) != every != draw(bench.examples, seed=1)
-    assert any(row[0] != row[1] for row in every)
+    answers = draw(bench.examples)
+    assert draw(bench.examples[4:7]) == answers[4:7] and draw(bench.examples[:1]) == answers[:1]
+    assert draw(bench.examples, samples_per_prompt=1) == [row[:1] for row in answers]
+    assert draw(bench.examples, 2) != answers != draw(bench.examples, seed=1)
+    assert any(row[0] != row[1] for row in answers)
     fsdp.reshard(bench.policy)
 
 
 # ---- scores ----
 
 def test_scores_are_the_reward_models(bench, rollout):
-    """Three answers behind one prompt, and in the policy's features: the scores that the reward model gives
-    each in a row of its own."""
-    answers = [alone(example, k) for example in rollout.examples for k in range(3)]
-    assert bench.judge.shared
-    scores = bench.judge.scores(rollout, bench.processor)
-    reward = bench.judge.model
+    """Three answers packed behind one prompt, with the policy's features: the scores that the reward model
+    gives to one sequence per answer."""
+    answers = [with_answer(example, k) for example in rollout.examples for k in range(3)]
+    assert bench.scorer.shared_tower
+    scores = bench.scorer.score(rollout, bench.prompts)
+    reward = bench.scorer.model
     with torch.no_grad():
         for score, example in zip(scores, answers, strict=True):
-            row = data.collate([example], bench.judge.processor)
+            row = data.collate([example], bench.scorer.processor)
             states = everywhere(reward, row, lambda states, head: states)
             close(score, reward.score(states[-1])[0], 1e-5)
     fsdp.reshard(reward)
@@ -633,13 +637,13 @@ def test_scores_are_the_reward_models(bench, rollout):
 
 @pytest.mark.parametrize("reward", ["llama2", "tower"])
 def test_a_reward_model_reads_prompts_its_own_way(reward, bench, rollout, place, world):
-    """With another template the prompt is put in it, with another tower the pictures pass that; the answers'
-    ids are those that were sampled."""
+    """The prompt is in the reward model's template and the images pass its own vision tower; the answers' ids
+    are those that were sampled."""
     b = prepared(place, world, reward=reward)
-    assert b.judge.shared == (reward == "llama2")
-    read, scores = [], b.judge.model.scores
-    b.judge.model.scores = lambda batch, *rest: read.append(batch) or scores(batch, *rest)
-    found = b.judge.scores(rollout, b.processor)
+    assert b.scorer.shared_tower == (reward == "llama2")
+    read, scores = [], b.scorer.model.scores
+    b.scorer.model.scores = lambda batch, *rest: read.append(batch) or scores(batch, *rest)
+    found = b.scorer.score(rollout, b.prompts)
     (batch,), tokenizer = read, b.processor.tokenizer
     for i, example in enumerate(rollout.examples):
         for k, ids in enumerate(example.answers, 1):
@@ -650,44 +654,41 @@ def test_a_reward_model_reads_prompts_its_own_way(reward, bench, rollout, place,
         theirs = rollout.batch.ids[i][rollout.batch.branch[i] == 0]
         assert (theirs.tolist() == batch.ids[i][batch.branch[i] == 0].tolist()) == (reward == "tower")
     with torch.no_grad():
-        expected = scores(batch, b.judge.model.vision_tower(batch.pixels), batch.last_token)
-    fsdp.reshard(b.judge.model)
+        expected = scores(batch, b.scorer.model.vision_tower(batch.pixels), batch.last_token)
+    fsdp.reshard(b.scorer.model)
     close(found, expected, 1e-5)
-    assert (found - rollout.score).abs().max() > 1e-3
+    assert (found - bench.scorer.score(rollout, bench.prompts)).abs().max() > 1e-3
+    fsdp.reshard(bench.scorer.model)
 
 
-def test_final_scores_by_hand():
-    """Brought to the first iteration's scale, then clipped; an answer without its end token gets the fixed
-    score, which is neither."""
-    args = SimpleNamespace(score_clip=1.5, missing_eos_score=-9.0)
-    r = ppo.Rollout([], None, None, score=torch.tensor([1.0, 5.0, 9.0, 2.0, -9.0]),
-                    ended=torch.tensor([True, True, True, False, True]))
-    ppo.postprocess_scores([r], torch.tensor([3.0, 4.0], dtype=torch.float64), args)
-    assert r.score.tolist() == [-0.5, 0.5, 1.5, -9.0, -1.5]
-    r.score = torch.tensor([1.0, 5.0, 9.0, 2.0, -9.0])
-    ppo.postprocess_scores([r], torch.tensor([0.0, 1.0], dtype=torch.float64),
-                     SimpleNamespace(score_clip=0.0, missing_eos_score=-1.0))
-    assert r.score.tolist() == [1.0, 5.0, 9.0, -1.0, -9.0]
+def test_postprocess_scores_by_hand():
+    """Normalised, then clipped; an answer without its end token gets the fixed score, which is neither."""
+    rollout = ppo.Rollout([], None, None, None, torch.tensor([True, True, True, False, True]))
+    raw = torch.tensor([1.0, 5.0, 9.0, 2.0, -9.0])
+    for moments, argv, expected in (
+            ([3.0, 4.0], ("--score_clip", 1.5, "--missing_eos_score", -9), [-0.5, 0.5, 1.5, -9.0, -1.5]),
+            ([0.0, 1.0], (), [1.0, 5.0, 9.0, -1.0, -9.0])):
+        moments = torch.tensor(moments, dtype=torch.float64)
+        score, = ppo.postprocess_scores([raw], [rollout], moments, arguments(*argv))
+        assert score.tolist() == expected
 
 
 def test_normalised_scores(place, world):
-    """--normalize_scores: whole answers of the first iteration get mean 0 and deviation 1, and the critic,
-    which was the reward model, says what it said on that scale."""
+    """--normalize_scores: complete answers of the first iteration get mean 0 and standard deviation 1, and a
+    critic that was the reward model predicts on that scale."""
     b = prepared(place, world)
-    r = rolled(b, b.examples)
-    training = torch.nn.ModuleDict({"critic": b.critic})
-    training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
-    before = r.score[r.ended]
-    assert 1 < len(before) < len(r.score)
-    ppo.fit_score_scale(training, [r], b.args, world)
-    mean, std = training.score_moments.tolist()
-    assert mean == pytest.approx(float(before.mean()), rel=1e-5) and std == pytest.approx(float(before.std()))
-    ppo.postprocess_scores([r], training.score_moments, b.args)
-    close([r.score[r.ended].mean(), r.score[r.ended].std()], [0.0, 1.0], 1e-5)
-    assert (r.score[~r.ended] == -1).all()
-    fresh = dataclasses.replace(r)
-    ppo.logprobs_and_values(fresh, b.policy, None, b.critic, b.args)
-    close(fresh.values[r.token_mask], (r.values[r.token_mask] - mean) / std, 1e-5)
+    rollout, scores, old = rolled(b, b.examples)
+    raw = scores[rollout.ended]
+    assert 1 < len(raw) < len(scores)
+    mean, std = ppo.fit_score_scale([scores], [rollout], world)
+    assert mean == pytest.approx(float(raw.mean()), rel=1e-5) and std == pytest.approx(float(raw.std()))
+    moments = torch.tensor([mean, std], dtype=torch.float64)
+    scores, = ppo.postprocess_scores([scores], [rollout], moments, b.args)
+    close([scores[rollout.ended].mean(), scores[rollout.ended].std()], [0.0, 1.0], 1e-5)
+    assert (scores[~rollout.ended] == -1).all()
+    ppo.rescale_head(b.critic.score, mean, std)
+    new = old_outputs_of(b, rollout)
+    close(new.values[old.token_mask], (old.values[old.token_mask] - mean) / std, 1e-5)
 
 
 # ---- runs ----
@@ -715,7 +716,7 @@ def built(place, world, folder="reward", **changes):
 
 def test_the_first_minibatch_meets_itself(run):
     """In every iteration the first step's ratio is 1, its approximate KL and its share of clipped tokens are
-    0; before the first update the KL with the reference is 0, after it not. All figures are finite."""
+    0; before the first update the KL with the reference is 0, after it not. All metrics are finite."""
     out, _ = run(*TWICE)
     lines = tiny.log(out)
     assert [line["step"] for line in lines] == [1, 2]
@@ -735,7 +736,7 @@ def test_the_first_minibatch_meets_itself(run):
 
 def test_what_is_trained_moves_and_nothing_else(run, place, world):
     """After one iteration every tensor of the policy's projector and LLaMA, and of the critic's with its
-    scalar head, is another; the tower and the critic's unused LM head, reference and reward model are not."""
+    scalar head, has changed; vision tower, reference, reward model and critic's unused LM head have not."""
     out, (policy, reference, reward, critic) = run(*TWICE)
     base = load_file(place / "model" / "model.safetensors")
     export = load_file(out / "model.safetensors")
@@ -760,13 +761,15 @@ def test_equal_towers_are_one(run, world):
 
 
 def watch(monkeypatch):
-    """→ a list that all rollouts of a run are put in, with their advantages"""
-    seen, compute_advantages = [], ppo.compute_advantages
+    """→ a list that gets (Rollout, OldOutputs, Targets, scores) of every micro-batch of a run"""
+    seen, rollouts = [], recorded(monkeypatch, ppo, "generate_rollouts")
+    compute_advantages = ppo.compute_advantages
 
-    def watched(every, *rest):
-        compute_advantages(every, *rest)
-        seen.extend(every)
-    monkeypatch.setattr(ppo, "advantages_of", watched)
+    def watched(old_outputs, scores, *rest):
+        targets = compute_advantages(old_outputs, scores, *rest)
+        seen.extend(zip(rollouts[-1][1], old_outputs, targets, scores, strict=True))
+        return targets
+    monkeypatch.setattr(ppo, "compute_advantages", watched)
     return seen
 
 
@@ -782,25 +785,25 @@ def recorded(monkeypatch, holder, name):
 
 
 def test_minibatches_in_orders_of_their_own(place, world, tmp_path, monkeypatch, capfd):
-    """Ten rows in minibatches of three, four an iteration: each is whole and comes once an epoch, in an order
-    keyed by (seed, iteration, epoch); what is logged of them are means over their unlike numbers of tokens,
+    """Ten prompts in minibatches of three, four per iteration: each is full and comes once per epoch, in an
+    order keyed by (seed, iteration, epoch); metrics are means over their unequal numbers of tokens,
     grad_norm/* means over steps; the answers shown stand a third of the iteration apart."""
     seen, steps = watch(monkeypatch), recorded(monkeypatch, ppo, "minibatch_gradients")
     norms = recorded(monkeypatch, fsdp, "clip_gradients")
     inside("ppo", *files(place), *SMALL, "--batch_size", 3, "--rollout_batch", 12, "--ppo_epochs", 3,
            "--max_steps", 2, "--show_every", 1, "--seed", 3, "--out", tmp_path / "out")
     shown = [line.split("'")[3] for line in capfd.readouterr().out.splitlines() if line.startswith("    {")]
-    prompts = [[example.id for example in r.examples] for r in seen]
+    prompts = [[example.id for example in rollout.examples] for rollout, *_ in seen]
     assert len(prompts) == 8 and all(len(set(ids)) == 3 for ids in prompts)
-    number = {id(r): m % 4 for m, r in enumerate(seen)}
-    met = [number[id(rollouts[0])] for (rollouts, *_), _ in steps]
+    number = {id(rollout): m % 4 for m, (rollout, *_) in enumerate(seen)}
+    met = [number[id(minibatch[0][0])] for (minibatch, *_), _ in steps]
     orders = [met[k:k + 4] for k in range(0, 24, 4)]
     keys = [(3, iteration, epoch) for iteration in (1, 2) for epoch in (0, 1, 2)]
     assert orders == [data.keyed_permutation(4, *key).tolist() for key in keys]
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders) and len(set(map(tuple, orders))) > 4
     for i, line in enumerate(tiny.log(tmp_path / "out")):
-        taken = [(found, sum(int(r.token_mask.sum()) for r in rollouts), count)
-                 for (rollouts, *_), (found, count) in steps[12 * i:][:12]]
+        taken = [(found, sum(int(old.token_mask.sum()) for _, old, _ in minibatch), count)
+                 for (minibatch, *_), (found, count) in steps[12 * i:][:12]]
         tokens = [n for _, n, _ in taken]
         assert tokens == [count for *_, count in taken] and len(set(tokens)) > 2
         for name in taken[0][0]:
@@ -816,7 +819,7 @@ def test_minibatches_in_orders_of_their_own(place, world, tmp_path, monkeypatch,
 
 def test_learning_rates(place, world, tmp_path, monkeypatch):
     """Linear warm-up and half a cosine over six iterations, of which the policy's begin after the two that
-    train the critic alone: as logged, and as every step was taken; Adam's ε is 1e-5."""
+    train only the critic: as logged, and as every step was taken; Adam's ε is 1e-5."""
     made, rates = recorded(monkeypatch, ppo, "adam"), {"policy": [], "critic": []}
     step = torch.optim.AdamW.step
 
@@ -827,8 +830,9 @@ def test_learning_rates(place, world, tmp_path, monkeypatch):
         assert all(group["eps"] == 1e-5 for group in optimizer.param_groups)
         return step(optimizer)
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--max_new_tokens", 2, "--ppo_epochs", 1, "--max_steps",
-           6, "--critic_warmup", 2, "--warmup", 2, "--critic_lr", "5e-3", "--out", tmp_path / "out")
+    inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--max_new_tokens", 2, "--ppo_epochs", 1,
+           "--max_steps", 6, "--critic_warmup", 2, "--warmup", 2, "--critic_lr", "5e-3", "--out",
+           tmp_path / "out")
     lines = tiny.log(tmp_path / "out")
     policy = [1e-3 * factor for factor in (1 / 3, 1 / 3, 1 / 3, 2 / 3, 1, 1 / 2)]
     critic = [5e-3 * factor for factor in (1 / 3, 2 / 3, 1, 0.5 + 0.125**0.5, 1 / 2, 0.5 - 0.125**0.5)]
@@ -842,23 +846,25 @@ def test_critic_from_the_policy(place, world, tmp_path, monkeypatch):
     seen = watch(monkeypatch)
     *_, critic = inside("ppo", *files(place, "rewards.py:red"), *SMALL, "--critic", "policy", "--batch_size",
                         10, "--out", tmp_path / "out")
-    assert not any(r.values.any() for r in seen) and any(r.returns.any() for r in seen)
-    squares = sum(float(r.returns.square().sum()) for r in seen) / sum(int(r.token_mask.sum()) for r in seen)
+    assert not any(old.values.any() for _, old, *_ in seen)
+    squares = sum(float(targets.returns.square().sum()) for _, _, targets, _ in seen)
+    squares /= sum(int(old.token_mask.sum()) for _, old, *_ in seen)
+    assert squares > 0
     assert tiny.log(tmp_path / "out")[0]["first/loss/value"] == pytest.approx(squares / 2, rel=1e-5)
     assert critic.score.weight.full_tensor().any()
 
 
 def test_a_function_scores_the_texts(place, world, tmp_path, monkeypatch):
-    """FILE.py:FUNCTION gets a row and its answers' texts; the score is logged as it is."""
+    """FILE.py:FUNCTION gets a record and its answers' texts; the score is logged as it is."""
     seen = watch(monkeypatch)
     inside("ppo", *files(place, "rewards.py:red"), *SMALL, "--critic", "policy", "--missing_eos_score", -3,
            "--samples_per_prompt", 8, "--seed", 2, "--out", tmp_path / "out")
     args = tiny.arguments("ppo", *files(place), *SMALL)
     processor = fsdp.open_checkpoint(args, world).processor
-    ids = [answer for r in seen for example in r.examples for answer in example.answers]
+    ids = [answer for rollout, *_ in seen for example in rollout.examples for answer in example.answers]
     scores = [processor.text(answer).split().count("red") if int(answer[-1]) in processor.stop else -3.0
               for answer in ids]
-    assert torch.cat([r.score for r in seen]).tolist() == scores and max(scores) > 0 > min(scores)
+    assert torch.cat([score for *_, score in seen]).tolist() == scores and max(scores) > 0 > min(scores)
     line = tiny.log(tmp_path / "out")[0]
     assert line["objective/scores"] == pytest.approx(np.mean(scores), rel=1e-6)
     assert line["answer/no_eos"] == scores.count(-3.0) / len(scores)
@@ -866,8 +872,8 @@ def test_a_function_scores_the_texts(place, world, tmp_path, monkeypatch):
 
 
 BANDIT = ["--batch_size", 10, "--rollout_batch", 10, "--micro_batch", 10, "--samples_per_prompt", 6,
-          "--max_new_tokens", 8, "--ppo_epochs", 3, "--lr", "4e-3", "--critic_lr", "4e-3", "--missing_eos_score", 0,
-          "--critic", "policy", "--max_steps", 10]
+          "--max_new_tokens", 8, "--ppo_epochs", 3, "--lr", "4e-3", "--critic_lr", "4e-3",
+          "--missing_eos_score", 0, "--critic", "policy", "--max_steps", 10]
 
 
 def test_a_user_drives_a_word_up(place, world, tmp_path):
@@ -887,13 +893,13 @@ def test_a_user_drives_a_word_up(place, world, tmp_path):
     total = lines[-1]["objective/scores"] - 0.02 * lines[-1]["objective/kl"]
     assert lines[-1]["objective/rlhf_reward"] == pytest.approx(total, rel=1e-5)
     for line in lines:  # what was sampled is what was logged
-        kept = (out / "rollouts" / f"{line['step']}.jsonl").read_text().splitlines()
-        kept = [json.loads(answer) for answer in kept]
-        ids = sorted(row["id"] for row in ONE_TURN for _ in range(6))
-        assert sorted(answer["id"] for answer in kept) == ids
-        assert all(answer["score"] in (0, answer["answer"].split().count("red")) for answer in kept)
+        records = (out / "rollouts" / f"{line['step']}.jsonl").read_text().splitlines()
+        records = [json.loads(record) for record in records]
+        ids = sorted(record["id"] for record in ONE_TURN for _ in range(6))
+        assert sorted(answer["id"] for answer in records) == ids
+        assert all(answer["score"] in (0, answer["answer"].split().count("red")) for answer in records)
         for name, key in (("kl", "kl"), ("scores", "score"), ("rlhf_reward", "total")):
-            mean = np.mean([answer[key] for answer in kept])
+            mean = np.mean([answer[key] for answer in records])
             assert mean == pytest.approx(line[f"objective/{name}"], rel=1e-4, abs=1e-5)
     inside("ppo", *files(place, "rewards.py:red"), *BANDIT, "--kl_coef", 2, "--out", tmp_path / "held")
     held = tiny.log(tmp_path / "held")
@@ -916,25 +922,25 @@ def test_an_evaluation_changes_nothing(run, place):
 
 
 def still_run(place):
-    """Options of two iterations that change nothing, evaluated, with rows of fine-tuning."""
+    """Options of two iterations that change nothing, evaluated, with SFT records."""
     return ("--lr", 0, "--max_steps", 2, "--eval_data", place / "rows.json", "--eval_every", 1, "--ptx_data",
             place / "turns.json")
 
 
 def test_critic_warmup(place, world, tmp_path, monkeypatch):
     """--critic_warmup: in these iterations the policy is not run for a loss and stays bit for bit, and the
-    critic moves; then both. Rows of --ptx_data are read from the first on."""
+    critic moves; then both. Records of --ptx_data are read from the first on."""
     seen, look = [], ppo.logprobs_and_values
 
     def watched(rollout, policy, reference, critic, args):
         seen.append((tiny.state(policy), tiny.state(critic)))
-        look(rollout, policy, reference, critic, args)
+        return look(rollout, policy, reference, critic, args)
     asked, loader = [], data.loader
 
     def recorded(steps, first, last, workers):
         asked.append(first)
         return loader(steps, first, last, workers)
-    monkeypatch.setattr(ppo, "forward_passes", watched)
+    monkeypatch.setattr(ppo, "logprobs_and_values", watched)
     monkeypatch.setattr(data, "loader", recorded)
     inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--micro_batch", 10, "--critic_warmup", 1,
            "--max_steps", 2, "--out", tmp_path / "out", "--ptx_data", place / "turns.json")
@@ -994,19 +1000,17 @@ def test_the_reference_under_lora_is_the_base(place, world):
     """Adapters that have moved change the policy's log-probabilities, not the reference's, and are on again
     afterwards."""
     b = prepared(place, world, "--lora_rank", 4)
-    examples = b.examples[:4]
-    r = rolled(b, examples)
-    plain = dataclasses.replace(r)
+    rollout, _, start = rolled(b, b.examples[:4])
     with torch.no_grad():
         for i, module in enumerate(adapted(b.policy).values()):
             module.lora_B.weight.copy_(module.lora_B.weight + 0.2 * (-1) ** i)
-    ppo.logprobs_and_values(r, b.policy, None, b.critic, b.args)
-    close(plain.logprob, plain.ref_logprob, 1e-5)
-    close(r.ref_logprob, plain.ref_logprob, 1e-5)
-    close(r.kl, [(ours[k] - base[k]).sum() for ours, base, k in zip(r.logprob, r.ref_logprob, r.token_mask)], 1e-5)
-    assert (r.logprob - plain.logprob).abs().max() > 0.05
+    moved = old_outputs_of(b, rollout)
+    close(start.logprob, start.ref_logprob, 1e-5)
+    close(moved.ref_logprob, start.ref_logprob, 1e-5)
+    difference = moved.logprob - moved.ref_logprob
+    close(moved.kl(), [row[mask].sum() for row, mask in zip(difference, moved.token_mask)], 1e-5)
+    assert (moved.logprob - start.logprob).abs().max() > 0.05
     assert all(module.on for module in adapted(b.policy).values())
-    fsdp.reshard(b.policy, b.critic)
 
 
 def test_ptx_gradients_are_sfts(bench, place, world):
@@ -1017,17 +1021,17 @@ def test_ptx_gradients_are_sfts(bench, place, world):
     loss = -bench.policy(batch, bench.policy.vision_tower(batch.pixels)).mean()
     (2.5 * loss).backward()
     expected = taken(bench)
-    args = SimpleNamespace(ptx_coef=1.0)
     parts = [data.collate(examples[:2], bench.processor), data.collate(examples[2:5], bench.processor)]
-    ppo.ptx_gradients(parts, bench.policy, args, world)
-    args.ptx_coef = 1.5
-    assert ppo.ptx_gradients(parts, bench.policy, args, world) == pytest.approx(loss.item(), rel=1e-5)
+    for coefficient in (1, 1.5):
+        args = arguments("--ptx_data", "turns.json", "--ptx_coef", coefficient)
+        found = ppo.ptx_gradients(parts, bench.policy, args, world)
+    assert found == pytest.approx(loss.item(), rel=1e-5)
     assert_same_gradients(taken(bench), expected)
 
 
 def test_ptx_is_mixed_in(run, place, world, tmp_path):
-    """loss/ptx is the mean of sft.py's losses on the same rows. Where rewards, KL and values are 0, the
-    policy moves by these rows alone; without them it stays."""
+    """loss/ptx is the mean of sft.py's losses on the same records. Where rewards, KL and values are 0, the
+    policy moves by these records only; without them it stays."""
     out, _ = run(*still_run(place))
     inside("sft", *files(place)[:2], "--data", place / "turns.json", *files(place)[6:], "--out",
            tmp_path / "sft", "--batch_size", 5, "--micro_batch", 5, "--max_steps", 8, "--lr", 0)
@@ -1044,19 +1048,14 @@ def test_ptx_is_mixed_in(run, place, world, tmp_path):
 
 
 @pytest.mark.parametrize("ended, scores, message", [
-    (0, [1.0, 2.0, 3.0], "but 0 of the first iteration's answers have their end token: raise --max_new_tokens"),
-    (1, [1.0, 2.0, 3.0], "but 1 of the first iteration's answers have their end token: raise --max_new_tokens"),
-    (2, [4.0, 4.0, 5.0], "but whole answers of iteration 1 all score 4.0: leave it out")])
+    (0, [1.0, 2.0, 3.0], "but 0 of the first iteration's answers have their end token: raise --max_new"),
+    (1, [1.0, 2.0, 3.0], "but 1 of the first iteration's answers have their end token: raise --max_new"),
+    (2, [4.0, 4.0, 5.0], "but all complete answers of iteration 1 score 4.0: leave it out")])
 def test_scores_that_have_no_scale(ended, scores, message, world):
-    """--normalize_scores where no answer of the first iteration ends, or one, or all score the same: an error
-    says what to do, and the scale is as it was."""
-    r = ppo.Rollout([], None, None, score=torch.tensor(scores), ended=torch.arange(3) < ended)
-    training = torch.nn.ModuleDict({"critic": torch.nn.ModuleDict({"score": torch.nn.Linear(2, 1)})})
-    training["critic"].score = training["critic"]["score"]
-    training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
+    """--normalize_scores where no answer of the first iteration ends, or one, or all score the same."""
+    rollout = ppo.Rollout([], None, None, None, torch.arange(3) < ended)
     with pytest.raises(ValueError, match=message):
-        ppo.fit_score_scale(training, [r], SimpleNamespace(critic="reward"), world)
-    assert training.score_moments.tolist() == [0, 1]
+        ppo.fit_score_scale([torch.tensor(scores)], [rollout], world)
 
 
 def test_a_kl_horizon_and_its_default(place):
@@ -1087,7 +1086,7 @@ def test_a_prompt_that_comes_twice_is_answered_anew(place, world, tmp_path, monk
     inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--rollout_batch", 20, "--ppo_epochs", 1,
            "--out", tmp_path / "out")
     found = {}
-    for example in (example for r in seen for example in r.examples):
+    for example in (example for rollout, *_ in seen for example in rollout.examples):
         found.setdefault(example.index, []).append([ids.tolist() for ids in example.answers])
     assert all(len(twice) == 2 for twice in found.values()) and len(found) == 10
     assert any(first != second for first, second in found.values())
@@ -1097,8 +1096,8 @@ def test_a_reward_function_gets_its_record_of_any_file(place, world, monkeypatch
     """Of several files: the record of the prompt's index."""
     args = tiny.arguments("ppo", *files(place), "--data", place / "rows.json", place / "turns.json")
     processor = fsdp.open_checkpoint(args, world).processor
-    examples, judge = ppo.read_prompts(args.data, ppo.Judge(function=id), processor, args, world)
-    assert [judge.rows[e.index] for e in examples] == tiny.ONE_TURN + tiny.MIXED
+    prompts = ppo.read_prompts(args.data, processor, None, args, world)
+    assert [prompts.records[e.index] for e in prompts.examples] == tiny.ONE_TURN + tiny.MIXED
 
 
 def test_the_reference_keeps_its_projector_under_lora(place, world, tmp_path, monkeypatch):
@@ -1107,8 +1106,8 @@ def test_the_reference_keeps_its_projector_under_lora(place, world, tmp_path, mo
 
     def watched(rollout, policy, reference, critic, args):
         seen.append(tiny.state(reference or policy)["multi_modal_projector.linear_1.weight"])
-        look(rollout, policy, reference, critic, args)
-    monkeypatch.setattr(ppo, "forward_passes", watched)
+        return look(rollout, policy, reference, critic, args)
+    monkeypatch.setattr(ppo, "logprobs_and_values", watched)
     inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--micro_batch", 10, "--ppo_epochs", 1,
            "--max_steps", 2, "--lora_rank", 4, "--train", "projector,llm", "--out", tmp_path / "out")
     assert torch.equal(seen[0], seen[1])
