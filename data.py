@@ -1190,7 +1190,7 @@ class Batch:
     answer: torch.Tensor  # [N] which of the A answers it belongs to
     last_token: torch.Tensor  # [A] flat position of each answer's last kept token
     sequence: torch.Tensor  # [A] the row it stands in
-    causal_prefix: int  # leading columns where plain causal attention will do: T, or the prompts of rows that branch
+    causal_prefix: int  # leading positions with causal attention: T, or the shortest prompt that branches
 
     def to(self, device):
         return Batch(*(value.to(device) if torch.is_tensor(value) else value

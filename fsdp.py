@@ -1093,8 +1093,8 @@ def schedule(step, steps, warmup):
 
 RUN_FILES = ("log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
-RESUME_MAY_DIFFER = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb", "micro_batch",
-        "replicas", "show_every", "save_rollouts"}  # options that may differ after a resume
+RESUME_MAY_DIFFER = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb",
+                     "micro_batch", "replicas", "show_every", "save_rollouts"}
 LOCKS = []  # (path, the open file that holds its lock, the folders created for it)
 
 

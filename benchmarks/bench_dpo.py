@@ -16,15 +16,16 @@ import fsdp
 
 def ours(setup):
     model, update = common.build_ours(setup)
-    batch, rows, known = setup.batch, range(len(setup.examples)), {}
+    batch, count, reference = setup.batch, len(setup.examples), []
+    tokens = dpo.chosen_tokens(setup.examples)
 
     def step():
         with torch.no_grad():
-            _, logprob, _ = dpo.sequence_logprobs(model, batch, model.vision_tower(batch.pixels))
+            _, logps = dpo.sequence_logprobs(model, batch)
         fsdp.reshard(model)
-        known.setdefault("reference", dict(zip(rows, logprob.view(len(rows), -1).tolist())))
-        losses, _, _ = dpo.forward(model, batch, rows, known["reference"], setup.world, setup.options)
-        loss = losses / len(rows)
+        if not reference:
+            reference.extend({"logps": record} for record in logps.view(count, -1).tolist())
+        loss, _ = dpo.forward(model, batch, reference, count, tokens, setup.options)
         loss.backward()
         update()
         return [loss.item()]
@@ -40,7 +41,7 @@ def flops(setup, head=3):
 
 
 def masked(setup):
-    """What the DPOTrainer takes: the chosen answers' rows, then the rejected ones'."""
+    """Inputs of the DPOTrainer: the sequences of the chosen answers, then those of the rejected answers."""
     inputs, mask = common.their_rows(setup)
     return {**inputs, "completion_mask": mask}
 

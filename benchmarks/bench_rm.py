@@ -21,8 +21,9 @@ def ours(setup):
 
     def step():
         features = model.vision_tower(batch.pixels)
-        scores, kept = data.pad_by_sequence(model.scores(batch, features, batch.last_token), batch.sequence)
-        loss = rm.rm_loss(scores, kept, margin, setup.options.center_coef) / len(margin)
+        scores = model.scores(batch, features, batch.last_token)
+        scores, answer_mask = data.pad_by_sequence(scores, batch.sequence)
+        loss = rm.rm_loss(scores, answer_mask, margin, setup.options.center_coef) / len(margin)
         loss.backward()
         update()
         return [loss.item()]
@@ -37,8 +38,8 @@ def theirs(setup):
 
     def step():
         with setup.autocast():
-            states = model(**inputs, use_cache=False).last_hidden_state
-        chosen, rejected = head(states[:, -1].float()).squeeze(1).chunk(2)
+            hidden = model(**inputs, use_cache=False).last_hidden_state
+        chosen, rejected = head(hidden[:, -1].float()).squeeze(1).chunk(2)
         loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
         loss.backward()
         update()

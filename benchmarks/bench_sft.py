@@ -26,7 +26,7 @@ def ours(setup):
 
 
 def labelled(setup):
-    """What transformers' models take; labels are −100 where nothing is predicted."""
+    """Inputs of a transformers model; labels are −100 at tokens that are not targets."""
     inputs, mask = common.their_rows(setup)
     return {**inputs, "labels": inputs["input_ids"].masked_fill(mask == 0, -100)}
 

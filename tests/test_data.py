@@ -841,7 +841,8 @@ def test_length_turns(loaded, turns):
             seen.add("left out")
             continue
         got = np.concatenate([example.prompt, example.answers[0]])
-        assert columns(processor, got, [False] * len(example.prompt) + example.token_masks[0].tolist()) == left
+        mask = [False] * len(example.prompt) + example.token_masks[0].tolist()
+        assert columns(processor, got, mask) == left
         assert len(short.expand(example.prompt)) == P
         assert cut == (sum(keep for _, keep in left) < sum(keep for _, keep in full))
         assert example.images == conversation.images[: (got == processor.image_token).sum()]
@@ -1249,7 +1250,8 @@ def collate_by_hand(examples):
         last_token=[b * T + t for b, t in last],
         sequence=owner,
         image=[distinct.index(p) for p in paths],
-        causal_prefix=min([T, *(branch[b].tolist().count(0) for b, e in enumerate(examples) if len(e.answers) > 1)]),
+        causal_prefix=min([
+            T, *(branch[b].tolist().count(0) for b, e in enumerate(examples) if len(e.answers) > 1)]),
     ), distinct
 
 

@@ -41,8 +41,8 @@ FILES = {script: f"--model model --data {data}.json --images images --workers 0"
          for script, data in DATA.items()}
 FILES["ppo"] += " --model trained/model --reward_model trained/reward"
 FILES["predict"] += " --model trained/model --max_new_tokens 20 --micro_batch 3"
-PPO = (" --batch_size 5 --rollout_batch 10 --micro_batch 5 --samples_per_prompt 2 --max_new_tokens 8 --ppo_epochs 2"
-       " --max_steps 1 --lr 1e-3 --show_every 0")
+PPO = (" --batch_size 5 --rollout_batch 10 --micro_batch 5 --samples_per_prompt 2 --max_new_tokens 8"
+       " --ppo_epochs 2 --max_steps 1 --lr 1e-3 --show_every 0")
 
 
 @pytest.fixture(scope="session")
@@ -374,8 +374,8 @@ LONG = {  # the last optimisation is that of the third epoch; evaluations and th
     "sft": FILES["sft"] + SAVED + " --epochs 3",  # of 10 records: 3 steps an epoch, the last of them short
     "rm": FILES["rm"] + SAVED + " --epochs 2 --eval_data pairs.json --eval_every 2",
     "dpo": FILES["dpo"] + SAVED + " --max_steps 5 --eval_data pairs.json --eval_every 2",
-    "ppo": FILES["ppo"] + PPO + " --max_steps 3 --save_every 1 --target_kl 0.5 --kl_horizon 100 --max_new_tokens 10"
-           " --normalize_scores --critic_warmup 1 --ptx_data trained/turns.json",
+    "ppo": FILES["ppo"] + PPO + " --max_steps 3 --save_every 1 --target_kl 0.5 --kl_horizon 100"
+           " --max_new_tokens 10 --normalize_scores --critic_warmup 1 --ptx_data trained/turns.json",
 }
 STEPS = {"sft": 9, "rm": 6, "dpo": 5, "ppo": 3}
 ADAPTERS = " --lora_rank 3 --save_adapter --max_steps 3"

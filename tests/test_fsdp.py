@@ -626,8 +626,8 @@ def test_a_resume_notices_what_a_reward_function_reads(what, old, new, place, tm
         "def gold(record, texts):\n    return [1.0 * record['gold']] * len(texts)\n")
     argv = ["--model", place / "model", "--data", tmp_path / "rows.json", tmp_path / "more.json",
             "--images", place / "images", "--out", tmp_path / "out", "--reward_model",
-            f"{tmp_path}/rewards.py:gold", *EARLIER, "--critic", "policy", "--rollout_batch", 4, "--max_new_tokens",
-            4, "--max_steps", 1]
+            f"{tmp_path}/rewards.py:gold", *EARLIER, "--critic", "policy", "--rollout_batch", 4,
+            "--max_new_tokens", 4, "--max_steps", 1]
     assert tiny.fork("ppo", *argv).code == 0
     assert tiny.fork("ppo", *argv, "--resume").code == 0
     edit(tmp_path / what, old, new)
