@@ -1277,7 +1277,7 @@ def test_collate_by_definition(pictures, answers):
 def test_collate_shares_pictures(pictures, monkeypatch):
     """A picture that several rows and several places show is decoded and held once."""
     read = []
-    monkeypatch.setattr(data, "read_picture", lambda path, f=data.read_image: read.append(path) or f(path))
+    monkeypatch.setattr(data, "read_image", lambda path, f=data.read_image: read.append(path) or f(path))
     prompt = np.array([1, IMAGE_ID, IMAGE_ID, 2], dtype=np.int32)
     examples = [data.Example(i, "", prompt, [], [], [pictures[i], pictures[1]]) for i in range(2)]
     batch = data.collate(examples, picture_processor())
@@ -2447,7 +2447,7 @@ def test_collate_takes_pixels_at_hand(pictures, monkeypatch):
     examples = [random_example(rng, i, pictures[:3], 2) for i in range(4)]
     batch = data.collate(examples, picture_processor())
     assert len(batch.pixels) > 1
-    monkeypatch.setattr(data, "read_picture", None)
+    monkeypatch.setattr(data, "read_image", None)
     marked = torch.randn(batch.pixels.shape)
     again = data.collate(examples, picture_processor(), marked)
     assert again.pixels is marked
