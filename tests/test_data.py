@@ -1938,7 +1938,7 @@ def test_known_unreadable_images_are_not_decoded_again(images, monkeypatch):
     rows = [make_row(HUMAN, GPT, image=image, id=image) for image in ("a.png", "torn.jpg", "b.png")]
     good, bad, unreadable = data.check_rows(rows, images, "rows.json", skip_bad_rows=True)
     assert list(unreadable) == [f"{images}/torn.jpg"] and bad == 1
-    monkeypatch.setattr(data, "picture_error", None)
+    monkeypatch.setattr(data, "image_error", None)
     assert data.check_rows(rows, images, "rows.json", skip_bad_rows=True, unreadable=unreadable) == (
         good, bad, unreadable)
     with pytest.raises(ValueError, match=r"row 1 \(id torn.jpg\): cannot read the picture"):
@@ -2234,7 +2234,7 @@ def pad_settings(**changes):
           "preprocessor_config.json": pad_settings(do_pad=False)}, "pad", (0.5,) * 3),
     ],
 )
-def test_picture_settings(folders, tmp_path, capsys, files, mode, mean):
+def test_image_settings(folders, tmp_path, capsys, files, mode, mean):
     """--image_mode auto and the normalisation come from the checkpoint; crop and pad overrule it."""
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
@@ -2455,4 +2455,4 @@ def test_collate_takes_pixels_at_hand(pictures, monkeypatch):
         if field.name not in ("pixels", "causal_prefix"):
             assert torch.equal(getattr(again, field.name), getattr(batch, field.name)), field.name
     blank = data.collate([], picture_processor(), marked[:1])
-    assert blank.pixels.shape[0] == 1 and len(blank.image) == 0 and len(blank.last) == 0
+    assert blank.pixels.shape[0] == 1 and len(blank.image) == 0 and len(blank.last_token) == 0
