@@ -607,7 +607,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--loss kto": "argument --loss: invalid choice: 'kto'",
         "--beta 0": "got --beta 0.0, need more than 0",
         "--ref_model {}/foreign": "foreign: its tokenizer is not that of model",
-        "--ref_model {}/larger": "got --ref_model {}/larger, which sees ",
+        "--ref_model {}/larger": "got --ref_model {}/larger, need the policy's image size and mode",
         "--train head": "got --train head, need any of projector,llm,vision",
         "--train llm --projector_lr 1": "but --train llm has no projector"},
     "ppo": {
