@@ -454,7 +454,8 @@ def parse_args():
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
     add("--rollout", choices=["gathered", "sharded"], default="gathered", help="weights while "
         "decoding (sharded: less memory, slower)")
-    add("--missing_eos_score", type=float, default=-1.0, help="final score of a cut answer")
+    add("--missing_eos_score", type=float, default=-1.0, help="score of a cut answer, on "
+        "the scale after --normalize_scores and --score_clip")
     add("--normalize_scores", action="store_true", help="give iteration 1's scores mean 0, deviation 1")
     add("--score_clip", type=float, default=0.0, help="largest absolute score (0: no clipping)")
     add("--whiten_rewards", action="store_true", help="divide rewards by their standard deviation")
