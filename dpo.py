@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import data
 import fsdp
 from data import UserError
-from model import plackett_luce
+from model import plackett_luce, ranking_accuracy
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid",
@@ -67,14 +67,11 @@ def dpo_metrics(losses, rewards, policy_logps, logratio, answer_mask):
     def rejected(values):
         return (values * answer_mask)[:, 1:].sum(-1) / (answer_mask.sum(-1) - 1)  # [B]
 
-    difference = rewards[:, :, None] - rewards[:, None, :]  # [B, K, K]: better answer, worse answer
-    pairs = torch.ones_like(difference, dtype=torch.bool).triu(1) & answer_mask[:, None, :]
-    correct = (torch.sign(difference) + 1) / 2 * pairs  # a tie counts 1/2
     metrics = {
         "loss/dpo": losses,
         "rewards/chosen": chosen(rewards),
         "rewards/rejected": rejected(rewards),
-        "rewards/accuracies": correct.sum((1, 2)) / pairs.sum((1, 2)),
+        "rewards/accuracies": ranking_accuracy(rewards, answer_mask),
         "rewards/margins": chosen(rewards) - rejected(rewards),
         "logps/chosen": chosen(policy_logps),
         "logps/rejected": rejected(policy_logps),

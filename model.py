@@ -398,6 +398,14 @@ def plackett_luce(values, mask):
     return ((lse - values) * mask).sum(-1)
 
 
+def ranking_accuracy(values, mask):
+    """Fraction of each record's pairs whose better answer has the larger value [B]; a tie counts 1/2.
+    values [B, K], best first; mask [B, K]: False for padding."""
+    difference = values[:, :, None] - values[:, None, :]  # [B, K, K]: better answer, worse answer
+    pairs = torch.ones_like(difference, dtype=torch.bool).triu(1) & mask[:, None, :]
+    return ((torch.sign(difference) + 1) / 2 * pairs).sum((1, 2)) / pairs.sum((1, 2))
+
+
 # ---- LoRA ----
 
 class LoRA(nn.Module):

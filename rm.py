@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import data
 import fsdp
 from data import UserError
-from model import plackett_luce
+from model import plackett_luce, ranking_accuracy
 
 
 def rm_loss(scores, answer_mask, margin, center_coef):
@@ -43,13 +43,9 @@ def rm_loss(scores, answer_mask, margin, center_coef):
 
 
 def ranking_metrics(scores, answer_mask):
-    """Each record's accuracy [B], the fraction of its pairs in the right order (a tie counts 1/2), and margin
-    [B], the best answer's score minus the mean of the others."""
-    difference = scores[:, :, None] - scores[:, None, :]  # [B, K, K]: better answer, worse answer
-    pairs = torch.ones_like(difference, dtype=torch.bool).triu(1) & answer_mask[:, None, :]
-    correct = (torch.sign(difference) + 1) / 2 * pairs
+    """Accuracy [B] and margin [B] per record; the margin is the best score minus the mean of the others."""
     best, others = scores[:, :1].sum(-1), scores[:, 1:].sum(-1) / (answer_mask.sum(-1) - 1)
-    return correct.sum((1, 2)) / pairs.sum((1, 2)), best - others
+    return ranking_accuracy(scores, answer_mask), best - others
 
 
 def parse_args():
