@@ -1184,26 +1184,29 @@ class Batch:
     position: torch.Tensor  # [B, T]
     branch: torch.Tensor  # [B, T]
     pixels: torch.Tensor  # [M, 3, S, S]; one blank picture where there is none: every rank runs the tower
-    image: torch.Tensor  # [R] which of the M each run of image tokens shows, in row order
+    image: torch.Tensor  # [R] which of the M images each image slot shows, in the order of the sequences
+    image_position: torch.Tensor  # [R · I] flat positions of the image tokens
     target: torch.Tensor  # [N] ids to predict
     logit_position: torch.Tensor  # [N] flat position (row · T + column) whose state predicts it
     answer: torch.Tensor  # [N] which of the A answers it belongs to
     last_token: torch.Tensor  # [A] flat position of each answer's last kept token
     sequence: torch.Tensor  # [A] the row it stands in
     causal_prefix: int  # leading positions with causal attention: T, or the shortest prompt that branches
+    token_shape: tuple  # (A, targets of the longest answer)
+    answer_shape: tuple  # (B, answers of the sequence with most), or (0, 0) if there is no answer
 
     def to(self, device):
         return Batch(*(value.to(device) if torch.is_tensor(value) else value
                        for value in (getattr(self, field.name) for field in dataclasses.fields(self))))
 
 
-def pad_by_sequence(values, row):
-    """A number an answer [A] and the row it stands in [A] (rising) → rows of answers, best first [rows with
-    answers, most answers], and which of them there are."""
-    count = torch.bincount(row)  # a batch of padding has no rows
-    most = int(count.max()) if len(count) else 0
-    kept = torch.arange(most, device=row.device) < count[:, None]
-    return values.new_zeros(kept.shape).masked_scatter(kept, values), kept
+def pad_by_sequence(values, row, shape):
+    """Values [N] and the row of each [N], in ascending order → (padded with 0, mask), both of the given shape
+    (rows, values of the longest row). The shape is not read from the tensors: a GPU would be waited for."""
+    column = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)  # 0, 1, … in each row
+    mask = torch.zeros(shape, dtype=torch.bool, device=row.device)
+    mask = mask.index_put((row, column), torch.ones_like(row, dtype=torch.bool))
+    return values.new_zeros(shape).index_put((row, column), values), mask
 
 
 def pack(example, processor):
@@ -1255,11 +1258,30 @@ def collate(examples, processor, pixels=None):
         pixels = torch.from_numpy(np.stack([read(path) for path in distinct] or [blank]))
     image = np.array([distinct[path] for path in paths], dtype=np.int64)
     branching = (branch[answers > 1] == 0).sum(1).tolist()
-    fields = {"ids": ids, "position": position, "branch": branch, "image": image, "target": ids.flatten()[at],
+    longest = int(np.bincount(answer).max(initial=0))
+    fields = {"ids": ids, "position": position, "branch": branch, "image": image,
+              "image_position": np.flatnonzero(ids == processor.image_token), "target": ids.flatten()[at],
               "logit_position": row * T + source.flatten()[at], "answer": answer, "last_token": last,
               "sequence": np.arange(len(answers)).repeat(answers)}
-    return Batch(pixels=pixels, causal_prefix=min([T, *branching]),
+    return Batch(pixels=pixels, causal_prefix=min([T, *branching]), token_shape=(len(last), longest),
+                 answer_shape=(len(answers), int(answers.max())) if answers.any() else (0, 0),
                  **{name: torch.from_numpy(values) for name, values in fields.items()})
+
+
+def join_prompts(batches):
+    """Batches of prompts without answers → one Batch of all their sequences, padded to the longest, without
+    pixels. Its images are numbered in the order of the batches."""
+    T, joined, images, rows = max(batch.ids.shape[1] for batch in batches), [], 0, 0
+    for batch in batches:
+        B, own = batch.ids.shape
+        padded = [torch.nn.functional.pad(getattr(batch, name), (0, T - own), value=value)
+                  for name, value in (("ids", 0), ("position", 0), ("branch", -1))]
+        row, column = batch.image_position // own, batch.image_position % own
+        joined.append((*padded, batch.image + images, (rows + row) * T + column))
+        images, rows = images + len(batch.pixels), rows + B
+    ids, position, branch, image, image_position = (torch.cat(parts) for parts in zip(*joined))
+    return dataclasses.replace(batches[0], ids=ids, position=position, branch=branch, pixels=None,
+                               image=image, image_position=image_position, causal_prefix=T)
 
 
 def keyed_permutation(n, *key):

@@ -132,7 +132,7 @@ def reference_pass(model, steps, world, args):
     batches = data.loader(steps, 0, len(steps), args.workers)
     for step, micro_batches in enumerate(data.progress(batches, "reference: steps")):
         for indices, batch in zip(steps.groups(step), micro_batches):
-            _, logps = sequence_logprobs(model, batch.to(world.device))  # [A]
+            logps, _ = sequence_logprobs(model, batch.to(world.device))  # [A]
             counts = [len(steps.examples[i].answers) for i in indices]
             results |= {i: {"logps": answers.tolist()} for i, answers in zip(indices, logps.split(counts))}
     fsdp.reshard(model)
@@ -170,10 +170,11 @@ def open_ref_model(processor, args, world):
 # ---- one micro-batch, one evaluation ----
 
 def sequence_logprobs(model, batch):
-    """Log-probability of each target token [N] and of each answer [A], in nats."""
+    """Log-probability of each answer [A] in nats, and its number of target tokens [A]."""
     features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
     token_logps = model(batch, features)  # [N]
-    return token_logps, token_logps.new_zeros(len(batch.last_token)).index_add(0, batch.answer, token_logps)
+    token_logps, token_mask = data.pad_by_sequence(token_logps, batch.answer, batch.token_shape)  # [A, L]
+    return token_logps.sum(1), token_mask.sum(1)
 
 
 def chosen_tokens(examples):
@@ -186,15 +187,13 @@ def forward(model, batch, reference, count, tokens, args):
 
     reference: one {"logps": [...]} per record. count: records of the step, and tokens: supervised tokens of
     their chosen answers, both over all micro-batches and ranks."""
-    token_logps, policy_logps = sequence_logprobs(model, batch)  # [N], [A]
-    is_chosen = batch.sequence.diff(prepend=batch.sequence.new_tensor([-1])) > 0  # [A]: first of its record
-    sft_loss = -token_logps[is_chosen[batch.answer]].sum() / tokens
-
+    policy_logps, length = sequence_logprobs(model, batch)  # [A] each
     ref_logps = policy_logps.new_tensor([logp for record in reference for logp in record["logps"]])  # [A]
-    length = torch.bincount(batch.answer, minlength=len(batch.last_token))  # [A], in tokens
-    policy_logps, answer_mask = data.pad_by_sequence(policy_logps, batch.sequence)  # [B, K] each
-    ref_logps, _ = data.pad_by_sequence(ref_logps, batch.sequence)
-    length = data.pad_by_sequence(length, batch.sequence)[0].clamp(min=1)
+    (policy_logps, answer_mask), (ref_logps, _), (length, _) = (
+        data.pad_by_sequence(values, batch.sequence, batch.answer_shape)  # [B, K] each
+        for values in (policy_logps, ref_logps, length))
+    length = length.clamp(min=1)
+    sft_loss = -policy_logps[:, :1].sum() / tokens  # a slice because K = 0 in a micro-batch of padding
 
     unit = length if args.length_norm else 1  # per token: length-normalised DPO of Tülu 3, arXiv:2411.15124
     policy, ref = policy_logps / unit, ref_logps / unit

@@ -36,6 +36,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlavaConfig
@@ -122,7 +123,8 @@ MINIMUMS = {  # the smallest value an option can have
     0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "projector_lr", "warmup",
         "weight_decay", "adam_beta2", "seed", "top_k", "temperature", "lora_rank", "center_coef",
         "center_rows", "sft_coef", "score_clip", "kl_coef", "target_kl", "gamma", "lam",
-        "kl_stop", "critic_lr", "critic_warmup", "show_every", "ptx_coef"),
+        "kl_stop", "critic_lr", "critic_warmup", "show_every", "ptx_coef",
+        "decode_batch"),
     1e-9: ("epochs", "top_p", "clip_range", "value_clip", "lora_alpha")}
 
 
@@ -352,6 +354,11 @@ def launch(args):
         make_shapes()
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
+        # lengths vary from batch to batch: segments that can grow are reused where fixed ones would not fit
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        # cuDNN's attention plans anew for each length, which decoding and packing change all the time, and
+        # its masked backward has given NaN (torch 2.11 to 2.13)
+        torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # a node may have to download weights that another one has: the watching thread ends a wait in vain
@@ -1056,20 +1063,24 @@ def reshard(*models):
                 module.reshard()
 
 
-@contextlib.contextmanager
-def unsharded(model):
-    """Inside, whole weights are held on every rank, so that ranks can decode at their own pace. No
-    gradients."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:  # a root's own parameters are needed first in backward, and stay after forward
-            unit.set_reshard_after_forward(unit not in roots(model), recurse=False)
-        reshard(model)
+@torch.no_grad()
+def unsharded(model, args):
+    """→ a plain model with the full weights on every rank, in --dtype, so that ranks can decode at their own
+    pace and without FSDP's hooks. In a world of one, weights that have this dtype are not copied."""
+    reshard(model)
+    with torch.device("meta"):
+        plain = VisionLLM(model.config, hasattr(model, "score"))
+        adapter = next((module for module in model.modules() if isinstance(module, LoRA)), None)
+        if adapter:
+            add_lora(plain, adapter.rank, adapter.alpha)
+    for name, parameter in model.named_parameters():
+        full = parameter.detach().to(torch.float32 if name.startswith("score.") else DTYPES[args.dtype])
+        full = full.to_local() if full.device_mesh.size() == 1 else full.full_tensor()
+        owner, _, leaf = name.rpartition(".")
+        setattr(plain.get_submodule(owner), leaf, nn.Parameter(full, requires_grad=False))
+    if model.config.tie_word_embeddings:
+        plain.language_model.lm_head.weight = plain.language_model.model.embed_tokens.weight
+    return plain
 
 
 def clip_gradients(parameters, largest):
@@ -1094,7 +1105,7 @@ def schedule(step, steps, warmup):
 RUN_FILES = ("log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
 RESUME_MAY_DIFFER = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb",
-                     "micro_batch", "replicas", "show_every", "save_rollouts"}
+                     "micro_batch", "decode_batch", "replicas", "show_every", "save_rollouts"}
 LOCKS = []  # (path, the open file that holds its lock, the folders created for it)
 
 

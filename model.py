@@ -67,6 +67,7 @@ class CLIPEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(1 + (config.image_size // patch) ** 2, D)
 
     def forward(self, pixels):
+        pixels = pixels.to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [M, patches, D]
         class_token = self.class_embedding.expand(len(pixels), 1, -1)  # [M, 1, D]
         return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight
@@ -210,16 +211,19 @@ class RMSNorm(nn.Module):
 def attend(q, k, v, mask):
     """Attention: q [B, H, T, C], k and v [B, K, S, C] → [B, H, T, C].
 
-    `mask` [B, 1, Tq, S] applies to the last Tq queries; earlier queries are causal, which is exact because
-    padding is on the right. None: all are causal."""
+    `mask` [B, 1, Tq, S] is added to the scores of the last Tq queries; earlier queries are causal, which is
+    exact because padding is on the right. None: all are causal."""
     group, outputs = q.shape[1] // k.shape[1], []  # query heads per kv-head
     n_causal = q.shape[2] - (0 if mask is None else mask.shape[2])
     if n_causal:
-        keys, values = (t[:, :, :n_causal].repeat_interleave(group, dim=1) for t in (k, v))  # [B, H, …, C]
+        keys, values = k[:, :, :n_causal], v[:, :, :n_causal]
+        if group > 1:
+            keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))  # [B, H, n_causal, C]
         outputs.append(F.scaled_dot_product_attention(q[:, :, :n_causal], keys, values, is_causal=True))
     if mask is not None:  # heads of a group become further queries of their kv-head: no copy of a long cache
         grouped = q[:, :, n_causal:].unflatten(1, (-1, group)).flatten(2, 3)  # [B, K, group · Tq, C]
-        masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, group, 1))
+        mask = mask if group == 1 else mask.repeat(1, 1, group, 1)
+        masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
         outputs.append(masked.unflatten(2, (group, -1)).flatten(1, 2))  # [B, H, Tq, C]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
@@ -289,9 +293,8 @@ class LlamaLayer(nn.Module):
 class Llama(nn.Module):
     """Embeds tokens and images, runs the decoder layers, and applies `head_fn` to chosen hidden states."""
 
-    def __init__(self, config, image_token):
+    def __init__(self, config):
         super().__init__()
-        self.image_token = image_token
         self.frequencies = rope_frequencies(config)  # not a buffer: it has values in a model built on `meta`
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -302,19 +305,22 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids, position, mask, positions, head_fn, images=None, cache=None):
+    def forward(self, ids, position, mask, positions, head_fn, images=None, image_position=None, cache=None):
         """→ head_fn(hidden [N, D], head weight [V, D]), where hidden are the final hidden states at the flat
         `positions` [N].
 
-        ids [B, T]; position [B, T]: for RoPE, as at the head of this file; mask [B, 1, Tq, S] as in `attend`;
-        images [R, I, D]: embeddings that replace the image tokens, in the order of the slots in the batch."""
+        ids [B, T]; position [B, T]: for RoPE, as at the head of this file; mask [B, 1, Tq, S]: bool, as in
+        `attention_mask`; images [R, I, D]: embeddings for the flat positions image_position [R · I]."""
         x = self.model.embed_tokens(ids)  # [B, T, D]
         if images is not None:
-            # mask [B, T, 1]; takes images [R · I, D] in order
-            x = x.masked_scatter((ids == self.image_token).unsqueeze(-1), images.to(x.dtype))
-        angle = position[:, None, :, None] * self.frequencies.to(position.device)  # [B, 1, T, C/2]
+            images = images.flatten(0, 1).to(x.dtype)  # [R · I, D]
+            x = x.flatten(0, 1).index_copy(0, image_position, images).view_as(x)
+        self.frequencies = self.frequencies.to(x.device)  # copied to a GPU once, not in every pass
+        angle = position[:, None, :, None] * self.frequencies  # [B, 1, T, C/2]
         cos, sin = angle.cos(), angle.sin()
         rope = torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
+        if mask is not None:  # added to the scores; finite, as all keys of a padding sequence are masked
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, torch.finfo(x.dtype).min / 2)
         for layer in self.model.layers:
             x = layer(x, rope, mask, cache)
         hidden = self.model.norm(x.flatten(0, 1)[positions])  # [B · T, D] → [N, D]
@@ -420,8 +426,11 @@ class LoRA(nn.Module):
         self.rank, self.alpha, self.on = rank, alpha, True
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        return y + self.alpha / self.rank * self.lora_B(self.lora_A(x)) if self.on else y
+        y = F.linear(x.flatten(0, -2), self.weight, self.bias)  # [B · T, out]
+        if self.on:
+            low_rank = self.lora_A(x.flatten(0, -2))  # [B · T, rank]
+            y = y.addmm_(low_rank, self.lora_B.weight.T, alpha=self.alpha / self.rank)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def add_lora(model, rank, alpha):
@@ -447,7 +456,7 @@ class VisionLLM(nn.Module):
         drop_class = config.vision_feature_select_strategy == "default"
         self.vision_tower = CLIPVision(config.vision_config, config.vision_feature_layer, drop_class)
         self.multi_modal_projector = Projector(config)
-        self.language_model = Llama(config.text_config, config.image_token_index)
+        self.language_model = Llama(config.text_config)
         if score:
             self.score = nn.Linear(config.text_config.hidden_size, 1)
 
@@ -481,7 +490,8 @@ class VisionLLM(nn.Module):
         if n < T:  # from position n on, some sequence holds several answers: causal attention is not enough
             index = torch.arange(T, device=batch.ids.device)
             mask = attention_mask(batch.branch[:, n:], batch.branch, index[n:], index)  # [B, 1, T − n, T]
-        return self.language_model(batch.ids, batch.position, mask, positions, head_fn, images, cache)
+        return self.language_model(batch.ids, batch.position, mask, positions, head_fn, images,
+                                   batch.image_position, cache)
 
     def forward(self, batch, features, temperature=1.0, entropy=False):
         """→ the log-probability of each target [N] (fp32, nats). With `entropy` also the entropy of the
@@ -674,32 +684,35 @@ def check_names(model, tensors, resized_vocab, newly_initialised, folders):
 # ---- generation ----
 
 class Cache:
-    """Keys and values of the positions so far, for sequences of at most `size` positions. branch [B, size]:
-    the answer that a position belongs to (0: the prompt), -1 for padding and positions not yet filled."""
+    """Keys and values of at most `size` positions per sequence. All tensors exist from the start and are
+    changed in place, so that a decoding step can be recorded as a CUDA graph. branch [B, size]: the answer
+    that a position belongs to (0: the prompt), -1 for padding and positions not yet filled. Attention reads
+    the first `visible` positions."""
 
-    def __init__(self, size):
-        self.size, self.length, self.store, self.branch = size, 0, {}, None
+    def __init__(self, B, size, device):
+        self.size, self.visible, self.store = size, size, {}
+        self.branch = torch.full((B, size), -1, device=device)
+        self.all_positions = torch.arange(size, device=device)
 
-    def append(self, branch):
-        """Reserves the T positions that the next forward pass computes, of the given branches [B, T].
-        → their attention mask over all S positions so far [B, 1, T, S]"""
-        if self.branch is None:
-            self.branch = branch.new_full((len(branch), self.size), -1)
-        start, self.length = self.length, self.length + branch.shape[1]
-        self.branch[:, start:self.length] = branch
-        index = torch.arange(self.length, device=branch.device)
-        return attention_mask(branch, self.branch[:, :self.length], index[start:], index)
+    def append(self, branch, index):
+        """Reserves the positions index [T], of the given branches [B, T], for the next forward pass."""
+        self.reserved = index
+        self.branch.index_copy_(1, index, branch)
+
+    def mask(self, branch):
+        """The attention mask of the reserved positions, of the given branches [B, T] → [B, 1, T, visible]"""
+        visible = slice(self.visible)
+        return attention_mask(branch, self.branch[:, visible], self.reserved, self.all_positions[visible])
 
     def extend(self, layer, k, v):
-        """Stores a layer's keys and values [B, K, T, C] at the reserved positions. → keys and values of all
-        positions so far [B, K, S, C]"""
-        if layer not in self.store:
+        """Stores a layer's keys and values [B, K, T, C] at the reserved positions. → keys and values of the
+        visible positions [B, K, visible, C]"""
+        if layer not in self.store:  # zeros, since a masked NaN would still be NaN
             B, K, _, C = k.shape
-            self.store[layer] = k.new_empty(B, K, self.size, C), v.new_empty(B, K, self.size, C)
-        keys, values = self.store[layer]
-        reserved = slice(self.length - k.shape[2], self.length)
-        keys[:, :, reserved], values[:, :, reserved] = k, v
-        return keys[:, :, :self.length], values[:, :, :self.length]
+            self.store[layer] = k.new_zeros(B, K, self.size, C), v.new_zeros(B, K, self.size, C)
+        for stored, new in zip(self.store[layer], (k, v)):
+            stored.index_copy_(2, self.reserved, new)
+        return [stored[:, :, :self.visible] for stored in self.store[layer]]
 
 
 def keyed_uniforms(seed, iteration, prompts, num_samples, num_steps):
@@ -729,45 +742,88 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     return token.clamp(max=logits.shape[-1] - 1)
 
 
+class Decoder:
+    """K samples per prompt, one token of each per step. The tensors that change are changed in place."""
+
+    def __init__(self, model, batch, features, max_new_tokens, stop, banned, uniforms, num_samples, sampling):
+        """Prefill: each prompt once. Its last hidden state predicts the first token of all K samples."""
+        device, (B, T), K = batch.ids.device, batch.ids.shape, num_samples
+        self.model, self.sampling = model, sampling  # temperature, top_k, top_p
+        self.stop, self.banned = (torch.tensor(sorted(ids), device=device, dtype=torch.long)
+                                  for ids in (stop, banned))
+        self.uniforms = None if uniforms is None else uniforms.to(device)  # [B, K, max_new_tokens]
+        self.length = (batch.branch == 0).sum(1)  # of the prompts [B]
+        self.cache = Cache(B, T + K * (max_new_tokens - 1), device)
+        self.cache.append(batch.branch, torch.arange(T, device=device))
+        last_token = torch.arange(B, device=device) * T + self.length - 1  # flat positions [B]
+        logits = model.hidden(batch, features, last_token, F.linear, self.cache)  # [B, V]
+        # Each step appends one position per sample to the cache: K per sequence, of branches 1 … K.
+        self.branch = torch.arange(1, K + 1, device=device).expand(B, -1)  # [B, K]
+        self.all_new = torch.arange(B * K, device=device)  # flat positions in [B, K]: all of a step
+        self.index = T + torch.arange(K, device=device)  # positions in the cache of the next step's tokens
+        self.step = torch.zeros(1, dtype=torch.long, device=device)  # number of tokens sampled so far
+        self.tokens = torch.zeros(B, K, max_new_tokens, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(B, K, dtype=torch.long, device=device)
+        self.logprob = torch.zeros(B, K, device=device)
+        self.running = (self.length > 0)[:, None].repeat(1, K)  # a sequence of padding gets empty answers
+        self.token = torch.zeros(B, K, dtype=torch.long, device=device)  # the last one of each sample
+        self.sample(logits[:, None].expand(-1, K, -1))
+
+    def sample(self, logits):
+        """Appends a token to each sample, from logits [B, K, V]."""
+        logits = logits.float()
+        uniform = None if self.uniforms is None else self.uniforms.index_select(2, self.step).squeeze(2)
+        allowed = logits.index_fill(-1, self.banned, -torch.inf)
+        self.token.copy_(sample_token(allowed, uniform, *self.sampling))
+        token = self.token.unsqueeze(-1)  # [B, K, 1]
+        self.tokens.index_copy_(2, self.step, token)
+        self.lengths += self.running
+        self.logprob += self.running * F.log_softmax(logits, dim=-1).gather(-1, token).squeeze(-1)
+        self.running &= ~(token == self.stop).any(-1)
+        self.step += 1
+
+    def advance(self):
+        """A step: a forward pass of the last tokens, then the next ones."""
+        self.cache.append(self.branch, self.index)
+        position = (self.length + self.step - 1)[:, None].expand_as(self.token)  # [B, K]
+        logits = self.model.language_model(self.token, position, self.cache.mask(self.branch), self.all_new,
+                                           F.linear, cache=self.cache)  # [B · K, V]
+        self.index += self.token.shape[1]
+        self.sample(logits.unflatten(0, self.token.shape))
+
+
+def recorded(function):
+    """function() as a CUDA graph: its kernels are launched together, without Python. It must have run before,
+    and change tensors in place only."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU
+        function()
+    return graph.replay
+
+
 @torch.no_grad()
 def generate(model, batch, features, max_new_tokens, stop, banned=(), uniforms=None, num_samples=1,
-             temperature=1.0, top_k=0, top_p=1.0, any_running=torch.any):
+             temperature=1.0, top_k=0, top_p=1.0, any_running=torch.any, cuda_graph=True):
     """Samples answers to a batch of prompts (sequences without answers). → answers[b][k], a list of ids, and
     each answer's log-probability under the model [B, num_samples] (at temperature 1, full vocabulary).
 
     stop: ids that end an answer, and are its last token; banned: ids that are never sampled;
     uniforms [B, num_samples, max_new_tokens], or None for greedy decoding; any_running(running): whether
-    to take another step (ranks with sharded weights must agree on it)."""
-    device, (B, T), K = batch.ids.device, batch.ids.shape, num_samples
-    stop, banned = (torch.tensor(sorted(ids), device=device, dtype=torch.long) for ids in (stop, banned))
-    # Prefill: each prompt once. Its last hidden state predicts the first token of all K samples.
-    cache = Cache(T + K * (max_new_tokens - 1))
-    cache.append(batch.branch)
-    length = (batch.branch == 0).sum(1)  # of the prompts [B]
-    last_token = torch.arange(B, device=device) * T + length - 1  # flat positions [B]
-    logits = model.hidden(batch, features, last_token, F.linear, cache)  # [B, V]
-    logits = logits[:, None].expand(-1, K, -1)  # [B, K, V]
-    branch = torch.arange(1, K + 1, device=device).expand(B, -1)  # [B, K]
-    new_positions = torch.arange(B * K, device=device)  # flat positions in [B, K]: all of a step
-    tokens = torch.zeros(B, K, max_new_tokens, dtype=torch.long, device=device)
-    lengths = torch.zeros(B, K, dtype=torch.long, device=device)
-    logprob = torch.zeros(B, K, device=device)
-    running = (length > 0)[:, None].repeat(1, K)  # a sequence of padding gets empty answers
-    # Each step appends one position per sample to the cache: K positions per sequence, of branches 1 … K.
-    for step in range(max_new_tokens):
-        logits = logits.float()
-        uniform = None if uniforms is None else uniforms[:, :, step].to(device)
-        allowed = logits.index_fill(-1, banned, -torch.inf)
-        token = sample_token(allowed, uniform, temperature, top_k, top_p)  # [B, K]
-        tokens[:, :, step] = token
-        lengths += running
-        logprob += running * F.log_softmax(logits, dim=-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
-        running = running & ~torch.isin(token, stop)
-        if step + 1 == max_new_tokens or not any_running(running):
+    to take another step (ranks with sharded weights must agree on it); cuda_graph: on a GPU, replay steps
+    as a CUDA graph, which a sharded model cannot."""
+    decoder = Decoder(model, batch, features, max_new_tokens, stop, banned, uniforms, num_samples,
+                      (temperature, top_k, top_p))
+    on_gpu, T = batch.ids.is_cuda, batch.ids.shape[1]
+    look = 8 if on_gpu else 1  # steps between questions whether any sample still runs: the GPU waits for each
+    segment = 128 if on_gpu and cuda_graph else 1  # steps for which attention reads equally many positions
+    for step in range(max_new_tokens - 1):
+        if step % look == 0 and not any_running(decoder.running):
             break
-        mask = cache.append(branch)  # [B, 1, K, S]
-        position = (length + step)[:, None].expand(-1, K)  # [B, K]
-        logits = model.language_model(token, position, mask, new_positions, F.linear, cache=cache)
-        logits = logits.view(B, K, -1)  # [B · K, V] → [B, K, V]
-    tokens, lengths = tokens.tolist(), lengths.tolist()
-    return [[ids[:n] for ids, n in zip(*sequence)] for sequence in zip(tokens, lengths)], logprob
+        if step % segment == 0:
+            decoder.cache.visible = min(T + num_samples * (step + segment), decoder.cache.size)
+            advance = decoder.advance
+        advance()
+        if segment > 1 and step % segment == 0:
+            advance = recorded(decoder.advance)
+    tokens, lengths = decoder.tokens.tolist(), decoder.lengths.tolist()
+    return [[ids[:n] for ids, n in zip(*samples)] for samples in zip(tokens, lengths)], decoder.logprob

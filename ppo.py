@@ -42,9 +42,9 @@ answers, T positions of a packed sequence (a prompt and its K answers), M images
 D width.
 """
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -192,39 +192,48 @@ class RewardModel:
 
 
 def generate_rollouts(policy, steps, first, count, batches, processor, args, world, stop, held_out=False):
-    """Samples answers to `count` minibatches, from step `first` on → Rollouts; [] once SIGTERM stops it on
-    any rank. With --rollout gathered each rank holds the full weights and decodes at its own pace."""
-    rollouts, sharded = [], args.rollout == "sharded"
-    with contextlib.nullcontext() if sharded else fsdp.unsharded(policy):
-        for step in range(first, first + count):
-            for batch, indices in zip(next(batches), steps.groups(step)):
-                if stop.asked(world) if sharded else stop.heard:
-                    continue
-                prompts = [steps.examples[i] for i in indices]
-                number = HELD_OUT if held_out else step + 1
-                rollouts.append(generate_rollout(policy, batch, prompts, processor, args, world, number))
+    """Samples answers to `count` minibatches, from step `first` on → Rollouts, one per micro-batch; [] once
+    SIGTERM stops it on any rank. With --rollout gathered each rank holds the full weights and decodes at its
+    own pace."""
+    sharded = args.rollout == "sharded"
+    model = policy if sharded else fsdp.unsharded(policy, args)
+    prompts = ((batch, [steps.examples[i] for i in indices], HELD_OUT if held_out else step + 1)
+               for step in range(first, first + count)
+               for batch, indices in zip(next(batches), steps.groups(step)))
+    # Decoding reads all weights once per token, for however many prompts: micro-batches are decoded together.
+    rollouts, together = [], max(1, args.decode_batch // args.micro_batch) if args.decode_batch else None
+    while group := list(itertools.islice(prompts, together)):
+        if stop.asked(world) if sharded else stop.heard:
+            break
+        rollouts += sample_answers(model, group, processor, args, world)
     return [] if stop.asked(world) else rollouts
 
 
 @torch.no_grad()
-def generate_rollout(policy, batch, examples, processor, args, world, minibatch_number):
-    """Samples K answers per prompt; batch [B, prompt length] holds the prompts of the examples → Rollout"""
-    K, indices = args.samples_per_prompt, [example.index for example in examples]
-    pixels, batch = batch.pixels.cpu(), batch.to(world.device)
-    features = policy.vision_tower(batch.pixels)
-    uniforms = None
-    if examples:
-        uniforms = keyed_uniforms(args.seed, minibatch_number, indices, K, args.max_new_tokens)
-    any_running = world.any if args.rollout == "sharded" else torch.any  # sharded: all ranks decode in step
-    answers, _ = generate(policy, batch, features, args.max_new_tokens, processor.stop, processor.banned,
-                          uniforms, K, args.temperature, args.top_k, args.top_p, any_running)
-    examples = [dataclasses.replace(example, answers=[np.array(ids, dtype=np.int32) for ids in samples],
-                                    token_masks=[np.ones(len(ids), dtype=bool) for ids in samples])
-                for example, samples in zip(examples, answers)]
-    packed = dataclasses.replace(data.collate(examples, processor, pixels), pixels=None).to(world.device)
-    ended = [int(ids[-1]) in processor.stop for example in examples for ids in example.answers]
-    ended = torch.tensor(ended, dtype=torch.bool, device=world.device)
-    return Rollout(examples, packed, pixels, features, ended)
+def sample_answers(model, group, processor, args, world):
+    """Samples K answers per prompt. group: per micro-batch its Batch of prompts, their examples and its
+    minibatch's number → Rollouts, one per micro-batch. The draws do not depend on the grouping."""
+    K, L = args.samples_per_prompt, args.max_new_tokens
+    batches = [batch.to(world.device) for batch, *_ in group]
+    features = [model.vision_tower(batch.pixels) for batch in batches]
+    uniforms = torch.cat([  # a micro-batch of padding has one sequence, which gets no answer
+        keyed_uniforms(args.seed, number, [example.index for example in examples] or [0], K, L)
+        for _, examples, number in group])
+    sharded = args.rollout == "sharded"  # all ranks then decode in step
+    all_answers, _ = generate(
+        model, data.join_prompts(batches), torch.cat(features), L, processor.stop, processor.banned, uniforms,
+        K, args.temperature, args.top_k, args.top_p, world.any if sharded else torch.any, not sharded)
+    rollouts, answers = [], iter(all_answers)
+    for (batch, examples, _), image_features in zip(group, features):
+        samples = [[np.array(ids, dtype=np.int32) for ids in next(answers)] for _ in batch.ids]
+        examples = [
+            dataclasses.replace(example, answers=ids, token_masks=[np.ones(len(i), bool) for i in ids])
+            for example, ids in zip(examples, samples)]
+        packed = dataclasses.replace(data.collate(examples, processor, batch.pixels), pixels=None)
+        ended = [int(ids[-1]) in processor.stop for example in examples for ids in example.answers]
+        ended = torch.tensor(ended, dtype=torch.bool, device=world.device)
+        rollouts.append(Rollout(examples, packed.to(world.device), batch.pixels, image_features, ended))
+    return rollouts
 
 
 def fit_score_scale(scores, rollouts, world):
@@ -265,16 +274,17 @@ def logprobs_and_values(rollout, policy, reference, critic, args):
     so that the first ratio is 1. reference None: the policy without its adapters. critic None: no values."""
     batch, features = rollout.batch, rollout.features
     logprob = policy(batch, features, args.temperature)  # [N]
-    logprob, token_mask = data.pad_by_sequence(logprob, batch.answer)  # [A, L]
+    logprob, token_mask = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
     policy.set_adapters(False)
     ref_logprob = (reference or policy)(batch, features, args.temperature)
-    ref_logprob, _ = data.pad_by_sequence(ref_logprob, batch.answer)
+    ref_logprob, _ = data.pad_by_sequence(ref_logprob, batch.answer, batch.token_shape)
     policy.set_adapters(True)
     if critic is None:
         return OldOutputs(token_mask, logprob, ref_logprob, None, None)
     if critic.vision_tower is not policy.vision_tower:
         features = critic.vision_tower(rollout.pixels.to(features.device))
-    values, _ = data.pad_by_sequence(critic.scores(batch, features, batch.logit_position), batch.answer)
+    values = critic.scores(batch, features, batch.logit_position)  # [N]
+    values, _ = data.pad_by_sequence(values, batch.answer, batch.token_shape)
     return OldOutputs(token_mask, logprob, ref_logprob, values, features)
 
 
@@ -298,13 +308,14 @@ def policy_gradients(rollout, old, targets, policy, count, args):
 
     policy/entropy is exact (nats, full softmax). policy/approxkl is ½ (log ρ)² at the sampled token, an
     estimate in nats of KL(π_old, π). policy/clipfrac is the share of ratios outside 1 ± ε, clipped or not."""
-    logprob, entropy = policy(rollout.batch, rollout.features, args.temperature, entropy=True)  # [N] each
-    logprob, mask = data.pad_by_sequence(logprob, rollout.batch.answer)  # [A, L]
+    batch = rollout.batch
+    logprob, entropy = policy(batch, rollout.features, args.temperature, entropy=True)  # [N] each
+    logprob, mask = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
     loss = policy_loss(logprob, old.logprob, targets.advantages, mask, args.clip_range)
     ((loss - args.entropy_coef * entropy.sum()) / count).backward()
-    log_ratio = (logprob.detach() - old.logprob)[mask]
+    log_ratio = logprob.detach() - old.logprob  # [A, L], 0 at padding
     ratio = log_ratio.exp()
-    return {"loss/policy": loss, "policy/approxkl": 0.5 * log_ratio.square(), "policy/ratio": ratio,
+    return {"loss/policy": loss, "policy/approxkl": 0.5 * log_ratio.square(), "policy/ratio": ratio * mask,
             "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/entropy": entropy}
 
 
@@ -312,17 +323,17 @@ def critic_gradients(rollout, old, targets, critic, count, args):
     """Backward pass of a micro-batch's value loss / count → metrics, which are logged as means per token.
     val/clipfrac is the share of values outside V_old ± ε, clipped or not."""
     values = critic.scores(rollout.batch, old.critic_features, rollout.batch.logit_position)  # [N]
-    values, mask = data.pad_by_sequence(values, rollout.batch.answer)  # [A, L]
+    values, mask = data.pad_by_sequence(values, rollout.batch.answer, rollout.batch.token_shape)  # [A, L]
     loss = value_loss(values, old.values, targets.returns, mask, args.value_clip)
     (loss / count).backward()
-    change = (values.detach() - old.values)[mask].abs()
+    change = (values.detach() - old.values).abs()  # [A, L], 0 at padding
     return {"loss/value": loss, "val/clipfrac": change > args.value_clip}
 
 
 def minibatch_gradients(minibatch, policy, critic, args, world):
     """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Targets). policy None: only the
     critic's. → metrics, means over the minibatch's tokens on all ranks, and the number of these tokens"""
-    count, = world.sum(sum(int(old.token_mask.sum()) for _, old, _ in minibatch))
+    count, = world.sum(sum(len(rollout.batch.target) for rollout, *_ in minibatch))
     sums = {}
     for micro_batch in minibatch:
         metrics = policy_gradients(*micro_batch, policy, count, args) if policy else {}
@@ -452,6 +463,8 @@ def parse_args():
     add("--temperature", type=float, default=1.0, help="of sampling and of all log-probabilities")
     add("--top_k", type=int, default=0, help="sample from the k likeliest tokens (0: from all)")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    add("--decode_batch", type=int, default=0, help="prompts that a rank decodes at once: faster in large "
+        "batches, but memory grows (0: all of an iteration)")
     add("--rollout", choices=["gathered", "sharded"], default="gathered", help="weights while "
         "decoding (sharded: less memory, slower)")
     add("--missing_eos_score", type=float, default=-1.0, help="score of a cut answer, on "

@@ -23,7 +23,6 @@ them in one packed sequence. A sample that reaches --max_new_tokens is rewarded 
 Legend: A answers of a batch, N their tokens.
 """
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -40,9 +39,8 @@ from model import generate, keyed_uniforms
 def score(model, batch, features, processor, examples):
     """Scores the examples' own answers. → per example a list of {"text", "logprob", "tokens"}"""
     token_logps = model(batch, features)  # [N]
-    logps = token_logps.new_zeros(len(batch.last_token)).index_add(0, batch.answer, token_logps)  # [A]
-    tokens = torch.bincount(batch.answer, minlength=len(batch.last_token))  # [A]
-    results = zip(logps.tolist(), tokens.tolist())
+    token_logps, token_mask = data.pad_by_sequence(token_logps, batch.answer, batch.token_shape)  # [A, L]
+    results = zip(token_logps.sum(1).tolist(), token_mask.sum(1).tolist())
     return [[{"text": processor.text(answer), "logprob": logp, "tokens": n}
              for answer, (logp, n) in zip(example.answers, results)] for example in examples]
 
@@ -56,7 +54,7 @@ def sample(model, batch, features, processor, examples, args, any_rank):
         uniforms = keyed_uniforms(args.seed, 0, indices, args.num_samples, args.max_new_tokens)
     ids, logps = generate(
         model, batch, features, args.max_new_tokens, processor.stop, processor.banned, uniforms,
-        args.num_samples, args.temperature, args.top_k, args.top_p, any_rank)
+        args.num_samples, args.temperature, args.top_k, args.top_p, any_rank, not args.sharded)
     ids = ids[:len(examples)]  # a batch of padding has one sequence, but no example
     answers = [[{"text": processor.text(tokens), "logprob": logp} for tokens, logp in zip(*samples)]
                for samples in zip(ids, logps.tolist())]
@@ -193,7 +191,7 @@ def main():
         reward_model = fsdp.build(scorer, args, world, score=True)
         same_images = processor.pictures == scorer.processor.pictures
         same_tower = same_images and fsdp.share_tower(model, reward_model, world)
-    weights = contextlib.nullcontext() if args.sharded else fsdp.unsharded(model)
+    model = model if args.sharded else fsdp.unsharded(model, args)
     fsdp.record_templates(world, checkpoint, *([scorer] if args.reward_model else []))
     writer = Writer(args, records, conversations, processor) if world.rank == 0 else None
     world.on_rank0(fsdp.write_args, f"{args.out}.args.json", args, world)
@@ -206,7 +204,7 @@ def main():
 
     # loop: each rank answers its records of the step, rank 0 writes those of all ranks
     batches = data.loader(steps, 0, len(steps), args.workers)
-    with torch.no_grad(), weights:
+    with torch.no_grad():
         for step, (batch,) in enumerate(data.progress(batches, "answers: steps")):
             if stop.asked(world):
                 if world.rank == 0:

@@ -89,7 +89,8 @@ def evaluate(model, steps, world, args, log, stop):
     scores = np.array([score for answers in results.values() for score in answers])  # [A]
     lengths = np.array([len(answer) for i in results for answer in steps.examples[i].answers])  # [A]
     record = torch.tensor([n for n, answers in enumerate(results.values()) for _ in answers])  # [A]
-    accuracy, margin = ranking_metrics(*data.pad_by_sequence(torch.from_numpy(scores), record))
+    shape = len(results), max(map(len, results.values()))
+    accuracy, margin = ranking_metrics(*data.pad_by_sequence(torch.from_numpy(scores), record, shape))
     metrics = {"eval_accuracy": accuracy.mean(), "eval_margin": margin.mean(), "eval_score": scores.mean()}
     quartile = np.searchsorted(np.quantile(lengths, [0.25, 0.5, 0.75]), lengths)
     for q in np.unique(quartile):
@@ -165,7 +166,7 @@ def main():
             margin = torch.tensor([examples[i].margin for i in indices], device=world.device)  # [B]
             features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
             scores = model.scores(batch, features, batch.last_token)  # [A]
-            scores, answer_mask = data.pad_by_sequence(scores, batch.sequence)  # [B, K] each
+            scores, answer_mask = data.pad_by_sequence(scores, batch.sequence, batch.answer_shape)  # [B, K]
             loss = rm_loss(scores, answer_mask, margin, args.center_coef) / count
             loss.backward()
             with torch.no_grad():

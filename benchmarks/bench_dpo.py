@@ -21,7 +21,7 @@ def ours(setup):
 
     def step():
         with torch.no_grad():
-            _, logps = dpo.sequence_logprobs(model, batch)
+            logps, _ = dpo.sequence_logprobs(model, batch)
         fsdp.reshard(model)
         if not reference:
             reference.extend({"logps": record} for record in logps.view(count, -1).tolist())

@@ -19,9 +19,7 @@ import predict
 
 
 def ours(setup):
-    model = fsdp.build(setup.checkpoint, setup.options, setup.world)
-    unsharded = fsdp.unsharded(model)
-    unsharded.__enter__()
+    model = fsdp.unsharded(fsdp.build(setup.checkpoint, setup.options, setup.world), setup.options)
     processor = dataclasses.replace(setup.processor, stop=frozenset(), banned=frozenset())
 
     @torch.no_grad()
@@ -30,7 +28,6 @@ def ours(setup):
         _, ids = predict.sample(model, setup.batch, features, processor, setup.examples, setup.options,
                                 torch.any)
         return np.ravel(ids).tolist() if setup.options.num_samples == 1 else []
-    step.unsharded = unsharded  # entered for as long as the step function exists
     return step
 
 

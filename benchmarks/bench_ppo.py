@@ -33,9 +33,8 @@ def ours(setup):
     optimizers = {name: ppo.adam(model, common.LR, args) for name, model in models.items()}
 
     def step():
-        with fsdp.unsharded(policy):
-            rollout = ppo.generate_rollout(policy, setup.batch, setup.examples, setup.processor, args,
-                                           world, 1)
+        group = [(setup.batch, setup.examples, 1)]
+        rollout, = ppo.sample_answers(fsdp.unsharded(policy, args), group, setup.processor, args, world)
         rollout.ended[:] = True
         scores, moments = [scorer.score(rollout, prompts)], torch.tensor([0.0, 1.0])
         scores = ppo.postprocess_scores(scores, [rollout], moments, args)

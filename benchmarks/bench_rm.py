@@ -22,7 +22,7 @@ def ours(setup):
     def step():
         features = model.vision_tower(batch.pixels)
         scores = model.scores(batch, features, batch.last_token)
-        scores, answer_mask = data.pad_by_sequence(scores, batch.sequence)
+        scores, answer_mask = data.pad_by_sequence(scores, batch.sequence, batch.answer_shape)
         loss = rm.rm_loss(scores, answer_mask, margin, setup.options.center_coef) / len(margin)
         loss.backward()
         update()

@@ -921,7 +921,8 @@ CUT_SHORT = {  # options; what SIGTERM comes in; the last checkpoint
     "ppo, scoring": (EVALUATED + " --eval_data trained/rows.json", ("ppo.logprobs_and_values", 12), 1),
     "ppo, scoring held-out answers": (EVALUATED + " --eval_data trained/rows.json",
                                       ("ppo.evaluate_rollouts", 1), 2),
-    "ppo, a rollout": (EVALUATED + " --eval_data trained/rows.json", ("ppo.generate_rollout", 12), 1)}
+    "ppo, a rollout": (EVALUATED + " --decode_batch 1 --eval_data trained/rows.json",
+                       ("ppo.sample_answers", 12), 1)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

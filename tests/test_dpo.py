@@ -400,7 +400,7 @@ def test_the_file_is_a_resident_reference(place, world, tmp_path):
     for step in range(len(steps)):
         for indices, batch in zip(steps.groups(step), steps[step]):
             with torch.no_grad():
-                _, resident = dpo.sequence_logprobs(model, batch)
+                resident, _ = dpo.sequence_logprobs(model, batch)
             values = [value for i in indices for value in saved["training"][i]["logps"]]
             assert values == pytest.approx(resident.tolist(), rel=1e-6)
     peer = tiny.hf.LlavaForConditionalGeneration.from_pretrained(place / "model").eval()

@@ -64,10 +64,10 @@ def test_a_layer_by_hand():
         layer = ours.LoRA(linear, rank=1, alpha=3)
         layer.lora_A.weight.copy_(torch.tensor([[1.0, 1]]))
         layer.lora_B.weight.copy_(torch.tensor([[2.0], [0]]))
-        x = torch.tensor([1.0, 2])
-        assert layer(x).tolist() == [24, 10]
+        x = torch.tensor([[1.0, 2]])
+        assert layer(x).tolist() == [[24, 10]]
         layer.on = False
-        assert layer(x).tolist() == linear(x).tolist() == [6, 10]
+        assert layer(x).tolist() == linear(x).tolist() == [[6, 10]]
 
 
 def test_alpha_is_divided_by_the_rank():

@@ -8,7 +8,9 @@ Legend: B sequences, T positions, N targets, D width, V vocabulary, K answers or
 """
 import itertools
 import math
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import dpo
 import model as ours
+import ppo
+import sft
 
 VOCAB, USER, IMAGE = 64, 40, 63
 PATCHES = 4  # an image of 8 × 8 pixels in patches of 4 × 4
@@ -126,12 +131,15 @@ def make_batch(rows, image=(), extra=0, pad=0):
     return data.Batch(
         ids.contiguous(), position.contiguous(), branch.contiguous(), pixels,
         image=torch.tensor(image, dtype=torch.long),
+        image_position=(ids == IMAGE).flatten().nonzero().flatten(),
         target=torch.tensor([token for *_, token, _ in predicted], dtype=torch.long),
         logit_position=torch.tensor([b * T + index for b, index, *_ in predicted], dtype=torch.long),
         answer=torch.tensor([a for *_, a in predicted], dtype=torch.long),
         last_token=torch.tensor([b * T + index for b, index in last_token], dtype=torch.long),
         sequence=torch.tensor(sequence, dtype=torch.long),
-        causal_prefix=min([T, *(len(prompt) for prompt, answers in rows if len(answers) > 1)]))
+        causal_prefix=min([T, *(len(prompt) for prompt, answers in rows if len(answers) > 1)]),
+        token_shape=(len(sequence), max(Counter(a for *_, a in predicted).values(), default=0)),
+        answer_shape=(len(rows), max(len(answers) for _, answers in rows)) if sequence else (0, 0))
 
 
 def padding_batch():
@@ -255,7 +263,7 @@ def test_clip_layer_out_of_range(layer):
 def test_llama_is_transformers(changes):
     """Log-probabilities at 48 positions (three times llama3's original context) and all gradients agree."""
     config = llama_config(**changes)
-    peer, model = randomise(hf.LlamaForCausalLM(config)), ours.Llama(config, IMAGE)
+    peer, model = randomise(hf.LlamaForCausalLM(config)), ours.Llama(config)
     copy_weights(peer, model, str)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == config.tie_word_embeddings
     B, T = 2, 48
@@ -285,9 +293,9 @@ def test_llama3_scaling_by_hand():
 def test_unknown_rope_types_and_activations_are_refused():
     yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
     with pytest.raises(ValueError, match="got rope_type 'yarn', need default, linear or llama3"):
-        ours.Llama(llama_config(rope_parameters=yarn), IMAGE)
+        ours.Llama(llama_config(rope_parameters=yarn))
     with pytest.raises(ValueError, match="got the activation 'gelu_new'"):
-        ours.Llama(llama_config(hidden_act="gelu_new"), IMAGE)
+        ours.Llama(llama_config(hidden_act="gelu_new"))
 
 
 # ---- the vision-LLM ----
@@ -635,10 +643,11 @@ def test_collate_is_the_definition(tmp_path):
                              [short(answer) < USER for answer in answers], images[i])
                 for i, (prompt, answers) in enumerate(rows)]
     batch, expected = data.collate(examples, processor), make_batch(rows, [0, 1, 0])
-    for name in ("ids", "position", "branch", "image", "target", "logit_position", "answer", "last_token",
-                 "sequence"):
+    for name in ("ids", "position", "branch", "image", "image_position", "target", "logit_position", "answer",
+                 "last_token", "sequence"):
         torch.testing.assert_close(getattr(batch, name), getattr(expected, name), msg=name)
     assert batch.pixels.shape == (2, 3, 8, 8) and batch.causal_prefix == expected.causal_prefix
+    assert (batch.token_shape, batch.answer_shape) == (expected.token_shape, expected.answer_shape)
     assert batch.pixels[0, 2].mean() > batch.pixels[0, 0].mean()  # the first image of the batch is blue
 
 
@@ -761,6 +770,60 @@ def test_padding_gets_empty_answers(pair):
     answers, logprob = generate(model, padding_batch(), 4, uniforms=uniforms[:1], num_samples=2,
                                 any_running=any_running)
     assert answers == [[[], []]] and not logprob.any() and asked == [False] * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 9, "top_p": 0.8}])
+def test_steps_of_fixed_shape(pair, options):
+    """A decoding step that always attends over the full cache, as one recorded in a CUDA graph does, and
+    that takes no state from Python, gives the same tokens and log-probabilities."""
+    model, _, stop = pair
+    uniforms = ours.keyed_uniforms(0, 0, range(len(PROMPTS)), 3, STEPS) if options else None
+    batch = all_prompts()
+    expected, logprob = generate(model, batch, stop=[stop], num_samples=3, uniforms=uniforms, **options)
+    sampling = options.get("temperature", 1.0), options.get("top_k", 0), options.get("top_p", 1.0)
+    with torch.no_grad():
+        decoder = ours.Decoder(model, batch, model.vision_tower(batch.pixels), STEPS, [stop], [], uniforms, 3,
+                               sampling)
+        state = {name: value for name, value in vars(decoder).items() if torch.is_tensor(value)}
+        for _ in range(STEPS - 1):
+            decoder.advance()
+    assert decoder.cache.visible == decoder.cache.size
+    assert all(getattr(decoder, name) is value for name, value in state.items())  # changed in place
+    found = [[ids[:n] for ids, n in zip(*samples)]
+             for samples in zip(decoder.tokens.tolist(), decoder.lengths.tolist())]
+    assert found == expected
+    close(decoder.logprob, logprob, 1e-5)
+
+
+def test_no_step_reads_from_the_device():
+    """Model, losses, advantages and a decoding step run on meta, which has shapes and no values: a tensor
+    that is read by Python, or left on the CPU, raises."""
+    def on_meta(batch):
+        return batch.to("meta")
+    model = vision_llm(llava_config()).to("meta")
+    args = SimpleNamespace(beta=0.1, loss="sigmoid", label_smoothing=0.1, length_norm=False, sft_coef=1.0,
+                           temperature=1.0, clip_range=0.2, value_clip=0.2, entropy_coef=0.01)
+    pairs = on_meta(make_batch([MANY[0], (ONE[0], [[9, 2], [8, 7, 2]])], [0, 1]))
+    loss, _ = dpo.forward(model, pairs, [{"logps": [-1.0, -2.0]}] * 2, 2, 9, args)
+    loss.backward()
+    mixed = on_meta(make_batch([ONE, TEXT, TWO], [0, 1, 2]))
+    features = model.vision_tower(mixed.pixels)
+    sft.sft_loss(model(mixed, features), 9).backward()
+    value, mask = data.pad_by_sequence(model(mixed, features.detach()).detach(), mixed.answer,
+                                       mixed.token_shape)
+    rewards = ppo.kl_reward(value, value, value[:, 0], mask, 0.1)
+    advantages, returns = ppo.gae(rewards, value, mask, 1.0, 0.95)
+    rollout = ppo.Rollout([], mixed, None, features.detach(), None)
+    old = ppo.OldOutputs(mask, value, value, value, features.detach())
+    ppo.policy_gradients(rollout, old, ppo.Targets(advantages, returns), model, 9, args)
+    prompts = on_meta(all_prompts())
+    uniforms = torch.empty(len(PROMPTS), 2, 4, dtype=torch.float64, device="meta")
+    for sampling in ((1.0, 0, 1.0), (0.7, 5, 0.9), (0, 0, 1.0)):
+        with torch.no_grad():
+            features = model.vision_tower(prompts.pixels)
+            decoder = ours.Decoder(model, prompts, features, 4, [2], [3], uniforms, 2, sampling)
+            decoder.advance()
+        assert decoder.tokens.device.type == "meta"
 
 
 # ---- sampling a token ----

@@ -329,7 +329,9 @@ def sample(bench, examples, number=1, **options):
     """Rollout of one micro-batch, as in the minibatch of this number."""
     args = SimpleNamespace(**{**vars(bench.args), **options})
     prompts = data.collate(examples, bench.processor)
-    return ppo.generate_rollout(bench.policy, prompts, examples, bench.processor, args, bench.world, number)
+    policy = fsdp.unsharded(bench.policy, args)
+    rollout, = ppo.sample_answers(policy, [(prompts, examples, number)], bench.processor, args, bench.world)
+    return rollout
 
 
 def rolled(bench, examples):
@@ -517,9 +519,9 @@ def test_masked_tokens_get_no_reward(bench, micro_batch):
 
 # ---- rollout ----
 
-def test_greedy_is_predict(bench, place, tmp_path, monkeypatch):
-    """Without uniforms generate_rollout takes the tokens that predict.py answers with, and with uniforms
-    where --top_k or --top_p leave one token."""
+def test_greedy_is_predict(bench, place, tmp_path):
+    """At temperature 0 sample_answers takes the tokens that predict.py answers with, and also where --top_k
+    or --top_p leave one token."""
     inside("predict", "--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
            "--out", tmp_path / "answers.jsonl", "--max_new_tokens", 8, "--workers", 0, "--micro_batch", 4)
     answers = [json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
@@ -531,13 +533,33 @@ def test_greedy_is_predict(bench, place, tmp_path, monkeypatch):
 
     expected = [[answer] * 3 for answer in answers]
     assert texts() != expected == texts(top_k=1) == texts(top_p=1e-6) and len(set(answers)) > 3
-    monkeypatch.setattr(ppo, "keyed_uniforms", lambda *_: None)
-    assert texts() == expected
+    assert texts(temperature=0) == expected
+
+
+def test_samples_do_not_depend_on_the_decode_batch(bench):
+    """Three micro-batches of prompts of other lengths and images, and one of padding, of two minibatches:
+    together, in pairs and one by one they get the same answers, features and packed batches."""
+    examples = bench.examples
+    group = [(data.collate(part, bench.processor), part, number)
+             for part, number in ((examples[:3], 1), (examples[3:4], 1), ([], 2), (examples[2:7], 2))]
+    assert len({batch.ids.shape for batch, *_ in group}) == 4
+    policy, results = fsdp.unsharded(bench.policy, bench.args), []
+    for n in (4, 2, 1):
+        results.append([rollout for i in range(0, 4, n) for rollout in ppo.sample_answers(
+            policy, group[i:i + n], bench.processor, bench.args, bench.world)])
+    for rollouts in results[1:]:
+        for rollout, expected in zip(rollouts, results[0], strict=True):
+            assert [[ids.tolist() for ids in e.answers] for e in rollout.examples] == [
+                [ids.tolist() for ids in e.answers] for e in expected.examples]
+            assert torch.equal(rollout.batch.ids, expected.batch.ids)
+            assert torch.equal(rollout.features, expected.features)
+            assert torch.equal(rollout.ended, expected.ended)
+    assert [len(rollout.examples) for rollout in results[0]] == [3, 1, 0, 5]
 
 
 def test_the_caches_logprobs_are_the_forward_passs(bench):
     """Token by token: what generate says of n tokens less what it says of n − 1, drawn with the same
-    uniforms, is what the training forward says of token n; generate_rollout's answers are generate's."""
+    uniforms, is what the training forward says of token n; sample_answers' are generate's."""
     args = SimpleNamespace(**{**vars(bench.args), "temperature": 1.0})
     examples, K = bench.examples, args.samples_per_prompt
     prompts = data.collate(examples, bench.processor)

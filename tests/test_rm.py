@@ -167,7 +167,7 @@ def test_ranking_metrics_by_hand():
 def test_no_records():
     """A micro-batch of padding: loss 0, still a part of the graph, and no accuracy to add."""
     scores = torch.zeros(0, requires_grad=True)
-    grid, answer_mask = data.pad_by_sequence(scores, torch.zeros(0, dtype=torch.long))
+    grid, answer_mask = data.pad_by_sequence(scores, torch.zeros(0, dtype=torch.long), (0, 0))
     loss = rm.rm_loss(grid, answer_mask, torch.tensor([]), 0.5)
     loss.backward()
     assert loss == 0 and scores.grad.shape == (0,)
@@ -178,7 +178,7 @@ def test_nothing_to_predict_reaches_every_parameter(place, world):
     """The same for the full model: gradients of exactly zero, which the other ranks' are added to."""
     model, processor = build(place / "model", world, ["multi_modal_projector.", "score.weight"])
     batch = data.collate([], processor)
-    scores = data.pad_by_sequence(scores_of(model, batch), batch.sequence)
+    scores = data.pad_by_sequence(scores_of(model, batch), batch.sequence, batch.answer_shape)
     rm.rm_loss(*scores, torch.tensor([]), 0.1).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 5 and all(not p.grad.full_tensor().any() for p in trained)
@@ -205,7 +205,7 @@ def test_a_shared_prompt_equals_separate_sequences(recompute, place, world):
     for sequences in (examples, one_answer_each(examples)):
         scores = scores_of(model, data.collate(sequences, processor))
         record = torch.tensor([i for i, example in enumerate(examples) for _ in example.answers])
-        rm.rm_loss(*data.pad_by_sequence(scores, record), torch.zeros(6), 0.1).backward()
+        rm.rm_loss(*data.pad_by_sequence(scores, record, (6, 5)), torch.zeros(6), 0.1).backward()
         results.append((scores.detach(), {name: p.grad.full_tensor().clone() for name, p in
                                         model.named_parameters() if p.requires_grad}))
         model.zero_grad()
