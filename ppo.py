@@ -313,7 +313,7 @@ def policy_gradients(rollout, old, targets, policy, count, args):
     logprob, mask = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
     loss = policy_loss(logprob, old.logprob, targets.advantages, mask, args.clip_range)
     ((loss - args.entropy_coef * entropy.sum()) / count).backward()
-    log_ratio = logprob.detach() - old.logprob  # [A, L], 0 at padding
+    log_ratio = (logprob.detach() - old.logprob) * mask  # [A, L]
     ratio = log_ratio.exp()
     return {"loss/policy": loss, "policy/approxkl": 0.5 * log_ratio.square(), "policy/ratio": ratio * mask,
             "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/entropy": entropy}
@@ -326,7 +326,7 @@ def critic_gradients(rollout, old, targets, critic, count, args):
     values, mask = data.pad_by_sequence(values, rollout.batch.answer, rollout.batch.token_shape)  # [A, L]
     loss = value_loss(values, old.values, targets.returns, mask, args.value_clip)
     (loss / count).backward()
-    change = (values.detach() - old.values).abs()  # [A, L], 0 at padding
+    change = (values.detach() - old.values).abs() * mask  # [A, L]
     return {"loss/value": loss, "val/clipfrac": change > args.value_clip}
 
 
