@@ -247,7 +247,8 @@ def step_of(logprob, world):
     """The metrics of a step whose tokens have these log-probabilities now, and had 0 before."""
     mask, now = torch.ones_like(logprob).bool(), logprob.flatten().requires_grad_()  # [A, L], [N]
     zeros = torch.zeros_like(logprob)
-    batch = SimpleNamespace(answer=mask.nonzero()[:, 0], logit_position=None, target=now, token_shape=mask.shape)
+    batch = SimpleNamespace(answer=mask.nonzero()[:, 0], logit_position=None, target=now,
+                            token_shape=mask.shape)
     micro_batch = (ppo.Rollout([], batch, None, None, None), old_outputs_for(zeros, zeros, mask),
                    ppo.Targets(zeros, zeros))
     critic = SimpleNamespace(scores=lambda *_: torch.zeros(len(now), requires_grad=True))
