@@ -1,0 +1,116 @@
+"""benchmarks/gpu.py: every stage runs in small sizes without a GPU, and finds what a CPU must find; a stage that
+fails or is too slow does not keep the others from running. No timing is asserted."""
+import argparse
+import json
+import math
+import sys
+import time
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """gpu.json of a run of all stages, as a user starts it."""
+    out = tmp_path_factory.mktemp("gpu")
+    done = tiny.command("benchmarks/gpu", "--tiny", "--out", out)
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in out.iterdir()) == ["gpu.json", "gpu.log"]
+    return json.loads((out / "gpu.json").read_text())
+
+
+def numbers(value):
+    """All numbers in a finding."""
+    if isinstance(value, dict | list):
+        return [n for item in (value.values() if isinstance(value, dict) else value) for n in numbers(item)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_every_stage_ends_with_finite_findings(found):
+    stages = {name: value for name, value in found.items() if isinstance(value, dict)}
+    assert list(stages) == ["card", "parity", "scripts", "decode", "sft", "dpo", "full", "ppo", "profile", "ranks"]
+    for name, stage in stages.items():
+        assert stage["end"] == "done", (name, stage)
+        assert len(stage) > 2 and all(map(math.isfinite, numbers(stage))), (name, stage)
+    assert found["forked"] and found["torch"]
+
+
+def test_parity_with_itself(found):
+    """On a CPU both sides are the same in fp32; bf16 is close."""
+    for name, errors in found["parity"].items():
+        if "answers/" in name:
+            assert max(errors.values()) < (1e-5 if name.endswith("fp32") else 0.1), (name, errors)
+        elif isinstance(errors, dict):
+            assert errors["graph_is_eager"] and errors["equal_to_cpu"] > (0.999 if name.endswith("fp32") else 0)
+    assert found["parity"]["lora/fp32"] < 1e-5
+
+
+def test_scripts_resume_and_export(found):
+    scripts = found["scripts"]
+    assert scripts["resume_difference"] == 0 and scripts["export_error"] < 1e-5
+    assert scripts["dpo"]["loss"][0] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_transformers_computes_the_same(found):
+    """Greedy tokens, and the losses of LoRA steps from the same adapters."""
+    assert found["decode"]["equal_tokens/8"] == 1
+    for script in ("sft", "dpo"):
+        if isinstance(found[script]["transformers"], dict):  # where peft is installed
+            assert found[script]["transformers"]["loss"] == pytest.approx(found[script]["ours"]["loss"], abs=1e-3)
+
+
+def test_first_ppo_step_has_ratio_1(found):
+    metrics = found["ppo"]["metrics"]
+    assert metrics["first/policy/ratio"] == pytest.approx(1) and metrics["first/policy/approxkl"] < 1e-9
+
+
+def test_two_ranks_compute_what_one_does(found):
+    assert found["ranks"]["loss_error"] < 1e-5 and found["ranks"]["gradient_error"] < 1e-4
+
+
+def fail(found, args):
+    found.add("before", 1.23456)
+    raise ValueError("the reason")
+
+
+def hang(found, args):
+    found.add("before", 1)
+    time.sleep(60)
+
+
+def run_broken_stages(out):
+    """In a process of its own, as fork and main do: a stage that fails, one that hangs, one that ends."""
+    sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
+    import gpu
+    args = argparse.Namespace(out=str(out), tiny=True)
+    stages = {"fails": fail, "hangs": hang, "ends": lambda found, args: found.add("after", 2)}
+    results = {name: gpu.run_stage(name, stage, args, 1) for name, stage in stages.items()}
+    (out / "results.json").write_text(json.dumps(results))
+
+
+def test_a_failing_stage_is_reported_and_the_next_one_runs(tmp_path):
+    import multiprocessing
+    process = multiprocessing.get_context("spawn").Process(target=run_broken_stages, args=(tmp_path,))
+    process.start()
+    process.join()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["fails"]["end"] == "failed" and results["fails"]["before"] == 1.235
+    assert results["fails"]["error"].startswith("ValueError: the reason (")
+    assert results["hangs"]["end"] == "cut after 1 s" and results["hangs"]["before"] == 1
+    assert results["ends"]["end"] == "done" and results["ends"]["after"] == 2
+    log = (tmp_path / "gpu.log").read_text()
+    assert "ValueError: the reason" in log and "======== ends" in log
+
+
+def test_a_stage_runs_without_a_fork(tmp_path):
+    """--stage, for where a forked process cannot initialise CUDA."""
+    done = tiny.command("benchmarks/gpu", "--tiny", "--out", tmp_path, "--stage", "card")
+    assert done.code == 0, done.err
+    assert "matrix_tflops" in json.loads((tmp_path / "card.part.json").read_text())
+
+
+@pytest.mark.skipif(tiny.torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_an_error(tmp_path):
+    done = tiny.command("benchmarks/gpu", "--out", tmp_path)
+    assert done.code == 2 and "got no GPU" in done.err
