@@ -70,18 +70,6 @@ import sft  # noqa: E402
 with contextlib.suppress(ImportError):
     import peft
 
-# SHIM: remove once fsdp.unsharded yields a plain model and generate has cuda_graph
-if "cuda_graph" not in M.generate.__code__.co_varnames:
-    def _generate(*args, cuda_graph=True, before=M.generate, **more):
-        return before(*args, **more)
-
-    @contextlib.contextmanager
-    def _unsharded(model, before=fsdp.unsharded):
-        with before(model) as plain:
-            yield plain or model
-    M.generate, fsdp.unsharded = _generate, _unsharded
-# END OF SHIM
-
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32  # as the default of --dtype
@@ -141,6 +129,7 @@ def timed(function, rounds=5, warm_up=2):
 
 def card_rates(args):
     """→ FLOP/s of a large bf16 matrix product, bytes/s (read and written) of a copy"""
+    common.world()  # first: it sets the allocator and the attention kernels
     side, size = (256, 2**22) if args.tiny else (8192, 2**31)
     a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
@@ -261,7 +250,7 @@ class Training:
         self.step, self.losses = train_step(self.model.parameters(), fsdp.clip_gradients, self.loss)
         if script is dpo:
             with torch.no_grad():
-                _, logps = dpo.sequence_logprobs(self.model, self.batch)
+                logps, _ = dpo.sequence_logprobs(self.model, self.batch)  # [A]
             fsdp.reshard(self.model)
             self.reference = [{"logps": pair} for pair in logps.view(-1, A).tolist()]
 
@@ -325,7 +314,6 @@ def peer_logprobs(peer, inputs, n):
 # ---- stages ----
 
 def card(found, args):
-    common.world()
     flop_rate, byte_rate = card_rates(args)
     found.add("matrix_tflops", flop_rate / 1e12)
     found.add("copy_tb_per_s", byte_rate / 1e12)
@@ -472,7 +460,8 @@ def decode(found, args):
     n, many = (8, 4) if args.tiny else (64, 64)
     checkpoint, (_, byte_rate) = make_checkpoint(args, "7b"), card_rates(args)
     text, tokens = checkpoint.config.text_config, {}
-    model = fsdp.build(checkpoint, options(sft), common.world())
+    settings = options(sft)
+    model = fsdp.build(checkpoint, settings, common.world())
     weights = sum(p.numel() for p in model.language_model.parameters()) - text.vocab_size * text.hidden_size
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # numbers per position
 
@@ -491,13 +480,12 @@ def decode(found, args):
                          "tokens_per_s": B * K / token, "bandwidth_share": read / token / byte_rate})
         gc.collect()
         torch.cuda.empty_cache()
-    with fsdp.unsharded(model) as plain:
-        measure("ours/8", 8, lambda examples, batch, n: sample(plain, batch, n))
-        measure("ours/8/eager", 8, lambda examples, batch, n: sample(plain, batch, n, cuda_graph=False))
-        measure(f"ours/{many}", many, lambda examples, batch, n: sample(plain, batch, n))
-        draws = M.keyed_uniforms(0, 1, range(8), 8, n)
-        measure("ours/8 prompts, 8 samples", 8, K=8, decoder=lambda examples, batch, n: sample(
-            plain, batch, n, uniforms=draws[:, :, :n], num_samples=8))
+    plain, draws = fsdp.unsharded(model, settings), M.keyed_uniforms(0, 1, range(8), 8, n)
+    measure("ours/8", 8, lambda examples, batch, n: sample(plain, batch, n))
+    measure("ours/8/eager", 8, lambda examples, batch, n: sample(plain, batch, n, cuda_graph=False))
+    measure(f"ours/{many}", many, lambda examples, batch, n: sample(plain, batch, n))
+    measure("ours/8 prompts, 8 samples", 8, K=8, decoder=lambda examples, batch, n: sample(
+        plain, batch, n, uniforms=draws[:, :, :n], num_samples=8))
     peer = make_peer(checkpoint.config, model)
 
     def generate(examples, batch, n, **how):
@@ -609,9 +597,9 @@ def profile(found, args):
             (key.removeprefix("void ").replace("at::native::", "")[:64], *values) for key, values in top]})
     add("sft_step", kernels(run.step))
     _, batch = make_batch(run.checkpoint, 8)
-    with fsdp.unsharded(run.model) as plain:
-        plain.set_adapters(False)
-        few, more = (kernels(lambda n=n: sample(plain, batch, n, cuda_graph=False)) for n in (1, 9))
+    plain = fsdp.unsharded(run.model, run.settings)
+    plain.set_adapters(False)
+    few, more = (kernels(lambda n=n: sample(plain, batch, n, cuda_graph=False)) for n in (1, 9))
     add("decode_step", {key: [(a - b) / 8 for a, b in zip(more[key], few.get(key, (0, 0)))] for key in more})
 
 

@@ -1,5 +1,5 @@
-"""benchmarks/gpu.py: every stage runs in small sizes without a GPU, and finds what a CPU must find; a stage that
-fails or is too slow does not keep the others from running. No timing is asserted."""
+"""benchmarks/gpu.py: every stage runs in small sizes without a GPU and finds what a CPU must find; a stage
+that fails or hangs is reported, and the next one runs. No timing is asserted."""
 import argparse
 import json
 import math
@@ -29,7 +29,7 @@ def numbers(value):
 
 def test_every_stage_ends_with_finite_findings(found):
     stages = {name: value for name, value in found.items() if isinstance(value, dict)}
-    assert list(stages) == ["card", "parity", "scripts", "decode", "sft", "dpo", "full", "ppo", "profile", "ranks"]
+    assert [*stages] == "card parity scripts decode sft dpo full ppo profile ranks".split()
     for name, stage in stages.items():
         assert stage["end"] == "done", (name, stage)
         assert len(stage) > 2 and all(map(math.isfinite, numbers(stage))), (name, stage)
@@ -39,10 +39,12 @@ def test_every_stage_ends_with_finite_findings(found):
 def test_parity_with_itself(found):
     """On a CPU both sides are the same in fp32; bf16 is close."""
     for name, errors in found["parity"].items():
+        fp32 = name.endswith("fp32")
         if "answers/" in name:
-            assert max(errors.values()) < (1e-5 if name.endswith("fp32") else 0.1), (name, errors)
+            assert max(errors.values()) < (1e-5 if fp32 else 0.1), (name, errors)
         elif isinstance(errors, dict):
-            assert errors["graph_is_eager"] and errors["equal_to_cpu"] > (0.999 if name.endswith("fp32") else 0)
+            assert errors["graph_is_eager"], (name, errors)
+            assert errors["equal_to_cpu"] == 1 or not fp32, (name, errors)
     assert found["parity"]["lora/fp32"] < 1e-5
 
 
@@ -56,8 +58,9 @@ def test_transformers_computes_the_same(found):
     """Greedy tokens, and the losses of LoRA steps from the same adapters."""
     assert found["decode"]["equal_tokens/8"] == 1
     for script in ("sft", "dpo"):
-        if isinstance(found[script]["transformers"], dict):  # where peft is installed
-            assert found[script]["transformers"]["loss"] == pytest.approx(found[script]["ours"]["loss"], abs=1e-3)
+        ours, peer = found[script]["ours"], found[script]["transformers"]
+        if isinstance(peer, dict):  # peft is installed
+            assert peer["loss"] == pytest.approx(ours["loss"], abs=1e-3)
 
 
 def test_first_ppo_step_has_ratio_1(found):
