@@ -742,6 +742,15 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     return token.clamp(max=logits.shape[-1] - 1)
 
 
+# Steps of one CUDA graph, in which attention reads equally many positions: a multiple of this number, which
+# keeps rows of the mask aligned for PyTorch's fused kernels.
+SEGMENT = 128
+
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
 class Decoder:
     """K samples per prompt, one token of each per step. The tensors that change are changed in place."""
 
@@ -753,7 +762,7 @@ class Decoder:
                                   for ids in (stop, banned))
         self.uniforms = None if uniforms is None else uniforms.to(device)  # [B, K, max_new_tokens]
         self.length = (batch.branch == 0).sum(1)  # of the prompts [B]
-        self.cache = Cache(B, T + K * (max_new_tokens - 1), device)
+        self.cache = Cache(B, round_up(T + K * (max_new_tokens - 1), SEGMENT), device)
         self.cache.append(batch.branch, torch.arange(T, device=device))
         last_token = torch.arange(B, device=device) * T + self.length - 1  # flat positions [B]
         logits = model.hidden(batch, features, last_token, F.linear, self.cache)  # [B, V]
@@ -815,12 +824,13 @@ def generate(model, batch, features, max_new_tokens, stop, banned=(), uniforms=N
                       (temperature, top_k, top_p))
     on_gpu, T = batch.ids.is_cuda, batch.ids.shape[1]
     look = 8 if on_gpu else 1  # steps between questions whether any sample still runs: the GPU waits for each
-    segment = 128 if on_gpu and cuda_graph else 1  # steps for which attention reads equally many positions
+    segment = SEGMENT if on_gpu and cuda_graph else 1
     for step in range(max_new_tokens - 1):
         if step % look == 0 and not any_running(decoder.running):
             break
         if step % segment == 0:
-            decoder.cache.visible = min(T + num_samples * (step + segment), decoder.cache.size)
+            decoder.cache.visible = min(round_up(T + num_samples * (step + segment), segment),
+                                        decoder.cache.size)
             advance = decoder.advance
         advance()
         if segment > 1 and step % segment == 0:
