@@ -37,7 +37,13 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from transformers import LlavaConfig
 
 import data
@@ -110,6 +116,8 @@ def arguments(parser, training=True):
     add("--weight_decay", type=float, default=0.0, help="AdamW's, not on norms and biases")
     add("--grad_clip", type=float, default=1.0, help="largest global gradient norm (0: no clipping)")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
+    add("--offload", action="store_true", help="keep weights, gradients and AdamW's state in host memory and "
+        "step on the CPU: they no longer need GPU memory, steps take longer")
     add("--lora_rank", type=int, default=0, help="train LoRA adapters in place of the LLaMA, at ten times "
         "the default --lr (0: no LoRA)")
     add("--lora_alpha", type=float, default=16, help="LoRA's update is scaled by alpha / rank")
@@ -163,6 +171,8 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "--warmup (steps, or below 1 a share of all steps)": "warmup_ratio warmup_steps num_warmup_steps",
     "--grad_clip": "max_grad_norm gradient_clipping",
     "--recompute": "gradient_checkpointing",
+    "--offload": "cpu_offload fsdp_cpu_offload fsdp_offload_params offload_params offload_param "
+        "param_offload offload_optimizer optimizer_offload adam_offload zero_offload",
     "--lora_rank": "lora_r lora_enable use_peft use_lora",
     "--train": "tune_mm_mlp_adapter freeze_backbone freeze_vision_tower unfreeze_mm_vision_tower",
     "--loss": "loss_type pref_loss",
@@ -179,7 +189,8 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "--ppo_epochs": "num_ppo_epochs",
     "--clip_range": "cliprange",
     "--value_clip": "cliprange_value",
-    "no option: FSDP2 always shards; --replicas for hybrid sharding": "deepspeed fsdp fsdp_config zero_stage",
+    "no option: FSDP2 always shards; --replicas for hybrid sharding, --offload for host memory":
+        "deepspeed fsdp fsdp_config zero_stage",
     "no option: torchrun sets it": "local_rank",
     "no option: a cosine after --warmup": "lr_scheduler_type",
     "no option: AdamW": "optim adam_beta1 adam_epsilon",
@@ -351,6 +362,9 @@ def launch(args):
     if os.environ.get("RANK", "0") == "0" and any(path and folder_of(path) == WORLD for path in paths):
         make_shapes()
     kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and offloads(args):  # AdamW runs on the CPU, where torchrun gives each rank one thread
+        cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, cores // ranks))
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -963,11 +977,28 @@ SCORE = "score.safetensors"  # a reward model's scalar head, which transformers 
 
 
 def build(checkpoint, args, world, trainable=(), score=False):
-    """The checkpoint's model, sharded and filled. trainable: prefixes of the names that are trained (fp32
+    """The checkpoint's model, sharded, with its weights loaded; for the parameters see build_sharded. Build
+    optimisers before the first forward pass."""
+    tensors, fresh = dict(checkpoint.tensors), checkpoint.fresh
+    if score:  # the scalar head is drawn where the checkpoint has none
+        fresh += ("score.",)
+        for file in (os.path.join(folder, SCORE) for folder in checkpoint.folders):
+            if os.path.isfile(file):
+                tensors.update({f"score.{key}": rows for key, rows in slices(file).items()})
+    model = build_sharded(checkpoint.config, args, world, trainable, score)
+    check_names(model, tensors, checkpoint.grown, fresh, checkpoint.folders)
+    model.to_empty(device="cpu" if offloads(args) else world.device)
+    load_weights(model, tensors, checkpoint.grown, args.seed)
+    if args.compile:
+        model.compile_layers()
+    return model
+
+
+def build_sharded(config, args, world, trainable=(), score=False):
+    """A sharded model without weights, on `meta`. trainable: prefixes of the names that are trained (fp32
     masters; with --lora_rank adapters stand for the LLaMA's weights); all else is frozen, in the compute
-    dtype. score: with a scalar head, drawn where the checkpoint has none. Build optimisers before the first
-    forward pass."""
-    config, lora = checkpoint.config, trainable and args.lora_rank
+    dtype. score: with a scalar head."""
+    lora = trainable and args.lora_rank
     with torch.device("meta"):
         model = VisionLLM(config, score)
         if lora:
@@ -983,19 +1014,13 @@ def build(checkpoint, args, world, trainable=(), score=False):
         parameter.data = parameter.data.to(torch.float32 if master else DTYPES[args.dtype])
     if lora and not any(".lora_" in name and p.requires_grad for name, p in model.named_parameters()):
         raise UserError(f"got --lora_rank {args.lora_rank} without llm in --train: adapters are the LLaMA's")
-    tensors, fresh = dict(checkpoint.tensors), checkpoint.fresh
-    if score:
-        fresh += ("score.",)
-        for file in (os.path.join(folder, SCORE) for folder in checkpoint.folders):
-            if os.path.isfile(file):
-                tensors.update({f"score.{key}": rows for key, rows in slices(file).items()})
-    check_names(model, tensors, checkpoint.grown, fresh, checkpoint.folders)
-    shard(model, world, DTYPES[args.dtype])
-    model.to_empty(device=world.device)
-    load_weights(model, tensors, checkpoint.grown, args.seed)
-    if args.compile:
-        model.compile_layers()
+    shard(model, world, DTYPES[args.dtype], offloads(args))
     return model
+
+
+def offloads(args):
+    """Whether the run keeps its parameters in host memory; predict.py has no such option."""
+    return getattr(args, "offload", False)
 
 
 def share_tower(model, other, world):
@@ -1015,13 +1040,15 @@ def roots(model):
     return model.language_model, model.multi_modal_projector, model.vision_tower, *score
 
 
-def shard(model, world, dtype):
+def shard(model, world, dtype, offload=False):
     """fully_shard on each root, the LLaMA's layers as units of their own; scores are computed in fp32.
-    Gradients are summed over ranks, not averaged."""
+    Gradients are summed over ranks, not averaged. offload: parameters, gradients and thus the optimiser's
+    state are CPU tensors; FSDP copies a unit to the GPU before it is gathered."""
+    offloading = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for unit in (*model.language_model.model.layers, *roots(model)):
         unit_dtype = torch.float32 if unit is getattr(model, "score", None) else dtype
         policy = MixedPrecisionPolicy(param_dtype=unit_dtype, reduce_dtype=torch.float32)
-        fully_shard(unit, mesh=world.mesh, mp_policy=policy)
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy, offload_policy=offloading)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # these settings do not reach child units by themselves
             if world.size > 1:  # a world of one would make a copy to divide by the 1
@@ -1094,7 +1121,7 @@ def schedule(step, steps, warmup):
 RUN_FILES = ("log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
 RESUME_MAY_DIFFER = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb",
-                     "micro_batch", "replicas", "show_every", "save_rollouts"}
+                     "micro_batch", "replicas", "offload", "show_every", "save_rollouts"}
 LOCKS = []  # (path, the open file that holds its lock, the folders created for it)
 
 
