@@ -1058,6 +1058,21 @@ def shard(model, world, dtype, offload=False):
                 module.set_custom_reduce_scatter(OneBuffer())
 
 
+def bytes_per_rank(*models):
+    """→ {"weights", "gradients", "optimizer"}: bytes of sharded models on this rank while they are trained. A
+    tower that several share counts once; the optimizer's are AdamW's two moments, in the gradients' dtype."""
+    shards = {id(p): p for model in models for p in model.parameters()}.values()
+    trained = sum(p.to_local().nbytes for p in shards if p.requires_grad)
+    return {"weights": sum(p.to_local().nbytes for p in shards), "gradients": trained,
+            "optimizer": 2 * trained}
+
+
+def memory_line(args, *models):
+    """What a run's first lines say of bytes_per_rank, on rank 0, which has the most."""
+    sizes = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in bytes_per_rank(*models).items())
+    return f"memory per rank: {sizes}{' (in host memory)' if offloads(args) else ''}"
+
+
 class OneBuffer:
     """FSDP (torch 2.13) allocates what it reduces gradients from, then what it reduces them into; in a world
     of one it copies between them and calls no collective. Given the same memory twice it copies nothing. (Not
@@ -1337,13 +1352,17 @@ class Log:
 
     def step(self, step, tokens, seconds, **figures):
         """step counts from 1; tokens of the step over all ranks, and the seconds it took. Tensors and floats
-        are written unrounded. Diverged where one is not finite."""
+        are written unrounded. On a GPU also rank 0's peak memory since the step before, an evaluation in
+        between included. Diverged where a number is not finite."""
         now = time.time()
         figures = {"step": step, **{k: float(v) for k, v in figures.items()}}
         check_finite(self.args, **figures)
         if self.quiet:
             return
         figures["tokens_per_second"] = tokens / seconds
+        if torch.cuda.is_available():
+            figures["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            torch.cuda.reset_peak_memory_stats()
         self.file.write(json.dumps(figures) + "\n")
         if self.wandb:
             self.wandb.log(figures, step=step)

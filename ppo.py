@@ -625,6 +625,7 @@ def main():
                                                     "val/explained_variance", "answer/length"))
     stop = fsdp.Stop()
     log.say(f"{len(prompts.examples)} prompts, {total} iterations")
+    log.say(fsdp.memory_line(args, *models))
 
     def save(iteration):
         fsdp.save_checkpoint(args, world, iteration, training, *optimizers.values())

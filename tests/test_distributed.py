@@ -467,6 +467,7 @@ def test_offloading_changes_nothing(script, ranks, uninterrupted, tmp_path):
     assert fsdp.checkpoint_steps(out) and not (out / "model.safetensors").exists()
     done = long_run(script, ranks, " --offload", out, "--resume", prepare=require_offload)
     assert done.code == 0, done.err
+    assert re.search(r"memory per rank: weights .* GB, .*optimizer .* GB \(in host memory\)", done.out)
     assert_same_run(out, expected)
 
 
