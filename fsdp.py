@@ -116,8 +116,8 @@ def arguments(parser, training=True):
     add("--weight_decay", type=float, default=0.0, help="AdamW's, not on norms and biases")
     add("--grad_clip", type=float, default=1.0, help="largest global gradient norm (0: no clipping)")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
-    add("--offload", action="store_true", help="keep weights, gradients and AdamW's state in host memory and "
-        "step on the CPU: they no longer need GPU memory, steps take longer")
+    add("--offload", action="store_true", help="weights, gradients and AdamW's state in host memory, AdamW "
+        "on the CPU: less GPU memory, slower steps")
     add("--lora_rank", type=int, default=0, help="train LoRA adapters in place of the LLaMA, at ten times "
         "the default --lr (0: no LoRA)")
     add("--lora_alpha", type=float, default=16, help="LoRA's update is scaled by alpha / rank")
