@@ -50,7 +50,7 @@ import ppo
 import rm
 import sft
 
-# vocabulary (LLaMA-3: with <image> and <pad>), width, of the MLP, layers, heads, kv-heads
+# vocabulary (LLaMA-3: grown by <image> and <pad>), width, MLP width, layers, heads, kv-heads
 SIZES = {
     "LLaVA-1.5 7B": (32064, 4096, 11008, 32, 32, 32), "LLaVA-1.5 13B": (32064, 5120, 13824, 40, 40, 40),
     "LLaMA-3 8B": (128320, 4096, 14336, 32, 32, 8), "LLaMA-3 70B": (128320, 8192, 28672, 80, 64, 8)}
@@ -111,6 +111,7 @@ def models_of(script, config, args, world):
 
 
 def numel(parameters, trained=False):
+    """Numbers in full parameters, those that several models share once; trained: of trained ones alone."""
     return sum(p.numel() for p in {id(p): p for p in parameters}.values() if p.requires_grad or not trained)
 
 
@@ -150,6 +151,7 @@ def bytes_of(models, config, options, offload=False, rollout=None):
 
 
 def cell(sizes, gpu_gb):
+    """bytes_of → 12 characters of the table"""
     gpu, host = sizes["GPU"] / 1e9, sizes["host"] / 1e9
     return f"{gpu:>7.0f}" + f"{'*' if gpu <= gpu_gb else ' '}{f'+{host:.0f}' if host else '':4}"
 
