@@ -38,7 +38,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from transformers import LlavaConfig
 
 import data
@@ -111,6 +117,8 @@ def arguments(parser, training=True):
     add("--weight_decay", type=float, default=0.0, help="AdamW's, not on norms and biases")
     add("--grad_clip", type=float, default=1.0, help="largest global gradient norm (0: no clipping)")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
+    add("--offload", action="store_true", help="weights, gradients and AdamW's state in host memory, AdamW "
+        "on the CPU: less GPU memory, slower steps")
     add("--lora_rank", type=int, default=0, help="train LoRA adapters in place of the LLaMA, at ten times "
         "the default --lr (0: no LoRA)")
     add("--lora_alpha", type=float, default=16, help="LoRA's update is scaled by alpha / rank")
@@ -165,6 +173,8 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "--warmup (steps, or below 1 a share of all steps)": "warmup_ratio warmup_steps num_warmup_steps",
     "--grad_clip": "max_grad_norm gradient_clipping",
     "--recompute": "gradient_checkpointing",
+    "--offload": "cpu_offload fsdp_cpu_offload fsdp_offload_params offload_params offload_param "
+        "param_offload offload_optimizer optimizer_offload adam_offload zero_offload",
     "--lora_rank": "lora_r lora_enable use_peft use_lora",
     "--train": "tune_mm_mlp_adapter freeze_backbone freeze_vision_tower unfreeze_mm_vision_tower",
     "--loss": "loss_type pref_loss",
@@ -181,7 +191,8 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "--ppo_epochs": "num_ppo_epochs",
     "--clip_range": "cliprange",
     "--value_clip": "cliprange_value",
-    "no option: FSDP2 always shards; --replicas for hybrid sharding": "deepspeed fsdp fsdp_config zero_stage",
+    "no option: FSDP2 always shards; --replicas for hybrid sharding, --offload for host memory":
+        "deepspeed fsdp fsdp_config zero_stage",
     "no option: torchrun sets it": "local_rank",
     "no option: a cosine after --warmup": "lr_scheduler_type",
     "no option: AdamW": "optim adam_beta1 adam_epsilon",
@@ -353,6 +364,9 @@ def launch(args):
     if os.environ.get("RANK", "0") == "0" and any(path and folder_of(path) == WORLD for path in paths):
         make_shapes()
     kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and offloads(args):  # AdamW runs on the CPU, where torchrun gives each rank one thread
+        cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, cores // ranks))
     if kind == "cuda":
         # lengths vary from batch to batch: segments that can grow are reused where fixed ones would not fit
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -970,11 +984,28 @@ SCORE = "score.safetensors"  # a reward model's scalar head, which transformers 
 
 
 def build(checkpoint, args, world, trainable=(), score=False):
-    """The checkpoint's model, sharded and filled. trainable: prefixes of the names that are trained (fp32
+    """The checkpoint's model, sharded, with its weights loaded; for the parameters see build_sharded. Build
+    optimisers before the first forward pass."""
+    tensors, fresh = dict(checkpoint.tensors), checkpoint.fresh
+    if score:  # the scalar head is drawn where the checkpoint has none
+        fresh += ("score.",)
+        for file in (os.path.join(folder, SCORE) for folder in checkpoint.folders):
+            if os.path.isfile(file):
+                tensors.update({f"score.{key}": rows for key, rows in slices(file).items()})
+    model = build_sharded(checkpoint.config, args, world, trainable, score)
+    check_names(model, tensors, checkpoint.grown, fresh, checkpoint.folders)
+    model.to_empty(device="cpu" if offloads(args) else world.device)
+    load_weights(model, tensors, checkpoint.grown, args.seed)
+    if args.compile:
+        model.compile_layers()
+    return model
+
+
+def build_sharded(config, args, world, trainable=(), score=False):
+    """A sharded model without weights, on `meta`. trainable: prefixes of the names that are trained (fp32
     masters; with --lora_rank adapters stand for the LLaMA's weights); all else is frozen, in the compute
-    dtype. score: with a scalar head, drawn where the checkpoint has none. Build optimisers before the first
-    forward pass."""
-    config, lora = checkpoint.config, trainable and args.lora_rank
+    dtype. score: with a scalar head."""
+    lora = trainable and args.lora_rank
     with torch.device("meta"):
         model = VisionLLM(config, score)
         if lora:
@@ -990,19 +1021,13 @@ def build(checkpoint, args, world, trainable=(), score=False):
         parameter.data = parameter.data.to(torch.float32 if master else DTYPES[args.dtype])
     if lora and not any(".lora_" in name and p.requires_grad for name, p in model.named_parameters()):
         raise UserError(f"got --lora_rank {args.lora_rank} without llm in --train: adapters are the LLaMA's")
-    tensors, fresh = dict(checkpoint.tensors), checkpoint.fresh
-    if score:
-        fresh += ("score.",)
-        for file in (os.path.join(folder, SCORE) for folder in checkpoint.folders):
-            if os.path.isfile(file):
-                tensors.update({f"score.{key}": rows for key, rows in slices(file).items()})
-    check_names(model, tensors, checkpoint.grown, fresh, checkpoint.folders)
-    shard(model, world, DTYPES[args.dtype])
-    model.to_empty(device=world.device)
-    load_weights(model, tensors, checkpoint.grown, args.seed)
-    if args.compile:
-        model.compile_layers()
+    shard(model, world, DTYPES[args.dtype], offloads(args))
     return model
+
+
+def offloads(args):
+    """Whether the run keeps its parameters in host memory; predict.py has no such option."""
+    return getattr(args, "offload", False)
 
 
 def share_tower(model, other, world):
@@ -1022,13 +1047,15 @@ def roots(model):
     return model.language_model, model.multi_modal_projector, model.vision_tower, *score
 
 
-def shard(model, world, dtype):
+def shard(model, world, dtype, offload=False):
     """fully_shard on each root, the LLaMA's layers as units of their own; scores are computed in fp32.
-    Gradients are summed over ranks, not averaged."""
+    Gradients are summed over ranks, not averaged. offload: parameters, gradients and thus the optimiser's
+    state are CPU tensors; FSDP copies a unit to the GPU before it is gathered."""
+    offloading = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for unit in (*model.language_model.model.layers, *roots(model)):
         unit_dtype = torch.float32 if unit is getattr(model, "score", None) else dtype
         policy = MixedPrecisionPolicy(param_dtype=unit_dtype, reduce_dtype=torch.float32)
-        fully_shard(unit, mesh=world.mesh, mp_policy=policy)
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy, offload_policy=offloading)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # these settings do not reach child units by themselves
             if world.size > 1:  # a world of one would make a copy to divide by the 1
@@ -1036,6 +1063,21 @@ def shard(model, world, dtype):
                 module.set_force_sum_reduction_for_comms(True)
             elif world.device.type == "cpu":
                 module.set_custom_reduce_scatter(OneBuffer())
+
+
+def bytes_per_rank(*models):
+    """→ {"weights", "gradients", "optimizer"}: bytes of sharded models on this rank while they are trained. A
+    tower that several share counts once; the optimizer's are AdamW's two moments, in the gradients' dtype."""
+    shards = {id(p): p for model in models for p in model.parameters()}.values()
+    trained = sum(p.to_local().nbytes for p in shards if p.requires_grad)
+    return {"weights": sum(p.to_local().nbytes for p in shards), "gradients": trained,
+            "optimizer": 2 * trained}
+
+
+def memory_line(args, *models):
+    """What a run's first lines say of bytes_per_rank, on rank 0, which has the most."""
+    sizes = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in bytes_per_rank(*models).items())
+    return f"memory per rank: {sizes}{' (in host memory)' if offloads(args) else ''}"
 
 
 class OneBuffer:
@@ -1064,9 +1106,9 @@ def reshard(*models):
 
 
 @torch.no_grad()
-def unsharded(model, args):
-    """→ a plain model with the full weights on every rank, in --dtype, so that ranks can decode at their own
-    pace and without FSDP's hooks. In a world of one, weights that have this dtype are not copied."""
+def unsharded(model, args, world):
+    """→ a plain model with the full weights on every rank's device, in --dtype, so that ranks can decode at
+    their own pace and without FSDP's hooks. In a world of one, weights that are like that are not copied."""
     reshard(model)
     with torch.device("meta"):
         plain = VisionLLM(model.config, hasattr(model, "score"))
@@ -1074,7 +1116,8 @@ def unsharded(model, args):
         if adapter:
             add_lora(plain, adapter.rank, adapter.alpha)
     for name, parameter in model.named_parameters():
-        full = parameter.detach().to(torch.float32 if name.startswith("score.") else DTYPES[args.dtype])
+        dtype = torch.float32 if name.startswith("score.") else DTYPES[args.dtype]
+        full = parameter.detach().to(world.device, dtype)
         full = full.to_local() if full.device_mesh.size() == 1 else full.full_tensor()
         owner, _, leaf = name.rpartition(".")
         setattr(plain.get_submodule(owner), leaf, nn.Parameter(full, requires_grad=False))
@@ -1105,7 +1148,7 @@ def schedule(step, steps, warmup):
 RUN_FILES = ("log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
 RESUME_MAY_DIFFER = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb",
-                     "micro_batch", "decode_batch", "replicas", "show_every", "save_rollouts"}
+                     "micro_batch", "decode_batch", "replicas", "offload", "show_every", "save_rollouts"}
 LOCKS = []  # (path, the open file that holds its lock, the folders created for it)
 
 
@@ -1321,13 +1364,17 @@ class Log:
 
     def step(self, step, tokens, seconds, **figures):
         """step counts from 1; tokens of the step over all ranks, and the seconds it took. Tensors and floats
-        are written unrounded. Diverged where one is not finite."""
+        are written unrounded. On a GPU also rank 0's peak memory since the step before, an evaluation in
+        between included. Diverged where a number is not finite."""
         now = time.time()
         figures = {"step": step, **{k: float(v) for k, v in figures.items()}}
         check_finite(self.args, **figures)
         if self.quiet:
             return
         figures["tokens_per_second"] = tokens / seconds
+        if torch.cuda.is_available():
+            figures["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            torch.cuda.reset_peak_memory_stats()
         self.file.write(json.dumps(figures) + "\n")
         if self.wandb:
             self.wandb.log(figures, step=step)

@@ -196,7 +196,7 @@ def generate_rollouts(policy, steps, first, count, batches, processor, args, wor
     SIGTERM stops it on any rank. With --rollout gathered each rank holds the full weights and decodes at its
     own pace."""
     sharded = args.rollout == "sharded"
-    model = policy if sharded else fsdp.unsharded(policy, args)
+    model = policy if sharded else fsdp.unsharded(policy, args, world)
     prompts = ((batch, [steps.examples[i] for i in indices], HELD_OUT if held_out else step + 1)
                for step in range(first, first + count)
                for batch, indices in zip(next(batches), steps.groups(step)))
@@ -638,6 +638,7 @@ def main():
                                                     "val/explained_variance", "answer/length"))
     stop = fsdp.Stop()
     log.say(f"{len(prompts.examples)} prompts, {total} iterations")
+    log.say(fsdp.memory_line(args, *models))
 
     def save(iteration):
         fsdp.save_checkpoint(args, world, iteration, training, *optimizers.values())

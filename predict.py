@@ -191,7 +191,7 @@ def main():
         reward_model = fsdp.build(scorer, args, world, score=True)
         same_images = processor.pictures == scorer.processor.pictures
         same_tower = same_images and fsdp.share_tower(model, reward_model, world)
-    model = model if args.sharded else fsdp.unsharded(model, args)
+    model = model if args.sharded else fsdp.unsharded(model, args, world)
     fsdp.record_templates(world, checkpoint, *([scorer] if args.reward_model else []))
     writer = Writer(args, records, conversations, processor) if world.rank == 0 else None
     world.on_rank0(fsdp.write_args, f"{args.out}.args.json", args, world)

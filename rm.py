@@ -147,6 +147,7 @@ def main():
     stop = fsdp.Stop()
     log.say(f"{len(examples)} records, {total} steps, "
             f"{sum(p.numel() for p in parameters):,} trained parameters")
+    log.say(fsdp.memory_line(args, model))
     if held_out and log.owes_evaluation():  # SIGTERM interrupted the last evaluation
         log.add_evaluation(evaluate(model, eval_steps, world, args, log, stop))
         if stop.asked(world):

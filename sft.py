@@ -68,7 +68,7 @@ def show_answers(model, examples, processor, args, world, log, max_new_tokens=64
         images = example.images[:int((example.prompt == processor.image_token).sum())]
         prompts.append(dataclasses.replace(example, answers=[], token_masks=[], images=images))
     batch = data.collate(prompts, processor).to(world.device)
-    full = fsdp.unsharded(model, args)
+    full = fsdp.unsharded(model, args, world)
     features = full.vision_tower(batch.pixels)
     answers, _ = generate(full, batch, features, max_new_tokens, processor.stop, processor.banned)
     for example, (ids,) in zip(examples, answers):
@@ -119,6 +119,7 @@ def main():
     log, stop = fsdp.Log(args, world, total, done), fsdp.Stop()
     log.say(f"{len(examples)} records, {total} steps, "
             f"{sum(p.numel() for p in parameters):,} trained parameters")
+    log.say(fsdp.memory_line(args, model))
     if held_out and log.owes_evaluation():  # SIGTERM interrupted the last evaluation
         log.add_evaluation(evaluate(model, eval_steps, world, args, stop))
         if stop.asked(world):

@@ -19,7 +19,8 @@ import predict
 
 
 def ours(setup):
-    model = fsdp.unsharded(fsdp.build(setup.checkpoint, setup.options, setup.world), setup.options)
+    model = fsdp.unsharded(fsdp.build(setup.checkpoint, setup.options, setup.world),
+                           setup.options, setup.world)
     processor = dataclasses.replace(setup.processor, stop=frozenset(), banned=frozenset())
 
     @torch.no_grad()

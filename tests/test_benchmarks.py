@@ -6,9 +6,14 @@ tokens are equal. What is sampled, and what only one side does (growth), has no 
 import functools
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
+import torch.distributed as dist
+
+import fsdp
 
 TINY = ["--tiny", "--rounds", "1", "--dtype", "fp32", "--threads", "1"]
 
@@ -88,3 +93,50 @@ def test_what_a_start_costs(tmp_path):
     phases = [line.split("  ")[0] for line in done.out.splitlines()]
     assert phases[-5:] == ["reading", "checking", "tokenising", "steps", "in all"]
     assert " 40 records, " in done.out
+
+
+def measure(runs, path):
+    """Trains for one step per run. Writes the bytes of rank 0's shards: of all models, and of the gradients
+    and moments at the step of each optimizer."""
+    world, step = fsdp.launch(SimpleNamespace(replicas=1, images="")), torch.optim.AdamW.step
+    found = {}
+    for title, (script, argv) in runs.items():
+        sizes = found[title] = {"weights": 0, "gradients": 0, "optimizer": 0}
+
+        def measured(optimizer, sizes=sizes):
+            step(optimizer)
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                sizes["gradients"] += p.grad.to_local().nbytes
+                sizes["optimizer"] += sum(optimizer.state[p][moment].to_local().nbytes
+                                          for moment in ("exp_avg", "exp_avg_sq"))
+        torch.optim.AdamW.step = measured
+        models = tiny.inside(script, *argv)
+        fsdp.reshard(*models)
+        shards = {p for model in models for p in model.parameters()}
+        sizes["weights"] = sum(p.to_local().nbytes for p in shards)
+    world.on_rank0(fsdp.write_json, path, found)
+    dist.destroy_process_group()
+
+
+def test_the_memory_table_counts_what_a_run_holds(place, trained, tmp_path):
+    """Weights, gradients and moments per rank, of every script on two ranks, full and with LoRA: the table's
+    bytes are those of the run."""
+    data = {"sft": trained / "rows.json", "dpo": place / "pairs.json", "rm": place / "pairs.json",
+            "ppo": trained / "rows.json"}
+    more = {"ppo": ["--reward_model", trained / "reward", "--rollout_batch", 4, "--max_new_tokens", 4,
+                    "--ppo_epochs", 1]}
+    runs = {}
+    for script, file in data.items():
+        for way, lora in {"full": 0, "LoRA 3": 3}.items():
+            title = f"{trained / 'model'}: {script.upper()}, {way}, 2 GPUs"
+            runs[title] = script, [
+                "--model", trained / "model", "--data", file, "--images", place / "images", "--workers", 0,
+                "--out", tmp_path / script / way, "--batch_size", 4, "--micro_batch", 2, "--max_steps", 1,
+                "--dtype", "bf16", "--lora_rank", lora, *more.get(script, [])]
+    done = tiny.spread(functools.partial(measure, runs, str(tmp_path / "measured.json")), 2)
+    assert done.code == 0, done.err
+    table = fork("memory", "--model", trained / "model", "--gpus", 2, "--lora_rank", 3, "--json")
+    predicted = figures(table)
+    for title, sizes in json.loads((tmp_path / "measured.json").read_text()).items():
+        assert min(sizes.values()) > 0 and sizes.items() <= predicted[title].items(), title
+    assert len(predicted) == 5 * 3 and "PPO, --rollout sharded" in table.out

@@ -448,6 +448,29 @@ def test_killed_and_resumed_is_uninterrupted(kill, uninterrupted, tmp_path):
     assert_same_run(out, expected)
 
 
+def require_offload():
+    """From now on a unit that is sharded without CPUOffloadPolicy fails the run."""
+    shard = fsdp.fully_shard
+
+    def checked(unit, *, offload_policy, **how):
+        assert isinstance(offload_policy, fsdp.CPUOffloadPolicy), offload_policy
+        return shard(unit, offload_policy=offload_policy, **how)
+    fsdp.fully_shard = checked
+
+
+@pytest.mark.parametrize("script, ranks", [("sft", 1), ("sft", 2), ("ppo", 1), ("ppo", 2)])
+def test_offloading_changes_nothing(script, ranks, uninterrupted, tmp_path):
+    """Killed and resumed with --offload: log, exported files and last checkpoint are bit for bit those of a
+    run without it that went through."""
+    out, expected = tmp_path / "out", uninterrupted(script, ranks)
+    assert long_run(script, ranks, " --offload", out, prepare=in_update(6)).code != 0
+    assert fsdp.checkpoint_steps(out) and not (out / "model.safetensors").exists()
+    done = long_run(script, ranks, " --offload", out, "--resume", prepare=require_offload)
+    assert done.code == 0, done.err
+    assert re.search(r"memory per rank: weights .* GB, .*optimizer .* GB \(in host memory\)", done.out)
+    assert_same_run(out, expected)
+
+
 def test_one_rank_resumes_what_two_began(uninterrupted, tmp_path):
     """On another number of ranks the checkpoint loads, and the run is the same to rounding."""
     assert long_run("sft", 2, "", tmp_path / "out", prepare=before_saving(6)).code != 0
@@ -678,6 +701,7 @@ UNKNOWN = {  # options that no script has, or not that one, and what is said of 
     "--max-length 512": {"": "use --max_len (prompt, image and answer"},
     "--vision_tower x": {"": "use --clip, with --llm"},
     "--deepspeed zero3.json": {"": "no option: FSDP2 always shards"},
+    "--adam_offload": {"": "use --offload", "predict": "--offload is an option of training"},
     "--lora_r 8": {"predict": "--lora_rank is an option of training", "": "use --lora_rank"},
     "--micro-batch 2": {"": "use --micro_batch"},
     "--micro_bach 2": {"": "did you mean --micro_batch?"},

@@ -459,6 +459,19 @@ def test_each_rank_loads_its_part_only(tmp_path):
     assert max(peaks[True]) <= 0.65 * min(peaks[False]), (peaks, size)
 
 
+def test_the_log_has_the_peak_memory_of_a_gpu(world, tmp_path, monkeypatch):
+    """Per step, and on GPUs alone."""
+    args = options(out=str(tmp_path))
+    log, peaks = fsdp.Log(args, world, 3, 0), [7e9, 3e9, 0]
+    log.step(1, 10, 1.0, loss=1.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peaks[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.pop(0))
+    for step in (2, 3):
+        log.step(step, 10, 1.0, loss=1.0)
+    assert [line.get("peak_memory_gb") for line in tiny.log(tmp_path)] == [None, 7, 3] and peaks == [0]
+
+
 def test_schedule_by_hand():
     """Linear warm-up to the peak, half of it halfway down the cosine, nearly nothing at the last step."""
     assert [fsdp.schedule(step, 24, 4) for step in (0, 3)] == pytest.approx([1 / 5, 4 / 5])

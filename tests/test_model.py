@@ -352,6 +352,34 @@ def test_names_are_the_mapping():
         assert ours.our_name(name) == ours.our_name(our_name(name)) == our_name(name)
 
 
+@pytest.mark.parametrize("size", ["LLaVA-1.5 7B", "LLaVA-1.5 13B", "LLaMA-3 70B"])
+def test_models_of_real_sizes(size, monkeypatch):
+    """Without weights: every name and shape of transformers' model, in each spelling of a checkpoint, is one
+    of ours and none is missing; an export has the hub's names; eight ranks hold every row once."""
+    monkeypatch.syspath_prepend(str(tiny.ROOT / "benchmarks"))
+    import memory
+    config = memory.llava_config(*memory.SIZES[size])
+    with torch.device("meta"):
+        model, peer = ours.VisionLLM(config), hf.LlavaForConditionalGeneration(config)
+    for spelling in (tiny.MEMORY, tiny.HUB, tiny.NEW):
+        named = tiny.named(peer, spelling)
+        tensors = {ours.our_name(name): tensor for name, tensor in named.items()}
+        assert len(tensors) == len(named) == len(peer.state_dict())
+        ours.check_names(model, tensors, None, (), [size])  # UserError lists every difference
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert shapes.keys() == tiny.named(peer, tiny.HUB).keys()
+    if size == "LLaVA-1.5 7B":  # the numbers of llava-hf/llava-1.5-7b-hf
+        assert (len(shapes), sum(map(math.prod, shapes.values()))) == (686, 7_063_427_072)
+    rows = dict.fromkeys(shapes, 0)
+    for rank in range(8):
+        with memory.fake_world(rank, 8) as world:
+            sharded = memory.fsdp.build_sharded(config, tiny.options(), world)
+        for name, p in sharded.named_parameters():
+            assert p.to_local().shape[1:] == shapes[name][1:]
+            rows[name] += len(p.to_local())
+    assert rows == {name: shape[0] for name, shape in shapes.items()}
+
+
 def test_linear_projector_is_transformers():
     """One linear layer equals transformers' two without activation, the second being the identity."""
     peer = randomise(hf.LlavaForConditionalGeneration(llava_config(projector_hidden_act="linear")))

@@ -330,7 +330,7 @@ def sample(bench, examples, number=1, **options):
     """Rollout of one micro-batch, as in the minibatch of this number."""
     args = SimpleNamespace(**{**vars(bench.args), **options})
     prompts = data.collate(examples, bench.processor)
-    policy = fsdp.unsharded(bench.policy, args)
+    policy = fsdp.unsharded(bench.policy, args, bench.world)
     rollout, = ppo.sample_answers(policy, [(prompts, examples, number)], bench.processor, args, bench.world)
     return rollout
 
@@ -544,7 +544,7 @@ def test_samples_do_not_depend_on_the_decode_batch(bench):
     group = [(data.collate(part, bench.processor), part, number)
              for part, number in ((examples[:3], 1), (examples[3:4], 1), ([], 2), (examples[2:7], 2))]
     assert len({batch.ids.shape for batch, *_ in group}) == 4
-    policy, results = fsdp.unsharded(bench.policy, bench.args), []
+    policy, results = fsdp.unsharded(bench.policy, bench.args, bench.world), []
     for n in (4, 2, 1):
         results.append([rollout for i in range(0, 4, n) for rollout in ppo.sample_answers(
             policy, group[i:i + n], bench.processor, bench.args, bench.world)])
