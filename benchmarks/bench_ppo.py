@@ -34,7 +34,8 @@ def ours(setup):
 
     def step():
         group = [(setup.batch, setup.examples, 1)]
-        rollout, = ppo.sample_answers(fsdp.unsharded(policy, args, world), group, setup.processor, args, world)
+        full = fsdp.unsharded(policy, args, world)
+        rollout, = ppo.sample_answers(full, group, setup.processor, args, world)
         rollout.ended[:] = True
         scores, moments = [scorer.score(rollout, prompts)], torch.tensor([0.0, 1.0])
         scores = ppo.postprocess_scores(scores, [rollout], moments, args)

@@ -436,7 +436,7 @@ def scripts(found, args):
         run(("ppo", "ppo.py", *train, "--model", base, "--max_new_tokens", 12, "--reward_model", rm,
              "--data", shapes / "prompts.json", "--rollout_batch", 32),
             ("greedy.jsonl", *predict), ("best.jsonl", *predict, "--num_samples", 4, "--reward_model", rm),
-            ("dpo_lora", *pairs, "--lora_rank", 8))
+            ("dpo_lora", *pairs, "--lora_rank", 8), ("sft_offload", *first, "--offload"))
     found.add("export_error", export_error(folder / "dpo", shapes))
     shutil.rmtree(folder)
 
