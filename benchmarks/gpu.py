@@ -28,13 +28,13 @@ import copy
 import datetime
 import functools
 import gc
+import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,48 +42,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from traceback import extract_tb, format_exc
-from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() must not initialise CUDA before a fork
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
-import common  # noqa: E402  (hides all GPUs, sets HF_HUB_OFFLINE)
+import gpu_models as G  # before what may initialise CUDA
+import torch
+import torch.nn.functional as F
+from gpu_models import DEVICE, DTYPE, GPU, ROOT
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
-os.environ.pop("CUDA_VISIBLE_DEVICES")
-os.environ.update({} if VISIBLE is None else {"CUDA_VISIBLE_DEVICES": VISIBLE})
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import transformers  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration  # noqa: E402
+import data
+import dpo
+import fsdp
+import model as M
+import ppo
+import sft
 
-import data  # noqa: E402
-import dpo  # noqa: E402
-import fsdp  # noqa: E402
-import model as M  # noqa: E402
-import ppo  # noqa: E402
-import sft  # noqa: E402
-
-with contextlib.suppress(ImportError):
-    import peft
-
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
-DTYPE = torch.bfloat16 if GPU else torch.float32  # as the default of --dtype
-WIDTHS = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
-SIZES = {  # WIDTHS of the LLaMA and of its vision tower, side of an image in pixels, vocabulary
-    "7b": ((4096, 11008, 32, 32, 32), (1024, 4096, 24, 16), 336, 32064),
-    "3b": ((2560, 7680, 32, 20, 20), (1024, 4096, 24, 16), 336, 32064),
-    "gqa": ((512, 1408, 8, 8, 4), (256, 1024, 6, 4), 336, 32064),
-    "mha": ((512, 1408, 8, 8, 8), (256, 1024, 6, 4), 336, 32064),
-    "tiny": ((64, 96, 2, 4, 2), (32, 64, 3, 2), 28, 512),
-    "tiny mha": ((64, 96, 2, 4, 4), (32, 64, 3, 2), 28, 512)}
-
-
-# ---- findings and timing ----
+# ---- findings ----
 
 class Findings:
     """What a stage finds, name → value; written to a file at every change."""
@@ -92,235 +66,24 @@ class Findings:
         self.path, self.values = path, {}
 
     def add(self, name, value):
-        self.values[name] = rounded(value)
+        """value: of JSON; floats get four significant digits."""
+        text = json.dumps(value)
+        self.values[name] = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.4g}"))
         fsdp.write_json(self.path, self.values)
         print(name, self.values[name], flush=True)
-
-
-def rounded(value):
-    """Four significant digits for every float in it."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def clock():
-    """time.perf_counter once the device is idle"""
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def timed(function, rounds=5, warm_up=2):
-    """→ {"seconds": median of a call, "memory": peak in GB}"""
-    for _ in range(warm_up):
-        function()
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(rounds):
-        start = clock()
-        function()
-        seconds.append(clock() - start)
-    return {"seconds": statistics.median(seconds), "memory": torch.cuda.max_memory_allocated() / 1e9}
-
-
-def card_rates(args):
-    """→ FLOP/s of a large bf16 matrix product, bytes/s (read and written) of a copy"""
-    common.world()  # first: it sets the allocator and the attention kernels
-    side, size = (256, 2**22) if args.tiny else (8192, 2**31)
-    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
-    product, copied = timed(lambda: a @ b, 10), timed(source.clone, 10)
-    return 2 * side**3 / product["seconds"], 2 * size / copied["seconds"]
-
-
-def relative_error(a, b):
-    """‖a − b‖ / ‖b‖"""
-    a, b = (t.detach().double().cpu() for t in (a, b))
-    return float((a - b).norm() / b.norm())
-
-
-# ---- models, batches and steps from random numbers ----
-
-def make_checkpoint(args, size):
-    """→ fsdp.Checkpoint that fsdp.build fills with random weights. Images are noise, keyed by their paths."""
-    llama, tower, side, vocab = SIZES[size if not args.tiny else "tiny mha" if size == "mha" else "tiny"]
-    llama, tower = dict(zip(WIDTHS, llama)), dict(zip(WIDTHS, tower))
-    image_token, patches = vocab - 64, (side // 14) ** 2
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=side, patch_size=14, **tower),
-        text_config=LlamaConfig(vocab_size=vocab, max_position_embeddings=8192, **llama),
-        image_token_index=image_token, image_seq_length=patches, tie_word_embeddings=False)
-    processor = data.Processor(
-        None, None, image_token, patches, side, "crop", data.CLIP_MEAN, data.CLIP_STD, side, 3, pad=0,
-        stop=frozenset({2}), banned=frozenset({0, image_token}), max_len=8192)
-    processor.pixels = lambda path: np.random.default_rng(int(path)).random((3, side, side), np.float32)
-    fsdp.load_weights = draw_weights
-    return fsdp.Checkpoint("model", config, [], {}, processor, None, ("",))
-
-
-def is_norm(name):
-    return "norm" in name and name.endswith("weight")
-
-
-@torch.no_grad()
-def draw_weights(model, _tensors, _resized_vocab, seed):
-    """Stands in for fsdp.load_weights: draws on the device, the same weights for any number of ranks."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        full, mesh = torch.ones(parameter.shape, dtype=parameter.dtype, device=DEVICE), parameter.device_mesh
-        if not is_norm(name):
-            full.normal_(0, M.initial_std(name, full.shape), generator=generator)
-        parameter.to_local().copy_(full.chunk(mesh.size())[mesh.get_local_rank()])
-
-
-def make_batch(checkpoint, B, prompt=48, n=0, A=0, ragged=0):
-    """→ B data.Examples of random tokens, and their data.Batch. A prompt has `prompt` tokens and an image,
-    its A answers have n tokens each; every next prompt and answer is shorter by `ragged` tokens."""
-    image_token, draw, examples = checkpoint.processor.image_token, np.random.default_rng(0), []
-    for i in range(B):
-        ids, *answers = (draw.integers(5, image_token, length).astype(np.int32)
-                         for length in (prompt - ragged * i, *(n - ragged * a for a in range(A))))
-        masks = [np.ones(len(answer), bool) for answer in answers]
-        examples.append(data.Example(i, str(i), np.insert(ids, 1, image_token), answers, masks, [str(i)]))
-    return examples, data.collate(examples, checkpoint.processor)
-
-
-def place(batch, model):
-    """The batch on a plain model's device, its pixels in the model's dtype."""
-    weight = next(model.vision_tower.parameters())
-    batch = batch.to(weight.device)
-    batch.pixels = batch.pixels.to(weight.dtype)
-    return batch
-
-
-def options(script, *argv):
-    """The options of a script with a command line."""
-    words = [f"{script.__name__}.py", "--model", "random", "--data", "random", *map(str, argv)]
-    with mock.patch.object(sys, "argv", words):
-        return script.parse_args()
-
-
-@torch.no_grad()
-def sample(model, batch, n, stop=(), **how):
-    """→ answers of at most n tokens [B, K, n]; how: of generate (greedy without uniforms)"""
-    batch = place(batch, model)
-    return M.generate(model, batch, model.vision_tower(batch.pixels), n, stop, **how)[0]
-
-
-def sft_loss(model, batch, count):
-    return sft.sft_loss(model(batch, model.vision_tower(batch.pixels)), count)
-
-
-def train_step(parameters, clip, loss_function):
-    """→ a function that takes an AdamW step, and the list of its losses. Call it before any forward pass."""
-    parameters = [p for p in parameters if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=True), []
-
-    def step():
-        loss = loss_function()
-        loss.backward()
-        clip(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    return step, losses
-
-
-class Training:
-    """A model and four records, for steps of sft.py or dpo.py, with LoRA or full fine-tuning."""
-
-    def __init__(self, args, script, size="7b", lora=True):
-        A, self.n = (1, 102) if script is sft else (2, 150)
-        self.n = 6 if args.tiny else self.n
-        self.flop_rate, _ = card_rates(args)
-        self.checkpoint = make_checkpoint(args, size)
-        self.settings = options(script, *["--lora_rank", 16] * lora)
-        self.model = fsdp.build(self.checkpoint, self.settings, common.world(),
-                                ["language_model.", *["multi_modal_projector."] * (not lora)])
-        self.examples, batch = make_batch(self.checkpoint, 4, 48, self.n, A)
-        self.batch, self.reference = batch.to(DEVICE), []
-        flops = common.forward_flops(self.checkpoint.config, len(batch.pixels), *common.visible_pairs(batch),
-                                     len(batch.target))
-        # frozen weights cost forward and the gradients of inputs, trained weights their own gradients as well
-        self.flops = flops["tower"] + (2 if lora else 3) * (flops["language"] + flops["head"])
-        self.step, self.losses = train_step(self.model.parameters(), fsdp.clip_gradients, self.loss)
-        if script is dpo:
-            with torch.no_grad():
-                logps, _ = dpo.sequence_logprobs(self.model, self.batch)  # [A]
-            fsdp.reshard(self.model)
-            self.reference = [{"logps": pair} for pair in logps.view(-1, A).tolist()]
-
-    def loss(self):
-        if not self.reference:
-            return sft_loss(self.model, self.batch, len(self.batch.target))
-        B = len(self.examples)
-        return dpo.forward(self.model, self.batch, self.reference, B, B * self.n, self.settings)[0]
-
-    def measure(self, step, losses, rounds=5):
-        """→ what a step costs, and its first losses"""
-        result, first = timed(step, rounds), len(losses) - rounds - 2
-        share = self.flops / result["seconds"] / self.flop_rate
-        return {**result, "matrix_share": share, "loss": losses[first:first + 4]}
-
-
-# ---- the peer: transformers ----
-
-def make_peer(config, ours):
-    """transformers' model with our tensors, not copies of them."""
-    torch.set_default_dtype(DTYPE)
-    with torch.device(DEVICE):
-        peer = LlavaForConditionalGeneration(config)  # the weights drawn here are freed below
-    torch.set_default_dtype(torch.float32)
-    fsdp.reshard(ours)  # after backward roots stay unsharded
-    tensors = {name: parameter.to_local() for name, parameter in ours.named_parameters()}
-    tensors = {name: tensors[M.our_name(name)] for name, _ in peer.named_parameters()}
-    peer.load_state_dict(tensors, assign=True)
-    peer.generation_config.eos_token_id = None
-    return peer.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def add_peer_lora(peer, adapters):
-    """→ the peer under PEFT, with the adapters {our name: tensor}"""
-    target = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    peer = peft.get_peft_model(peer, peft.LoraConfig(r=16, lora_alpha=16, target_modules=target))
-    for name, parameter in peer.named_parameters():
-        if parameter.requires_grad:
-            name = name.removeprefix("base_model.model.").replace(".default", "")
-            parameter.copy_(adapters[M.our_name(name)])
-    return peer
-
-
-def peer_inputs(checkpoint, examples, batch):
-    """One sequence per answer: the first answers of all records, then the second. No answers: prompts."""
-    A = max(1, len(examples[0].answers))
-    ids = [[*checkpoint.processor.expand(example.prompt), *[*example.answers, []][a]]
-           for a in range(A) for example in examples]
-    ids = torch.tensor(ids, device=DEVICE)  # [A · B, T]
-    pixels = batch.pixels.to(DEVICE, DTYPE).repeat(A, 1, 1, 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-
-def peer_logprobs(peer, inputs, n):
-    """Log-probabilities of the last n tokens [A · B, n]."""
-    logits = peer(**inputs, use_cache=False, logits_to_keep=n + 1).logits[:, :-1].float()
-    return logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, -n:, None]).squeeze(-1)
 
 
 # ---- stages ----
 
 def card(found, args):
-    flop_rate, byte_rate = card_rates(args)
+    flop_rate, byte_rate = G.card_rates(args)
     found.add("matrix_tflops", flop_rate / 1e12)
     found.add("copy_tb_per_s", byte_rate / 1e12)
     found.add("cudnn_attention_after_launch", torch.backends.cuda.cudnn_sdp_enabled())
     if GPU:
         found.add("multiprocessors", torch.cuda.get_device_properties(0).multi_processor_count)
-        found.add("expandable_segments", all(s["is_expandable"] for s in torch.cuda.memory_snapshot()))
+        found.add("expandable_segments", all(
+            segment["is_expandable"] for segment in torch.cuda.memory_snapshot()))
 
     def attention(T, q_scale=1.0, mean_score=0.0):
         """→ a function: forward and backward of masked attention → gradient of the queries"""
@@ -337,7 +100,7 @@ def card(found, args):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         for T in (200, 201):  # 200 loads the kernels
             run = attention(T)
-            first, following = timed(run, 1, 0)["seconds"], timed(run, 5, 0)["seconds"]
+            first, following = G.timed(run, 1, 0)["seconds"], G.timed(run, 5, 0)["seconds"]
         # pytorch issue 196678: scores far below 0, and a length of 64 more than a multiple of 128
         nan = int((~attention(704, 0.1, -120.0)().isfinite()).sum())
         found.add(f"attention/{name}", {"new_length": first, "same_length": following, "nan_gradients": nan})
@@ -346,7 +109,7 @@ def card(found, args):
 def model_outputs(model, batch):
     """→ log-probabilities, entropies, the gradient of their weighted sum, scores at the last tokens"""
     model.zero_grad()
-    batch = place(batch, model)
+    batch = G.place(batch, model)
     features = model.vision_tower(batch.pixels)
     logprob, entropy = model(batch, features, entropy=True)
     (logprob.sum() + 0.1 * entropy.sum()).backward()
@@ -363,29 +126,29 @@ def equal_share(answers, others):
 
 def parity(found, args):
     """Modules without FSDP. Those on the CPU in fp32 are the reference."""
-    common.world()
+    G.common.world()
     found.add("allow_tf32", torch.backends.cuda.matmul.allow_tf32)
     torch.manual_seed(0)
     for size in ("gqa", "mha"):
-        checkpoint, n = make_checkpoint(args, size), 24
+        checkpoint, n = G.make_checkpoint(args, size), 24
         reference = M.VisionLLM(checkpoint.config, score=True)
         for name, p in reference.named_parameters():
-            nn.init.normal_(p, float(is_norm(name)), 0.05)
+            nn.init.normal_(p, float(G.is_norm(name)), 0.05)
         models = {name: copy.deepcopy(reference).to(DEVICE, dtype) for name, dtype in fsdp.DTYPES.items()}
         for A in (1, 3):
-            _, batch = make_batch(checkpoint, 3, 24, n, A, ragged=3)
+            _, batch = G.make_batch(checkpoint, 3, 24, n, A, ragged=3)
             expected = model_outputs(reference, batch)
             for name, model in models.items():
                 outputs = model_outputs(model, batch)
                 found.add(f"{size}/{A} answers/{name}",
-                          {what: relative_error(outputs[what], expected[what]) for what in expected})
-        _, batch = make_batch(checkpoint, 4, 24, ragged=5)
+                          {what: G.relative_error(outputs[what], expected[what]) for what in expected})
+        _, batch = G.make_batch(checkpoint, 4, 24, ragged=5)
         stop, draws = range(0, 32000, 64), M.keyed_uniforms(0, 1, range(4), 3, n)
         for kind, how in (("greedy", {}), ("sampled", {"uniforms": draws, "num_samples": 3}),
                           ("top_p", {"uniforms": draws, "num_samples": 3, "top_p": 0.9})):
-            expected = sample(reference, batch, n, stop, **how)
+            expected = G.sample(reference, batch, n, stop, **how)
             for name, model in models.items():
-                graph, eager = (sample(model, batch, n, stop, cuda_graph=on, **how) for on in (True, False))
+                graph, eager = (G.sample(model, batch, n, stop, cuda_graph=on, **how) for on in (True, False))
                 found.add(f"{size}/{kind}/{name}", {
                     "equal_to_cpu": equal_share(graph, expected), "graph_is_eager": graph == eager})
     layer, x = M.LoRA(nn.Linear(512, 384), 16, 16), torch.randn(8, 512)
@@ -395,7 +158,7 @@ def parity(found, args):
         y = lora(x.to(lora.weight.device))
         gradients = torch.autograd.grad(y.square().sum(), (lora.lora_A.weight, lora.lora_B.weight))
         results.append(torch.cat([t.flatten() for t in (y, *gradients)]))
-    found.add("lora/fp32", relative_error(*results))
+    found.add("lora/fp32", G.relative_error(*results))
 
 
 def run_script(folder, label, script, *argv):
@@ -406,7 +169,8 @@ def run_script(folder, label, script, *argv):
     result, log = {"exit": done.returncode, "seconds": time.perf_counter() - start}, out / "log.jsonl"
     print(f"---- {label}\n{done.stdout[-4000:]}", flush=True)
     if log.is_file():
-        result["loss"] = [json.loads(line).get("loss") for line in log.read_text().splitlines()]
+        lines, name = map(json.loads, log.read_text().splitlines()), "first/policy/ratio"
+        result["loss"] = [line["loss"] if "loss" in line else {name: line[name]} for line in lines]
     return label, result if done.returncode == 0 else {**result, "output": done.stdout[-500:]}
 
 
@@ -444,52 +208,54 @@ def scripts(found, args):
 @torch.no_grad()
 def export_error(folder, shapes):
     """Relative error of the log-probabilities that transformers computes with an exported checkpoint."""
-    settings = options(sft, "--model", folder, "--data", shapes / "test.json", "--images", shapes / "images")
-    checkpoint = fsdp.open_checkpoint(settings, common.world())
-    model = fsdp.build(checkpoint, settings, common.world())
-    examples = fsdp.read_examples(settings.data, "turns", checkpoint.processor, settings, common.world())
+    images, world = shapes / "images", G.common.world()
+    settings = G.options(sft, "--model", folder, "--data", shapes / "test.json", "--images", images)
+    checkpoint = fsdp.open_checkpoint(settings, world)
+    model = fsdp.build(checkpoint, settings, world)
+    examples = fsdp.read_examples(settings.data, "turns", checkpoint.processor, settings, world)
     batch = data.collate(examples[:8], checkpoint.processor).to(DEVICE)
     ours = model(batch, model.vision_tower(batch.pixels))
-    peer = LlavaForConditionalGeneration.from_pretrained(folder, dtype=DTYPE).to(DEVICE)
+    peer = G.LlavaForConditionalGeneration.from_pretrained(folder, dtype=DTYPE).to(DEVICE)
     logits = peer(input_ids=batch.ids, attention_mask=(batch.branch >= 0).long(),
                   pixel_values=batch.pixels.to(DTYPE)).logits.float().flatten(0, 1)[batch.logit_position]
-    return relative_error(logits.log_softmax(-1).gather(-1, batch.target[:, None]).squeeze(-1), ours)
+    return G.relative_error(logits.log_softmax(-1).gather(-1, batch.target[:, None]).squeeze(-1), ours)
 
 
 def decode(found, args):
     n, many = (8, 4) if args.tiny else (64, 64)
-    checkpoint, (_, byte_rate) = make_checkpoint(args, "7b"), card_rates(args)
+    checkpoint, (_, byte_rate) = G.make_checkpoint(args, "7b"), G.card_rates(args)
     text, tokens = checkpoint.config.text_config, {}
-    settings = options(sft)
-    model = fsdp.build(checkpoint, settings, common.world())
+    settings = G.options(sft)
+    model = fsdp.build(checkpoint, settings, G.common.world())
     weights = sum(p.numel() for p in model.language_model.parameters()) - text.vocab_size * text.hidden_size
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # numbers per position
 
     def measure(name, B, decoder, K=1):
         """decoder(examples, batch, n) → tokens. A graph's cost is in both times of the difference."""
-        examples, batch = make_batch(checkpoint, B)
+        examples, batch = G.make_batch(checkpoint, B)
         batch = batch.to(DEVICE)
         decoder(examples, batch, n // 8)
 
         def run(length):
             tokens[name] = decoder(examples, batch, length)
-        prefill, short, result = (timed(functools.partial(run, length), 1, 0) for length in (1, n // 8, n))
+        prefill, short, result = (G.timed(functools.partial(run, length), 1, 0) for length in (1, n // 8, n))
         token = (result["seconds"] - short["seconds"]) / (n - n // 8)
         read = DTYPE.itemsize * (weights + B * cache * (batch.ids.shape[1] + K * n // 2))
         found.add(name, {**result, "prefill": prefill["seconds"], "token": token,
                          "tokens_per_s": B * K / token, "bandwidth_share": read / token / byte_rate})
         gc.collect()
         torch.cuda.empty_cache()
-    plain, draws = fsdp.unsharded(model, settings, common.world()), M.keyed_uniforms(0, 1, range(8), 8, n)
-    measure("ours/8", 8, lambda examples, batch, n: sample(plain, batch, n))
-    measure("ours/8/eager", 8, lambda examples, batch, n: sample(plain, batch, n, cuda_graph=False))
-    measure(f"ours/{many}", many, lambda examples, batch, n: sample(plain, batch, n))
-    measure("ours/8 prompts, 8 samples", 8, K=8, decoder=lambda examples, batch, n: sample(
+    plain = fsdp.unsharded(model, settings, G.common.world())
+    draws = M.keyed_uniforms(0, 1, range(8), 8, n)
+    measure("ours/8", 8, lambda examples, batch, n: G.sample(plain, batch, n))
+    measure("ours/8/eager", 8, lambda examples, batch, n: G.sample(plain, batch, n, cuda_graph=False))
+    measure(f"ours/{many}", many, lambda examples, batch, n: G.sample(plain, batch, n))
+    measure("ours/8 prompts, 8 samples", 8, K=8, decoder=lambda examples, batch, n: G.sample(
         plain, batch, n, uniforms=draws[:, :, :n], num_samples=8))
-    peer = make_peer(checkpoint.config, model)
+    peer = G.make_peer(checkpoint.config, model)
 
     def generate(examples, batch, n, **how):
-        inputs = peer_inputs(checkpoint, examples, batch)
+        inputs = G.peer_inputs(checkpoint, examples, batch)
         ids = peer.generate(**inputs, max_new_tokens=n, do_sample=False, **how)
         return [[sequence] for sequence in ids[:, -n:].tolist()]
     for B in (8, many):
@@ -500,7 +266,7 @@ def decode(found, args):
 
 
 def lora_step(found, args, script):
-    run = Training(args, script)
+    run = G.Training(args, script)
     found.add("positions", run.batch.ids.shape[1])
     trained = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     adapters = {name: p.detach().to_local().clone() for name, p in trained}
@@ -510,38 +276,48 @@ def lora_step(found, args, script):
     if "peft" not in sys.modules:
         found.add("transformers", "not run: peft is not installed")
         return
-    peer = add_peer_lora(make_peer(run.checkpoint.config, run.model), adapters)
-    inputs, n = peer_inputs(run.checkpoint, run.examples, run.batch), run.n
+    peer = G.add_peer_lora(G.make_peer(run.checkpoint.config, run.model), adapters)
+    inputs, n = G.peer_inputs(run.checkpoint, run.examples, run.batch), run.n
     run.model = run.step = None
+    gc.collect()
 
     def loss():
         if script is sft:
-            return -peer_logprobs(peer, inputs, n).mean()
+            return -G.peer_logprobs(peer, inputs, n).mean()
         with torch.no_grad(), peer.disable_adapter():
-            ref = peer_logprobs(peer, inputs, n).sum(1)
-        chosen, rejected = (peer_logprobs(peer, inputs, n).sum(1) - ref).chunk(2)
+            ref = G.peer_logprobs(peer, inputs, n).sum(1)
+        chosen, rejected = (G.peer_logprobs(peer, inputs, n).sum(1) - ref).chunk(2)
         return -F.logsigmoid(run.settings.beta * (chosen - rejected)).mean()
-    found.add("transformers", run.measure(*train_step(peer.parameters(), nn.utils.clip_grad_norm_, loss)))
+    step, losses = G.train_step(peer.parameters(), nn.utils.clip_grad_norm_, loss)
+    for name in ("transformers", "transformers/recompute"):
+        if name.endswith("recompute"):
+            peer.train()  # it recomputes nothing in eval mode; there is no dropout
+            peer.gradient_checkpointing_enable()
+            peer.enable_input_require_grads()
+        try:
+            found.add(name, run.measure(step, losses))
+        except torch.OutOfMemoryError:
+            found.add(name, "out of memory")
 
 
 def full(found, args):
-    run = Training(args, sft, "3b", lora=False)
+    run = G.Training(args, sft, "3b", lora=False)
     found.add("positions", run.batch.ids.shape[1])
     found.add("parameters", sum(p.numel() for p in run.model.parameters() if p.requires_grad))
     found.add("eager", run.measure(run.step, run.losses))
     if GPU:
         run.model.compile_layers()
-        found.add("first compiled step", timed(run.step, 1, 0)["seconds"])
+        found.add("first compiled step", G.timed(run.step, 1, 0)["seconds"])
         found.add("compiled", run.measure(run.step, run.losses))
 
 
 def ppo_iteration(found, args):
-    """The phases of ppo.main, twice; the second iteration is timed."""
+    """The phases of ppo.main, twice; the second iteration is G.timed."""
     B, micro_batch, n = (4, 2, 6) if args.tiny else (16, 4, 128)
-    settings = options(ppo, "--reward_model", "random", "--lora_rank", 16, "--max_new_tokens", n,
+    settings = G.options(ppo, "--reward_model", "random", "--lora_rank", 16, "--max_new_tokens", n,
                        "--rollout_batch", B, "--batch_size", B, "--micro_batch", micro_batch)
-    checkpoint, world, stop = make_checkpoint(args, "7b"), common.world(), fsdp.Stop()
-    processor, (examples, _) = checkpoint.processor, make_batch(checkpoint, B)
+    checkpoint, world, stop = G.make_checkpoint(args, "7b"), G.common.world(), fsdp.Stop()
+    processor, (examples, _) = checkpoint.processor, G.make_batch(checkpoint, B)
     policy, reference, scorer, critic = ppo.build_models(checkpoint, checkpoint, settings, world)
     models = {"policy": policy, "critic": critic}
     optimizers = {name: ppo.adam(model, settings.lr, settings) for name, model in models.items()}
@@ -550,22 +326,22 @@ def ppo_iteration(found, args):
     steps = data.Steps(examples, processor, B, micro_batch, 0, 1, drop_last=True)
     batches, moments = iter(data.loader(steps, 0, 2, 0)), torch.tensor([0.0, 1.0])
     for iteration in (1, 2):
-        times = [clock()]
+        times = [G.clock()]
         rollouts = ppo.generate_rollouts(policy, steps, iteration - 1, 1, batches, processor, settings, world,
                                          stop)
-        times.append(clock())
+        times.append(G.clock())
         scores = [scorer.score(rollout, prompts) for rollout in rollouts]
         scores = ppo.postprocess_scores(scores, rollouts, moments, settings)
-        times.append(clock())
+        times.append(G.clock())
         old_outputs = [ppo.logprobs_and_values(rollout, policy, reference, critic, settings)
                        for rollout in rollouts]
         fsdp.reshard(policy, critic, scorer.model)
-        times.append(clock())
+        times.append(G.clock())
         targets = ppo.compute_advantages(old_outputs, scores, settings.kl_coef, settings, world)
         minibatch = list(zip(rollouts, old_outputs, targets))
         results = [ppo.ppo_step(minibatch, None, models, optimizers, iteration, settings, world)
                    for _ in range(settings.ppo_epochs)]
-        times.append(clock())
+        times.append(G.clock())
     phases = ("generate", "score", "forward", "update")
     seconds = dict(zip(phases, (end - start for start, end in itertools.pairwise(times))))
     found.add("phases", {**seconds, "generate_share": seconds["generate"] / sum(seconds.values())})
@@ -576,11 +352,11 @@ def ppo_iteration(found, args):
 def kernels(function):
     """→ {kernel: (milliseconds, calls)} of a second call; without a GPU, of operators"""
     function()
-    clock()
+    G.clock()
     activity = torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
         function()
-        clock()
+        G.clock()
     events, key = profiler.key_averages(), "self_device_time_total" if GPU else "self_cpu_time_total"
     print(events.table(sort_by=key, row_limit=30), flush=True)
     kind = torch.autograd.DeviceType.CUDA if GPU else torch.autograd.DeviceType.CPU
@@ -588,18 +364,18 @@ def kernels(function):
 
 
 def profile(found, args):
-    run = Training(args, sft)
+    run = G.Training(args, sft)
 
     def add(name, table):
         top = sorted(table.items(), key=lambda item: -item[1][0])[:12]
-        ms, calls = (sum(values) for values in zip(*table.values()))
+        ms, calls = (sum(values[i] for values in table.values()) for i in (0, 1))
         found.add(name, {"kernels": calls, "ms": ms, "top": [
             (key.removeprefix("void ").replace("at::native::", "")[:64], *values) for key, values in top]})
     add("sft_step", kernels(run.step))
-    _, batch = make_batch(run.checkpoint, 8)
-    plain = fsdp.unsharded(run.model, run.settings, common.world())
+    _, batch = G.make_batch(run.checkpoint, 8)
+    plain = fsdp.unsharded(run.model, run.settings, G.common.world())
     plain.set_adapters(False)
-    few, more = (kernels(lambda n=n: sample(plain, batch, n, cuda_graph=False)) for n in (1, 9))
+    few, more = (kernels(lambda n=n: G.sample(plain, batch, n, cuda_graph=False)) for n in (1, 9))
     add("decode_step", {key: [(a - b) / 8 for a, b in zip(more[key], few.get(key, (0, 0)))] for key in more})
 
 
@@ -612,14 +388,14 @@ def rank_steps(ranks, folder, args):
             timeout=datetime.timedelta(seconds=20))
         mesh = init_device_mesh(DEVICE.type, (ranks,), mesh_dim_names=("shard",))
         world = fsdp.World(rank, ranks, DEVICE, mesh)
-        checkpoint = make_checkpoint(args, "gqa")
-        model = fsdp.build(checkpoint, options(sft, "--dtype", "fp32"), world, ["language_model."])
+        checkpoint = G.make_checkpoint(args, "gqa")
+        model = fsdp.build(checkpoint, G.options(sft, "--dtype", "fp32"), world, ["language_model."])
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
-        examples, _ = make_batch(checkpoint, 4, 24, 24, 1, ragged=3)
+        examples, _ = G.make_batch(checkpoint, 4, 24, 24, 1, ragged=3)
         batch = data.collate(examples[rank::ranks], checkpoint.processor).to(DEVICE)
         count, losses, gradients = world.sum(len(batch.target))[0], [], []
         for _ in range(2):
-            loss = sft_loss(model, batch, count)
+            loss = G.sft_loss(model, batch, count)
             loss.backward()
             losses += world.sum(loss.detach())
             gradients += [p.grad.full_tensor().flatten().cpu() for p in model.parameters() if p.requires_grad]
@@ -632,14 +408,14 @@ def rank_steps(ranks, folder, args):
 
 def ranks(found, args):
     with tempfile.TemporaryDirectory() as folder:
-        one, two = (common.forked(rank_steps, n, folder, args, ranks=n) for n in (1, 2))
+        one, two = (G.common.forked(rank_steps, n, folder, args, ranks=n) for n in (1, 2))
     if isinstance(one, str) or isinstance(two, str):
         found.add("not supported", {"one": one, "two": two} if isinstance(one, str) else two)
         return
     (losses, gradient), (losses2, gradient2) = one, two
     found.add("loss", losses)
-    found.add("loss_error", relative_error(torch.tensor(losses2), torch.tensor(losses)))
-    found.add("gradient_error", relative_error(torch.from_numpy(gradient2), torch.from_numpy(gradient)))
+    found.add("loss_error", G.relative_error(torch.tensor(losses2), torch.tensor(losses)))
+    found.add("gradient_error", G.relative_error(torch.from_numpy(gradient2), torch.from_numpy(gradient)))
 
 
 STAGES = {  # name → function, limit in seconds
@@ -685,15 +461,17 @@ def fork(function, *args):
 def run_stage(name, function, args, limit, forked=True):
     """→ {"end": "done" or what happened, "seconds", its findings, and "error" if it raised one}"""
     start, process = time.perf_counter(), fork(run_child, name, function, args, forked)
-    process.join(limit)
-    end = {0: "done", 1: "failed", None: f"cut after {limit:.0f} s"}.get(
-        process.exitcode, f"ended with {process.exitcode}")
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # also what it has started
+    try:
+        process.join(limit)
+        code = process.exitcode
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # also what it has started
+    end = {0: "done", 1: "failed", None: f"cut after {limit:.0f} s"}.get(code, f"ended with {code}")
     found = data.read_json(args.out, f"{name}.part.json", {})
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(args.out, f"{name}.part.json"))
-    return {"end": end, "seconds": rounded(time.perf_counter() - start), **found}
+    return {"end": end, "seconds": round(time.perf_counter() - start, 1), **found}
 
 
 def header():
@@ -704,7 +482,7 @@ def header():
     card = output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     return {"card": card, "cpus": os.cpu_count(), "torch": torch.__version__, "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(), "nccl": torch.cuda.nccl.version() if GPU else None,
-            "transformers": transformers.__version__, "command": " ".join(sys.argv),
+            "transformers": importlib.metadata.version("transformers"), "command": " ".join(sys.argv),
             "commit": os.environ.get("GIT_COMMIT") or output("git", "-C", str(ROOT), "rev-parse", "HEAD")}
 
 
