@@ -14,11 +14,13 @@ shards (fsdp.bytes_per_rank). A GPU also holds, with --recompute, in bytes (e: b
     inputs    e · B T · D per layer: saved for the backward pass
     internals e · B T · (7 D + 7 H C + 4 K C + 7 M): of one layer, computed again, and their gradients
     head      8 B T · D: hidden states where tokens are predicted
+    passing   e · (2 D + 3 M) per token: of one layer in a pass without gradients
 
     update    gradients + root + layer + reduction + inputs + internals + head; the largest trained model
-    forward   roots of all models + layer + internals; PPO's log-probabilities and values
-    generate  e · (parameters of the policy) + 2 e · B T · K C per layer + internals; PPO's full copy and its
-              KV cache; with --rollout sharded root + layer instead of the copy
+    forward   roots of all models + layer + passing · B T; PPO's log-probabilities and values
+    generate  copy + (2 e · K C per layer + passing) · P T; PPO's plain model (e · parameters of the policy,
+              on one GPU of those that are not in --dtype), its KV cache and the prefill; with --rollout
+              sharded root + layer in place of the copy
     GPU       weights + moments + max(update, forward, generate)
 
 With --offload weights, gradients and moments are in host memory, not on the GPU (pinned: PyTorch may round
@@ -26,8 +28,8 @@ each tensor up to a power of two). Not counted: a frozen vision tower's activati
 NCCL's buffers, fragmentation. A model fits if its sum is at most --gpu_gb (in 1e9 bytes); a card of "80 GB"
 has 85, and what is not counted has to fit into the rest.
 
-Legend: B --micro_batch, T --tokens (prompt, image and answers), D width, H heads, K kv-heads, C channels per
-head, M width of the MLP.
+Legend: B --micro_batch, P --decode_batch, T --tokens (prompt, image and answers), D width, H heads, K
+kv-heads, C channels per head, M width of the MLP.
 """
 import argparse
 import contextlib
@@ -118,12 +120,12 @@ def numel(parameters, trained=False):
 def bytes_of(models, config, options, offload=False, rollout=None):
     """→ {part: bytes} on rank 0, the sums "GPU" and "host" among them. models: those of models_of; rollout:
     PPO's --rollout."""
-    text, e = config.text_config, fsdp.DTYPES[options.dtype].itemsize
-    D, L, M = text.hidden_size, text.num_hidden_layers, text.intermediate_size
+    text, dtype = config.text_config, fsdp.DTYPES[options.dtype]
+    D, L, M, e = text.hidden_size, text.num_hidden_layers, text.intermediate_size, dtype.itemsize
     C = getattr(text, "head_dim", None) or D // text.num_attention_heads
     HC, KC = text.num_attention_heads * C, text.num_key_value_heads * C
-    BT = options.micro_batch * options.tokens
-    internals, cache = e * BT * (7 * D + 7 * HC + 4 * KC + 7 * M), 2 * e * BT * KC * L
+    BT, PT = options.micro_batch * options.tokens, options.decode_batch * options.tokens
+    passing, cache = e * (2 * D + 3 * M), 2 * e * KC * L  # per token
 
     def layers(model):
         return [p for layer in model.language_model.model.layers for p in layer.parameters()]
@@ -136,16 +138,18 @@ def bytes_of(models, config, options, offload=False, rollout=None):
         trained, trained_root = numel(layers(model), True) // L, numel(root(model), True)
         reduction = max((e + 4) * trained, 4 * trained_root) + e * trained_root
         unsharded = e * (numel(root(model)) + 2 * numel(layers(model)) // L)
-        return unsharded + reduction + BT * D * (e * L + 8) + internals
+        internals = e * (7 * D + 7 * HC + 4 * KC + 7 * M)  # per token
+        return unsharded + reduction + BT * (D * (e * L + 8) + internals)
 
     sizes = fsdp.bytes_per_rank(*models)
     weights, gradients, moments = (0, 0, 0) if offload else sizes.values()
-    layer = 2 * e * numel(layers(models[0])) // L
     phases = {"update": gradients + max(training(m) for m in models if numel(m.parameters(), True))}
     if rollout:
-        gathered, sharded = e * numel(models[0].parameters()), e * numel(root(models[0])) + layer
-        phases["forward"] = e * numel(root(*models)) + layer + internals
-        phases["generate"] = (gathered if rollout == "gathered" else sharded) + cache + internals
+        policy, layer = models[0], 2 * e * numel(layers(models[0])) // L
+        copied = [p for p in policy.parameters() if offload or p.device_mesh.size() > 1 or p.dtype != dtype]
+        full = e * numel(copied) if rollout == "gathered" else e * numel(root(policy)) + layer
+        phases["forward"] = e * numel(root(*models)) + layer + BT * passing
+        phases["generate"] = full + PT * (cache + passing)
     return {**sizes, **phases, "GPU": weights + moments + max(phases.values()),
             "host": sum(sizes.values()) if offload else 0}
 
@@ -165,6 +169,8 @@ def main():
     add("--gpu_gb", type=float, default=80, help="memory per GPU in GB")
     add("--micro_batch", type=int, default=4, help="records per forward pass on a GPU")
     add("--tokens", type=int, default=2048, help="tokens per record")
+    add("--decode_batch", type=int, default=16, help="prompts that a GPU decodes at once (ppo.py's default: "
+        "all of an iteration)")
     add("--lora_rank", type=int, default=16, help="of the LoRA columns")
     add("--dtype", choices=[*fsdp.DTYPES], default="bf16", help="of the computation")
     add("--json", action="store_true", help="print the bytes of every part as JSON lines, too")
@@ -175,7 +181,8 @@ def main():
     ways = {"full": (0, False), f"LoRA {options.lora_rank}": (options.lora_rank, False),
             "full, --offload": (0, True)}  # LoRA rank, offload
     print(f"GB per GPU, + GB of host memory per GPU; * fits into {options.gpu_gb:g} GB. {options.dtype}, "
-          f"--recompute, --micro_batch {options.micro_batch}, {options.tokens} tokens per record")
+          f"--recompute, --micro_batch {options.micro_batch}, --decode_batch {options.decode_batch}, "
+          f"{options.tokens} tokens per record")
     for model, config in configs.items():
         print("\n" + (f"{model:24}" + "".join(f"{way:^{12 * len(options.gpus)}}" for way in ways)).rstrip())
         print((f"{'GPUs':24}" + "".join(f"{n:>7}     " for n in options.gpus) * len(ways)).rstrip())
