@@ -45,6 +45,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 from transformers import LlavaConfig
 
 import data
@@ -841,8 +842,10 @@ def load_weights(model, tensors, grown, seed):
     """Streams every parameter in: each rank reads its own rows only. Rows that the vocabulary has grown by
     are the mean of the old ones; parameters without a tensor are drawn, keyed by (seed, name)."""
     for name, parameter in data.progress([*model.named_parameters()], "tensors read"):
-        local, mesh = parameter.to_local(), parameter.device_mesh
-        n, size, mine = parameter.shape[0], mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
+        local, n, size, mine = local_tensor(parameter), parameter.shape[0], 1, 0
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            size, mine = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
         chunk = -(-n // size)  # FSDP2 shards rows as torch.chunk does
         start, stop = min(n, mine * chunk), min(n, (mine + 1) * chunk)
         assert len(local) == stop - start, (name, local.shape, start, stop)
@@ -1036,7 +1039,8 @@ def share_tower(model, other, world):
     ours, theirs = (dict(m.vision_tower.named_parameters()) for m in (model, other))
     kinds = [(m.vision_tower.depth, m.vision_tower.drop_class) for m in (model, other)]
     equal = kinds[0] == kinds[1] and ours.keys() == theirs.keys() and all(
-        not p.requires_grad and torch.equal(p.to_local(), theirs[n].to_local()) for n, p in ours.items())
+        not p.requires_grad and torch.equal(local_tensor(p), local_tensor(theirs[n]))
+        for n, p in ours.items())
     if all(world.gather(equal)):
         other.vision_tower = model.vision_tower
     return other.vision_tower is model.vision_tower
@@ -1050,12 +1054,17 @@ def roots(model):
 def shard(model, world, dtype, offload=False):
     """fully_shard on each root, the LLaMA's layers as units of their own; scores are computed in fp32.
     Gradients are summed over ranks, not averaged. offload: parameters, gradients and thus the optimiser's
-    state are CPU tensors; FSDP copies a unit to the GPU before it is gathered."""
+    state are CPU tensors; FSDP copies a unit to the GPU before it is gathered.
+
+    In a world of one, frozen weights stay plain tensors, which FSDP would copy in every pass, and layers that
+    hold some are no units of their own: its hooks take longer than what they do for adapters."""
+    plain = {p for p in model.parameters() if not p.requires_grad and world.size == 1 and not offload}
+    layers = [layer for layer in model.language_model.model.layers if plain.isdisjoint(layer.parameters())]
     offloading = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
-    for unit in (*model.language_model.model.layers, *roots(model)):
+    for unit in (*layers, *roots(model)):
         unit_dtype = torch.float32 if unit is getattr(model, "score", None) else dtype
         policy = MixedPrecisionPolicy(param_dtype=unit_dtype, reduce_dtype=torch.float32)
-        fully_shard(unit, mesh=world.mesh, mp_policy=policy, offload_policy=offloading)
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy, offload_policy=offloading, ignored_params=plain)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # these settings do not reach child units by themselves
             if world.size > 1:  # a world of one would make a copy to divide by the 1
@@ -1065,12 +1074,22 @@ def shard(model, world, dtype, offload=False):
                 module.set_custom_reduce_scatter(OneBuffer())
 
 
+def local_tensor(parameter):
+    """What this rank holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def full_tensor(parameter):
+    """All of a parameter, on every rank: collective."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def bytes_per_rank(*models):
     """→ {"weights", "gradients", "optimizer"}: bytes of sharded models on this rank while they are trained. A
     tower that several share counts once; the optimizer's are AdamW's two moments, in the gradients' dtype."""
     shards = {id(p): p for model in models for p in model.parameters()}.values()
-    trained = sum(p.to_local().nbytes for p in shards if p.requires_grad)
-    return {"weights": sum(p.to_local().nbytes for p in shards), "gradients": trained,
+    trained = sum(local_tensor(p).nbytes for p in shards if p.requires_grad)
+    return {"weights": sum(local_tensor(p).nbytes for p in shards), "gradients": trained,
             "optimizer": 2 * trained}
 
 
@@ -1118,7 +1137,7 @@ def unsharded(model, args, world):
     for name, parameter in model.named_parameters():
         dtype = torch.float32 if name.startswith("score.") else DTYPES[args.dtype]
         full = parameter.detach().to(world.device, dtype)
-        full = full.to_local() if full.device_mesh.size() == 1 else full.full_tensor()
+        full = local_tensor(full) if world.size == 1 else full_tensor(full)
         owner, _, leaf = name.rpartition(".")
         setattr(plain.get_submodule(owner), leaf, nn.Parameter(full, requires_grad=False))
     if model.config.tie_word_embeddings:
@@ -1419,7 +1438,7 @@ def save_checkpoint(args, world, step, model, *optimizers):
     """Writes checkpoints/step_N beside the others and renames it when it is complete; the last two stay."""
     folder = os.path.join(args.out, "checkpoints", f"step_{step}")
     world.on_rank0(shutil.rmtree, folder + ".part", True)
-    finite = all(p.to_local().isfinite().all() for p in model.parameters() if p.requires_grad)
+    finite = all(local_tensor(p).isfinite().all() for p in model.parameters() if p.requires_grad)
     if world.sum(not finite)[0]:
         raise Diverged(f"step {step}: a weight is not finite: nothing was saved or exported; start again "
                        "with a lower learning rate")
@@ -1509,10 +1528,10 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
         file = "model.safetensors" if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors"
         held = {}
         for name, parameter in data.progress(group, f"{file}: tensors written"):
-            whole = parameter.detach().full_tensor()  # collective: every rank takes part
+            whole = full_tensor(parameter.detach())  # collective: every rank takes part
             if name in adapted:
                 lora = adapted[name]
-                A, B = (adapter.weight.detach().full_tensor() for adapter in (lora.lora_A, lora.lora_B))
+                A, B = (full_tensor(adapter.weight.detach()) for adapter in (lora.lora_A, lora.lora_B))
                 whole = whole.float() + lora.alpha / lora.rank * B @ A
             if world.rank == 0:
                 held[name] = whole.to(dtype).cpu().contiguous()
@@ -1525,7 +1544,7 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
         index["weight_map"].update(dict.fromkeys(held, file))
         world.on_rank0(save_tensors, held, os.path.join(part, file))
     if hasattr(model, "score"):
-        head = {name: p.detach().full_tensor().cpu() for name, p in model.score.named_parameters()}
+        head = {name: full_tensor(p.detach()).cpu() for name, p in model.score.named_parameters()}
         world.on_rank0(save_tensors, head, os.path.join(part, SCORE))
     if args.save_adapter:
         save_adapter(model, args, world, os.path.join(part, "adapter"))
@@ -1558,7 +1577,7 @@ def save_adapter(model, args, world, folder):
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             name = name.replace("language_model.model.", "base_model.model.model.language_model.", 1)
-            tensors[name] = parameter.detach().full_tensor().cpu()
+            tensors[name] = full_tensor(parameter.detach()).cpu()
     base, _, revision = (args.model, "", "") if os.path.isdir(args.model) else args.model.partition("@")
     about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
              "base_model_name_or_path": base, "revision": revision or None, "r": args.lora_rank,

@@ -204,7 +204,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 @torch.compiler.disable  # compiled for varying lengths, backward fails: "expected … stride" (torch 2.13)
@@ -244,9 +244,10 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * C, D, bias=bias)
 
     def forward(self, x, rope, mask, cache=None):
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, C]
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [B, K, T, C]
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [B, K, T, C]
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, -1).transpose(1, 2)  # [B, H, T, C]
+        k = self.k_proj(x).view(B, T, self.kv_heads, -1).transpose(1, 2)  # [B, K, T, C]
+        v = self.v_proj(x).view(B, T, self.kv_heads, -1).transpose(1, 2)  # [B, K, T, C]
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(self, k, v)  # [B, K, S, C]
@@ -426,11 +427,12 @@ class LoRA(nn.Module):
         self.rank, self.alpha, self.on = rank, alpha, True
 
     def forward(self, x):
-        y = F.linear(x.flatten(0, -2), self.weight, self.bias)  # [B · T, out]
+        flat = x.flatten(0, -2)  # [B · T, in]
+        y = F.linear(flat, self.weight, self.bias)  # [B · T, out]
         if self.on:
-            low_rank = self.lora_A(x.flatten(0, -2))  # [B · T, rank]
+            low_rank = F.linear(flat, self.lora_A.weight)  # [B · T, rank]
             y = y.addmm_(low_rank, self.lora_B.weight.T, alpha=self.alpha / self.rank)
-        return y.unflatten(0, x.shape[:-1])
+        return y.view(*x.shape[:-1], -1)
 
 
 def add_lora(model, rank, alpha):

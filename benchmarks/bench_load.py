@@ -37,7 +37,7 @@ def measure(load, folder, args):
     setup, models, start = common.prepare(sft, folder, args), [], time.perf_counter()
     peak = common.peak_memory(lambda: models.append(load(setup)))
     peaks, seconds = zip(*setup.world.gather((peak, time.perf_counter() - start)))
-    magnitude = sum(p.to_local().abs().sum().double() for p in models[0].parameters())
+    magnitude = sum(fsdp.local_tensor(p).abs().sum().double() for p in models[0].parameters())
     return max(peaks), max(seconds), setup.world.sum(magnitude)[0]
 
 

@@ -81,6 +81,8 @@ def card(found, args):
     found.add("copy_tb_per_s", byte_rate / 1e12)
     found.add("cudnn_attention_after_launch", torch.backends.cuda.cudnn_sdp_enabled())
     if GPU:
+        found.add("cudnn", torch.backends.cudnn.version())
+        found.add("nccl", ".".join(map(str, torch.cuda.nccl.version())))
         found.add("multiprocessors", torch.cuda.get_device_properties(0).multi_processor_count)
         found.add("expandable_segments", all(
             segment["is_expandable"] for segment in torch.cuda.memory_snapshot()))
@@ -269,8 +271,12 @@ def lora_step(found, args, script):
     run = G.Training(args, script)
     found.add("positions", run.batch.ids.shape[1])
     trained = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
-    adapters = {name: p.detach().to_local().clone() for name, p in trained}
+    adapters = {name: fsdp.local_tensor(p.detach()).clone() for name, p in trained}
     found.add("ours", run.measure(run.step, run.losses))
+    if script is sft:
+        run.use(8)
+        found.add("ours/8 records", run.measure(run.step, run.losses, 3))
+        run.use(4)
     run.model.set_recompute(True)
     found.add("ours/recompute", run.measure(run.step, run.losses, 3))
     if "peft" not in sys.modules:
@@ -398,7 +404,8 @@ def rank_steps(ranks, folder, args):
             loss = G.sft_loss(model, batch, count)
             loss.backward()
             losses += world.sum(loss.detach())
-            gradients += [p.grad.full_tensor().flatten().cpu() for p in model.parameters() if p.requires_grad]
+            gradients += [fsdp.full_tensor(p.grad).flatten().cpu()
+                          for p in model.parameters() if p.requires_grad]
             optimizer.step()
             optimizer.zero_grad()
         return losses, torch.cat(gradients).numpy()
@@ -419,7 +426,7 @@ def ranks(found, args):
 
 
 STAGES = {  # name → function, limit in seconds
-    "card": (card, 40), "parity": (parity, 60), "scripts": (scripts, 110), "decode": (decode, 80),
+    "card": (card, 40), "parity": (parity, 60), "scripts": (scripts, 110), "decode": (decode, 120),
     "sft": (functools.partial(lora_step, script=sft), 60),
     "dpo": (functools.partial(lora_step, script=dpo), 60),
     "full": (full, 60), "ppo": (ppo_iteration, 60), "profile": (profile, 40), "ranks": (ranks, 60)}
@@ -448,6 +455,7 @@ def run_child(name, function, args, forked):
     os.dup2(log, 2)
     print(f"======== {name}", flush=True)
     if forked:
+        G.show_gpus()
         run_here(name, function, args)
     sys.exit(subprocess.run([sys.executable, __file__, *sys.argv[1:], "--stage", name]).returncode)
 
@@ -481,7 +489,6 @@ def header():
         return found and subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     card = output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     return {"card": card, "cpus": os.cpu_count(), "torch": torch.__version__, "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(), "nccl": torch.cuda.nccl.version() if GPU else None,
             "transformers": importlib.metadata.version("transformers"), "command": " ".join(sys.argv),
             "commit": os.environ.get("GIT_COMMIT") or output("git", "-C", str(ROOT), "rev-parse", "HEAD")}
 
@@ -499,16 +506,21 @@ def main():
     if not set(args.only.split(",")) <= set(STAGES):
         parser.error(f"got --only {args.only}, need any of {','.join(STAGES)}")
     if not GPU and not args.tiny:
-        parser.error("got no GPU (torch.cuda.is_available() is False), need one; --tiny runs without")
+        parser.error("got no GPU (nvidia-smi lists none), need one; --tiny runs without")
     if args.tiny:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts
         torch.set_num_threads(1)
     if args.stage:
+        G.show_gpus()
         run_here(args.stage, STAGES[args.stage][0], args)
     os.makedirs(args.out, exist_ok=True)
     start, results = time.perf_counter(), header()
-    # whether a forked process can initialise CUDA; if not, each stage starts Python anew
-    probe = fork(torch.cuda.init if GPU else int)
+
+    def probe():  # whether a forked process can initialise CUDA; if not, each stage starts Python anew
+        G.show_gpus()
+        if GPU:
+            torch.cuda.init()
+    probe = fork(probe)
     probe.join()
     results["forked"] = probe.exitcode == 0
     print(json.dumps(results), flush=True)

@@ -1,11 +1,14 @@
 """What gpu.py measures: models and batches from random numbers, training steps on them, the same for
-transformers, and how they are timed. Import it before anything that may initialise CUDA.
+transformers, and how they are timed. Importing it hides all GPUs, so that nothing initialises CUDA in a
+process that is to be forked; the forked one calls show_gpus().
 
 Legend: B records, A answers per record, K samples per prompt, T positions, n tokens per answer.
 """
 import contextlib
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,12 +16,9 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # is_available() must not initialise CUDA before a fork
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # with it and no visible GPU, is_available() asks no driver
 import common  # noqa: E402  (hides all GPUs, sets HF_HUB_OFFLINE)
-
-os.environ.pop("CUDA_VISIBLE_DEVICES")
-os.environ.update({} if VISIBLE is None else {"CUDA_VISIBLE_DEVICES": VISIBLE})
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration  # noqa: E402
@@ -32,7 +32,8 @@ import sft  # noqa: E402
 with contextlib.suppress(ImportError):
     import peft
 
-GPU = torch.cuda.is_available()
+GPU = VISIBLE != "" and bool(shutil.which("nvidia-smi")) and not subprocess.run(
+    ["nvidia-smi", "-L"], capture_output=True).returncode
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32  # as the default of --dtype
 WIDTHS = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
@@ -43,6 +44,11 @@ SIZES = {  # WIDTHS of the LLaMA and of its vision tower, side of an image in pi
     "mha": ((512, 1408, 8, 8, 8), (256, 1024, 6, 4), 336, 32064),
     "tiny": ((64, 96, 2, 4, 2), (32, 64, 3, 2), 28, 512),
     "tiny mha": ((64, 96, 2, 4, 4), (32, 64, 3, 2), 28, 512)}
+
+
+def show_gpus():
+    os.environ.pop("CUDA_VISIBLE_DEVICES")
+    os.environ.update({} if VISIBLE is None else {"CUDA_VISIBLE_DEVICES": VISIBLE})
 
 
 # ---- timing ----
@@ -112,10 +118,12 @@ def draw_weights(model, _tensors, _resized_vocab, seed):
     """Stands in for fsdp.load_weights: draws on the device, the same weights for any number of ranks."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     for name, parameter in model.named_parameters():
-        full, mesh = torch.ones(parameter.shape, dtype=parameter.dtype, device=DEVICE), parameter.device_mesh
+        full = torch.ones(parameter.shape, dtype=parameter.dtype, device=DEVICE)
         if not is_norm(name):
             full.normal_(0, M.initial_std(name, full.shape), generator=generator)
-        parameter.to_local().copy_(full.chunk(mesh.size())[mesh.get_local_rank()])
+        if isinstance(parameter, fsdp.DTensor):
+            full = full.chunk(parameter.device_mesh.size())[parameter.device_mesh.get_local_rank()]
+        fsdp.local_tensor(parameter).copy_(full)
 
 
 def make_batch(checkpoint, B, prompt=48, n=0, A=0, ragged=0):
@@ -167,33 +175,37 @@ def train_step(parameters, clip, loss_function):
         clip(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return step, losses
 
 
 class Training:
-    """A model and four records, for steps of sft.py or dpo.py, with LoRA or full fine-tuning."""
+    """A model and records, four unless use() says otherwise, for steps of sft.py or dpo.py, with LoRA or full
+    fine-tuning."""
 
     def __init__(self, args, script, size="7b", lora=True):
-        A, self.n = (1, 102) if script is sft else (2, 150)
-        self.n = 6 if args.tiny else self.n
+        self.A, self.n = (1, 102) if script is sft else (2, 150)
+        self.n, self.lora, self.reference = 6 if args.tiny else self.n, lora, []
         self.flop_rate, _ = card_rates(args)
         self.checkpoint = make_checkpoint(args, size)
         self.settings = options(script, *["--lora_rank", 16] * lora)
         self.model = fsdp.build(self.checkpoint, self.settings, common.world(),
                                 ["language_model.", *["multi_modal_projector."] * (not lora)])
-        self.examples, batch = make_batch(self.checkpoint, 4, 48, self.n, A)
-        self.batch, self.reference = batch.to(DEVICE), []
-        flops = common.forward_flops(self.checkpoint.config, len(batch.pixels), *common.visible_pairs(batch),
-                                     len(batch.target))
-        # frozen weights cost forward and the gradients of inputs, trained weights their own gradients as well
-        self.flops = flops["tower"] + (2 if lora else 3) * (flops["language"] + flops["head"])
+        self.use(4)
         self.step, self.losses = train_step(self.model.parameters(), fsdp.clip_gradients, self.loss)
         if script is dpo:
             with torch.no_grad():
                 logps, _ = dpo.sequence_logprobs(self.model, self.batch)  # [A]
             fsdp.reshard(self.model)
-            self.reference = [{"logps": pair} for pair in logps.view(-1, A).tolist()]
+            self.reference = [{"logps": pair} for pair in logps.view(-1, self.A).tolist()]
+
+    def use(self, B):
+        self.examples, batch = make_batch(self.checkpoint, B, 48, self.n, self.A)
+        self.batch = batch.to(DEVICE)
+        flops = common.forward_flops(self.checkpoint.config, len(batch.pixels), *common.visible_pairs(batch),
+                                     len(batch.target))
+        # frozen weights cost forward and the gradients of inputs, trained weights their own gradients as well
+        self.flops = flops["tower"] + (2 if self.lora else 3) * (flops["language"] + flops["head"])
 
     def loss(self):
         if not self.reference:
@@ -217,7 +229,7 @@ def make_peer(config, ours):
         peer = LlavaForConditionalGeneration(config)  # the weights drawn here are freed below
     torch.set_default_dtype(torch.float32)
     fsdp.reshard(ours)  # after backward roots stay unsharded
-    tensors = {name: parameter.detach().to_local() for name, parameter in ours.named_parameters()}
+    tensors = {name: fsdp.local_tensor(parameter.detach()) for name, parameter in ours.named_parameters()}
     tensors = {name: tensors[M.our_name(name)] for name, _ in peer.named_parameters()}
     peer.load_state_dict(tensors, assign=True)
     peer.generation_config.eos_token_id = None

@@ -43,6 +43,7 @@ import common
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -127,12 +128,14 @@ def bytes_of(models, config, options, offload=False, rollout=None):
     BT, PT = options.micro_batch * options.tokens, options.decode_batch * options.tokens
     passing, cache = e * (2 * D + 3 * M), 2 * e * KC * L  # per token
 
-    def layers(model):
-        return [p for layer in model.language_model.model.layers for p in layer.parameters()]
+    def layers(model):  # those that FSDP gathers, or on one GPU copies
+        return [p for layer in model.language_model.model.layers for p in layer.parameters()
+                if isinstance(p, DTensor)]
 
     def root(*models):
         in_layers = {id(p) for model in models for p in layers(model)}
-        return [p for model in models for p in model.parameters() if id(p) not in in_layers]
+        return [p for model in models for p in model.parameters()
+                if id(p) not in in_layers and isinstance(p, DTensor)]
 
     def training(model):  # the transient part
         trained, trained_root = numel(layers(model), True) // L, numel(root(model), True)
@@ -146,7 +149,8 @@ def bytes_of(models, config, options, offload=False, rollout=None):
     phases = {"update": gradients + max(training(m) for m in models if numel(m.parameters(), True))}
     if rollout:
         policy, layer = models[0], 2 * e * numel(layers(models[0])) // L
-        copied = [p for p in policy.parameters() if offload or p.device_mesh.size() > 1 or p.dtype != dtype]
+        copied = [p for p in (*layers(policy), *root(policy))
+                  if offload or p.device_mesh.size() > 1 or p.dtype != dtype]
         full = e * numel(copied) if rollout == "gathered" else e * numel(root(policy)) + layer
         phases["forward"] = e * numel(root(*models)) + layer + BT * passing
         phases["generate"] = full + PT * (cache + passing)

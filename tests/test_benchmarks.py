@@ -113,7 +113,7 @@ def measure(runs, path):
         models = tiny.inside(script, *argv)
         fsdp.reshard(*models)
         shards = {p for model in models for p in model.parameters()}
-        sizes["weights"] = sum(p.to_local().nbytes for p in shards)
+        sizes["weights"] = sum(fsdp.local_tensor(p).nbytes for p in shards)
     world.on_rank0(fsdp.write_json, path, found)
     dist.destroy_process_group()
 

@@ -210,7 +210,7 @@ def test_a_tower_in_an_original_llava_is_the_one_used(world, tmp_path):
     write(folder, {**tensors, **tower})
     model, _ = load(options(model=str(folder)), world)
     name = "vision_model.pre_layrnorm.weight"
-    ours = dict(model.vision_tower.named_parameters())[name].full_tensor()
+    ours = fsdp.full_tensor(dict(model.vision_tower.named_parameters())[name])
     assert torch.equal(ours, tower[f"model.vision_tower.vision_tower.{name}"])
 
 

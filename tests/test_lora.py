@@ -39,7 +39,7 @@ def stir(model):
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             whole = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-            local = parameter.to_local()
+            local = fsdp.local_tensor(parameter)
             assert local.shape == whole.shape  # one rank
             local.copy_(whole)
 

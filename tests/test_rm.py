@@ -226,7 +226,7 @@ def test_a_score_is_read_at_the_last_token(place, world):
     with torch.no_grad():
         features = model.vision_tower(batch.pixels)
         hidden = model.hidden(batch, features, everywhere, lambda hidden, head: hidden)
-        weight, bias = model.score.weight.full_tensor(), model.score.bias.full_tensor()
+        weight, bias = fsdp.full_tensor(model.score.weight), fsdp.full_tensor(model.score.bias)
         scores = model.scores(batch, features, batch.last_token)
     positions = [int((batch.branch[b] == a).nonzero().max()) + b * batch.ids.shape[1]
           for b, example in enumerate(examples) for a in range(1, len(example.answers) + 1)]
@@ -351,8 +351,8 @@ def test_a_new_head(place, world):
     heads = []
     for seed in range(10):
         model, _ = build(place / "model", world, seed=seed)
-        heads.append(model.score.weight.full_tensor().clone())
-        assert not model.score.bias.full_tensor().any()
+        heads.append(fsdp.full_tensor(model.score.weight).clone())
+        assert not fsdp.full_tensor(model.score.bias).any()
     weights = torch.stack(heads)
     assert float(weights.square().mean()) == pytest.approx(1 / 33, rel=0.2)
     assert abs(weights.mean()) < 0.04 and len({float(head[0, 0]) for head in heads}) == 10

@@ -304,7 +304,8 @@ def arguments(script, *argv):
 def state(model):
     """A model's full parameters now."""
     importlib.import_module("fsdp").reshard(model)
-    return {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
+    full = importlib.import_module("fsdp").full_tensor
+    return {name: full(p.detach()).clone() for name, p in model.named_parameters()}
 
 
 def reload(folder, dtype=torch.float32):
