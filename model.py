@@ -207,7 +207,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-@torch.compiler.disable  # compiled for varying lengths, backward fails: "expected … stride" (torch 2.13)
 def attend(q, k, v, mask):
     """Attention: q [B, H, T, C], k and v [B, K, S, C] → [B, H, T, C].
 
@@ -269,24 +268,21 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """One transformer block: x [B, T, D] → [B, T, D]. `compiled` is torch.compile(self.compute), or None.
-    Decoding never uses it, because the cache has another length at each step."""
+    """One pre-norm transformer block: x [B, T, D] → [B, T, D]."""
 
     def __init__(self, config):
         super().__init__()
-        self.recompute, self.compiled = False, None
+        self.recompute = False
         self.self_attn = LlamaAttention(config)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, rope, mask, cache=None):
-        if cache is not None:
-            return self.compute(x, rope, mask, cache)
-        compute = self.compiled or self.compute
-        return recomputed(compute, x, rope, mask) if self.recompute else compute(x, rope, mask)
+        return recomputed(self.compute, x, rope, mask, cache) if self.recompute else self.compute(
+            x, rope, mask, cache)
 
-    def compute(self, x, rope, mask, cache=None):
+    def compute(self, x, rope, mask, cache):
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -303,7 +299,12 @@ class Llama(nn.Module):
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.tied = config.tie_word_embeddings
+        self.tie()
+
+    def tie(self):
+        """Again after new parameters were put in their place."""
+        if self.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids, position, mask, positions, head_fn, images=None, image_position=None, cache=None):
@@ -467,15 +468,6 @@ class VisionLLM(nn.Module):
         for module in self.modules():
             if hasattr(module, "recompute"):
                 module.recompute = on
-
-    def compile_layers(self):
-        """Applies torch.compile to each layer, but not to LLaMA's attention nor to decoding. It takes about
-        a minute at the first step, and again at the second sequence length; that code fits all lengths."""
-        torch._dynamo.config.recompile_limit = 64  # PPO has four models, with and without gradients
-        for layer in self.language_model.model.layers:  # FSDP units: hooks stay outside
-            layer.compiled = torch.compile(layer.compute)
-        for layer in self.vision_tower.vision_model.encoder.layers:
-            layer.compile()
 
     def set_adapters(self, on):
         """Switches all LoRA updates on or off; off gives the model without adapters."""
@@ -744,13 +736,9 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     return token.clamp(max=logits.shape[-1] - 1)
 
 
-# Steps of one CUDA graph, in which attention reads equally many positions: a multiple of this number, which
-# keeps rows of the mask aligned for PyTorch's fused kernels.
-SEGMENT = 128
-
-
-def round_up(n, multiple):
-    return -(-n // multiple) * multiple
+def aligned(positions):
+    """The next multiple of 16: PyTorch's fused attention copies a mask whose rows have another length."""
+    return -(-positions // 16) * 16
 
 
 class Decoder:
@@ -764,7 +752,7 @@ class Decoder:
                                   for ids in (stop, banned))
         self.uniforms = None if uniforms is None else uniforms.to(device)  # [B, K, max_new_tokens]
         self.length = (batch.branch == 0).sum(1)  # of the prompts [B]
-        self.cache = Cache(B, round_up(T + K * (max_new_tokens - 1), SEGMENT), device)
+        self.cache = Cache(B, aligned(T + K * (max_new_tokens - 1)), device)
         self.cache.append(batch.branch, torch.arange(T, device=device))
         last_token = torch.arange(B, device=device) * T + self.length - 1  # flat positions [B]
         logits = model.hidden(batch, features, last_token, F.linear, self.cache)  # [B, V]
@@ -826,13 +814,13 @@ def generate(model, batch, features, max_new_tokens, stop, banned=(), uniforms=N
                       (temperature, top_k, top_p))
     on_gpu, T = batch.ids.is_cuda, batch.ids.shape[1]
     look = 8 if on_gpu else 1  # steps between questions whether any sample still runs: the GPU waits for each
-    segment = SEGMENT if on_gpu and cuda_graph else 1
+    segment = 256 if on_gpu and cuda_graph else 1  # steps of a graph: attention reads the same positions
     for step in range(max_new_tokens - 1):
         if step % look == 0 and not any_running(decoder.running):
             break
         if step % segment == 0:
-            decoder.cache.visible = min(round_up(T + num_samples * (step + segment), segment),
-                                        decoder.cache.size)
+            reach = T + num_samples * (step + segment)
+            decoder.cache.visible = min(aligned(reach), decoder.cache.size) if segment > 1 else reach
             advance = decoder.advance
         advance()
         if segment > 1 and step % segment == 0:

@@ -72,7 +72,6 @@ def options(doc):
     add("--answer", type=int, default=96, help="tokens per answer")
     add("--dtype", choices=["bf16", "fp32"], default="bf16", help="dtype of the computation")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads per process")
-    add("--compile", action="store_true", help="our --compile (theirs is unchanged)")
     add("--tiny", action="store_true", help="tiny sizes, to test that the benchmark runs")
     add("--profile", action="store_true", help="print a torch.profiler table of our step")
     return parser
@@ -176,7 +175,7 @@ def prepare(script, folder, args, answers=1, more=()):
     argv, sys.argv = sys.argv, [
         f"{script.__name__}.py", "--model", folder, "--template", "vicuna", "--data", "rows.json",
         "--images", folder, "--dtype", args.dtype, "--max_len", "8192",
-        *["--compile"] * args.compile, *more]
+        *more]
     options, sys.argv = script.parse_args(), argv
     checkpoint = fsdp.open_checkpoint(options, world())
     examples = make_examples(folder, args, answers)

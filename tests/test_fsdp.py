@@ -254,7 +254,7 @@ def test_a_llama_and_a_clip_get_a_fresh_projector(projector, whole_clip, tied, p
     drawn = state["model.multi_modal_projector.linear_1.weight"]
     assert 0.015 < drawn.std() < 0.025 and not state["model.multi_modal_projector.linear_1.bias"].any()
     other, _ = load(options(llm=str(llm), clip=str(clip), projector=projector, seed=1), world)
-    assert not torch.equal(other.multi_modal_projector.linear_1.weight.full_tensor(), drawn)
+    assert not torch.equal(fsdp.full_tensor(other.multi_modal_projector.linear_1.weight), drawn)
 
     again, processor = load(options(model=str(tmp_path / "out"), template="auto"), world)
     assert torch.equal(our_logits(again, batch), our_logits(model, batch))

@@ -630,29 +630,6 @@ def test_recompute_changes_nothing(rows):
     same_gradients(*grads, 1e-6)
 
 
-@tiny.compiles
-def test_compiled_layers_compute_the_same():
-    """Compiled layers give the same gradients, for causal and masked batches of three lengths each. Code
-    compiled at the second length serves the third, parameter names stay, and decoding is not compiled."""
-    model = vision_llm(llava_config(llama_config(num_hidden_layers=12)))  # many more than kinds of code
-    made, counts = torch._dynamo.utils.counters["frames"], []
-    batches = [make_batch(rows, [0, 1, 2], extra) for rows in ([ONE, TEXT, TWO], MANY) for extra in (0, 3, 5)]
-    plain = [gradients(model, weighted(logprobs(model, batch))) for batch in batches]
-    names = list(model.state_dict())
-    model.compile_layers()
-    torch._dynamo.reset()
-    made.clear()
-    for batch, expected in zip(batches, plain):
-        same_gradients(gradients(model, weighted(logprobs(model, batch))), expected, 1e-5)
-        counts.append(made["total"])
-    assert list(model.state_dict()) == names
-    assert 0 < counts[0] < 12 and counts[0] < counts[1] == counts[2] and counts[4] == counts[5] < 36, counts
-    features = model.vision_tower(batches[0].pixels).detach()
-    ours.generate(model, make_batch([(ONE[0], [])], [0]), features, 4, ())
-    assert made["ok"] == made["total"] == counts[5], made
-    torch._dynamo.reset()
-
-
 def test_collate_is_the_definition(tmp_path):
     """data.collate packs examples as make_batch does: image tokens expanded, each distinct image once."""
     for name in "ab":

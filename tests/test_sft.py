@@ -78,15 +78,6 @@ def test_a_user_fine_tunes(ranks, place, tmp_path):
     assert tiny.log(tmp_path / "again")[0]["loss"] == pytest.approx(lines[-1]["eval_loss"], rel=1e-4)
 
 
-def test_compile_without_a_compiler(place, tmp_path, monkeypatch):
-    """Said at once, with what to do, and before anything is written."""
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    done = tiny.command("sft", *files(place), "--compile", "--out", tmp_path / "out")
-    assert done.code == 2 and done.error == (
-        "got --compile, need a C++ compiler: install no-such-compiler, or name another in CXX")
-    assert not (tmp_path / "out").exists()
-
-
 def fake_wandb():
     """A module that prints what it is asked to do."""
     def say(*args, **named):

@@ -23,7 +23,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -34,7 +33,6 @@ ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
 os.environ.update(ENV)  # of every process that a test starts
 
 import numpy as np  # noqa: E402
-import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers as hf  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -350,12 +348,6 @@ def assert_same_run(out, expected):
 
 
 # ---- running a script ----
-
-compiles = pytest.mark.skipif(
-    not shutil.which(os.environ.get("CXX", "g++"))
-    or not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")),
-    reason="torch.compile needs a C++ compiler and Python's headers")
-
 
 @dataclasses.dataclass
 class Run:
