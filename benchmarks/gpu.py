@@ -314,8 +314,8 @@ def full(found, args):
 
 
 def ppo_iteration(found, args):
-    """The phases of ppo.main, twice; the second iteration is G.timed."""
-    B, micro_batch, n = (4, 2, 6) if args.tiny else (16, 4, 128)
+    """The phases of ppo.main, with a few prompts first; then they are timed."""
+    B, micro_batch, n = (4, 2, 6) if args.tiny else (32, 4, 128)
     settings = G.options(ppo, "--reward_model", "random", "--lora_rank", 16, "--max_new_tokens", n,
                        "--rollout_batch", B, "--batch_size", B, "--micro_batch", micro_batch)
     checkpoint, world, stop = G.make_checkpoint(args, "7b"), G.common.world(), fsdp.Stop()
@@ -325,12 +325,11 @@ def ppo_iteration(found, args):
     optimizers = {name: ppo.adam(model, settings.lr, settings) for name, model in models.items()}
     found.add("memory/models", torch.cuda.memory_allocated() / 1e9)
     prompts = ppo.Prompts(examples, [], {example.index: example for example in examples})
-    steps = data.Steps(examples, processor, B, micro_batch, 0, 1, drop_last=True)
-    batches, moments = iter(data.loader(steps, 0, 2, 0)), torch.tensor([0.0, 1.0])
-    for iteration in (1, 2):
-        times = [G.clock()]
-        rollouts = ppo.generate_rollouts(policy, steps, iteration - 1, 1, batches, processor, settings, world,
-                                         stop)
+    moments = torch.tensor([0.0, 1.0])
+    for iteration, count in ((1, micro_batch), (2, B)):
+        steps = data.Steps(examples[:count], processor, count, micro_batch, 0, 1, drop_last=True)
+        batches, times = iter(data.loader(steps, 0, 1, 0)), [G.clock()]
+        rollouts = ppo.generate_rollouts(policy, steps, 0, 1, batches, processor, settings, world, stop)
         times.append(G.clock())
         scores = [scorer.score(rollout, prompts) for rollout in rollouts]
         scores = ppo.postprocess_scores(scores, rollouts, moments, settings)
