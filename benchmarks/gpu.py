@@ -11,7 +11,7 @@
     sft, dpo  LoRA steps of the 7B model, against transformers with PEFT
     full      a full fine-tuning step of a LLaVA of 2.9B parameters
     ppo       the phases of an iteration: a 7B policy and critic with LoRA, a 7B reward model
-    profile   the kernels of a training step and of a decoding step
+    profile   the kernels of an SFT, a DPO and a decoding step
     ranks     two ranks on one card against one rank
 
 DIR/gpu.json holds the findings, DIR/gpu.log what the stages print. Each stage runs in its own process, with a
@@ -373,6 +373,7 @@ def profile(found, args):
         found.add(name, {"kernels": calls, "ms": ms, "top": [
             (key.removeprefix("void ").replace("at::native::", "")[:64], *values) for key, values in top]})
     add("sft_step", kernels(run.step))
+    add("dpo_step", kernels(G.Training(args, dpo).step))
     _, batch = G.make_batch(run.checkpoint, 8)
     plain = fsdp.unsharded(run.model, run.settings, G.common.world())
     plain.set_adapters(False)
