@@ -814,7 +814,7 @@ def generate(model, batch, features, max_new_tokens, stop, banned=(), uniforms=N
                       (temperature, top_k, top_p))
     on_gpu, T = batch.ids.is_cuda, batch.ids.shape[1]
     look = 8 if on_gpu else 1  # steps between questions whether any sample still runs: the GPU waits for each
-    segment = 256 if on_gpu and cuda_graph else 1  # steps of a graph: attention reads the same positions
+    segment = 128 if on_gpu and cuda_graph else 1  # steps of a graph: attention reads the same positions
     for step in range(max_new_tokens - 1):
         if step % look == 0 and not any_running(decoder.running):
             break
@@ -823,7 +823,7 @@ def generate(model, batch, features, max_new_tokens, stop, banned=(), uniforms=N
             decoder.cache.visible = min(aligned(reach), decoder.cache.size) if segment > 1 else reach
             advance = decoder.advance
         advance()
-        if segment > 1 and step % segment == 0:
+        if segment > 1 and step % segment == 0 and step + look < max_new_tokens:  # else not worth it
             advance = recorded(decoder.advance)
     tokens, lengths = decoder.tokens.tolist(), decoder.lengths.tolist()
     return [[ids[:n] for ids, n in zip(*samples)] for samples in zip(tokens, lengths)], decoder.logprob
