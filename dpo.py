@@ -187,8 +187,9 @@ def forward(model, batch, reference, count, tokens, args):
 
     reference: one {"logps": [...]} per record. count: records of the step, and tokens: supervised tokens of
     their chosen answers, both over all micro-batches and ranks."""
+    ref_logps = [logp for record in reference for logp in record["logps"]]
+    ref_logps = torch.tensor(ref_logps, dtype=torch.float32, device=batch.ids.device)  # [A]
     policy_logps, length = sequence_logprobs(model, batch)  # [A] each
-    ref_logps = policy_logps.new_tensor([logp for record in reference for logp in record["logps"]])  # [A]
     (policy_logps, answer_mask), (ref_logps, _), (length, _) = (
         data.pad_by_sequence(values, batch.sequence, batch.answer_shape)  # [B, K] each
         for values in (policy_logps, ref_logps, length))

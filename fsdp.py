@@ -192,7 +192,7 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "no option: FSDP2 always shards; --replicas for hybrid sharding, --offload for host memory":
         "deepspeed fsdp fsdp_config zero_stage",
     "no option: torchrun sets it": "local_rank",
-    "no option: torch.compile gained 3 % at most": "compile torch_compile",
+    "no option: torch.compile is not used": "compile torch_compile",
     "no option: a cosine after --warmup": "lr_scheduler_type",
     "no option: AdamW": "optim adam_beta1 adam_epsilon",
     "no option: weights are not quantised": "bits load_in_4bit load_in_8bit quantization_bit",
@@ -1125,13 +1125,12 @@ def unsharded(model, args, world):
     their own pace and without FSDP's hooks. In a world of one, weights that are like that are not copied."""
     reshard(model)
     with torch.device("meta"):
-        plain = VisionLLM(model.config, hasattr(model, "score"))
+        plain = VisionLLM(model.config)
         adapter = next((module for module in model.modules() if isinstance(module, LoRA)), None)
         if adapter:
             add_lora(plain, adapter.rank, adapter.alpha)
     for name, parameter in model.named_parameters():
-        dtype = torch.float32 if name.startswith("score.") else DTYPES[args.dtype]
-        full = parameter.detach().to(world.device, dtype)
+        full = parameter.detach().to(world.device, DTYPES[args.dtype])
         full = local_tensor(full) if world.size == 1 else full_tensor(full)
         owner, _, leaf = name.rpartition(".")
         setattr(plain.get_submodule(owner), leaf, nn.Parameter(full, requires_grad=False))
@@ -1144,12 +1143,12 @@ def clip_gradients(parameters, largest):
     gradients = [p.grad for p in parameters if p.grad is not None]
     shards, mesh = [gradient.to_local() for gradient in gradients], gradients[0].device_mesh
     squares = nn.utils.get_total_norm(shards).double().square()  # of this rank's rows
-    if mesh.size(-1) > 1:
+    if mesh.size(-1) > 1:  # over the ranks that share a model; with --replicas each model has the same sum
         dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
-    before = math.sqrt(squares)
-    if largest and before > largest:
-        torch._foreach_mul_(shards, largest / (before + 1e-6))
-    return before
+    norm = math.sqrt(squares)
+    if largest and norm > largest:
+        torch._foreach_mul_(shards, largest / (norm + 1e-6))
+    return norm
 
 
 def schedule(step, steps, warmup):

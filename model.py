@@ -198,6 +198,9 @@ def attention_mask(q_branch, k_branch, q_index, k_index):
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension. In bf16 it is rounded once; transformers'
+    LLaMA also rounds before the product with the weight."""
+
     def __init__(self, D, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(D))
@@ -210,18 +213,18 @@ class RMSNorm(nn.Module):
 def attend(q, k, v, mask):
     """Attention: q [B, H, T, C], k and v [B, K, S, C] → [B, H, T, C].
 
-    `mask` [B, 1, Tq, S] is added to the scores of the last Tq queries; earlier queries are causal, which is
-    exact because padding is on the right. None: all are causal."""
-    group, outputs = q.shape[1] // k.shape[1], []  # query heads per kv-head
-    n_causal = q.shape[2] - (0 if mask is None else mask.shape[2])
+    `mask` is added to the scores of the last Tq queries; earlier queries are causal, which is exact because
+    padding is on the right. None: all are causal. Its shape is [B, 1, group · Tq, S], where the `group` query
+    heads of a kv-head count as further queries of it, so that a long cache is not copied."""
+    group, outputs = q.shape[1] // k.shape[1], []
+    n_causal = q.shape[2] - (0 if mask is None else mask.shape[2] // group)
     if n_causal:
         keys, values = k[:, :, :n_causal], v[:, :, :n_causal]
         if group > 1:
             keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))  # [B, H, n_causal, C]
         outputs.append(F.scaled_dot_product_attention(q[:, :, :n_causal], keys, values, is_causal=True))
-    if mask is not None:  # heads of a group become further queries of their kv-head: no copy of a long cache
+    if mask is not None:
         grouped = q[:, :, n_causal:].unflatten(1, (-1, group)).flatten(2, 3)  # [B, K, group · Tq, C]
-        mask = mask if group == 1 else mask.repeat(1, 1, group, 1)
         masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
         outputs.append(masked.unflatten(2, (group, -1)).flatten(1, 2))  # [B, H, Tq, C]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
@@ -293,6 +296,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.frequencies = rope_frequencies(config)  # not a buffer: it has values in a model built on `meta`
+        self.group = config.num_attention_heads // config.num_key_value_heads  # query heads per kv-head
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers)),
@@ -303,7 +307,7 @@ class Llama(nn.Module):
         self.tie()
 
     def tie(self):
-        """Again after new parameters were put in their place."""
+        """Makes embedding and head one parameter, if they are tied; call it after replacing parameters."""
         if self.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -321,7 +325,10 @@ class Llama(nn.Module):
         angle = position[:, None, :, None] * self.frequencies  # [B, 1, T, C/2]
         cos, sin = angle.cos(), angle.sin()
         rope = torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
-        if mask is not None:  # added to the scores; finite, as all keys of a padding sequence are masked
+        if mask is not None:
+            # What `attend` adds to the scores. Finite, as all keys of a padding sequence are masked; half of
+            # the minimum, as kernels multiply it by log2 e.
+            mask = mask.repeat(1, 1, self.group, 1)  # [B, 1, group · Tq, S]
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, torch.finfo(x.dtype).min / 2)
         for layer in self.model.layers:
             x = layer(x, rope, mask, cache)
@@ -679,7 +686,7 @@ def check_names(model, tensors, resized_vocab, newly_initialised, folders):
 
 class Cache:
     """Keys and values of at most `size` positions per sequence. All tensors exist from the start and are
-    changed in place, so that a decoding step can be recorded as a CUDA graph. branch [B, size]: the answer
+    changed in place, so that a decoding step can be captured in a CUDA graph. branch [B, size]: the answer
     that a position belongs to (0: the prompt), -1 for padding and positions not yet filled. Attention reads
     the first `visible` positions."""
 
@@ -741,6 +748,14 @@ def aligned(positions):
     return -(-positions // 16) * 16
 
 
+def pacing(device, cuda_graph):
+    """→ steps between questions whether any sample still runs, which a GPU has to be waited for; steps per
+    CUDA graph, in which attention reads equally many positions (a multiple of the former, so that a graph is
+    idle when the next one replaces it)."""
+    on_gpu = device.type == "cuda"
+    return 8 if on_gpu else 1, 128 if on_gpu and cuda_graph else 1
+
+
 class Decoder:
     """K samples per prompt, one token of each per step. The tensors that change are changed in place."""
 
@@ -791,7 +806,7 @@ class Decoder:
         self.sample(logits.unflatten(0, self.token.shape))
 
 
-def recorded(function):
+def captured(function):
     """function() as a CUDA graph: its kernels are launched together, without Python. It must have run before,
     and change tensors in place only."""
     graph = torch.cuda.CUDAGraph()
@@ -812,18 +827,16 @@ def generate(model, batch, features, max_new_tokens, stop, banned=(), uniforms=N
     as a CUDA graph, which a sharded model cannot."""
     decoder = Decoder(model, batch, features, max_new_tokens, stop, banned, uniforms, num_samples,
                       (temperature, top_k, top_p))
-    on_gpu, T = batch.ids.is_cuda, batch.ids.shape[1]
-    look = 8 if on_gpu else 1  # steps between questions whether any sample still runs: the GPU waits for each
-    segment = 128 if on_gpu and cuda_graph else 1  # steps of a graph: attention reads the same positions
+    T, (check_every, segment) = batch.ids.shape[1], pacing(batch.ids.device, cuda_graph)
     for step in range(max_new_tokens - 1):
-        if step % look == 0 and not any_running(decoder.running):
+        if step % check_every == 0 and not any_running(decoder.running):
             break
         if step % segment == 0:
             reach = T + num_samples * (step + segment)
             decoder.cache.visible = min(aligned(reach), decoder.cache.size) if segment > 1 else reach
             advance = decoder.advance
         advance()
-        if segment > 1 and step % segment == 0 and step + look < max_new_tokens:  # else not worth it
-            advance = recorded(decoder.advance)
+        if segment > 1 and step % segment == 0 and step + check_every < max_new_tokens:  # else not worth it
+            advance = captured(decoder.advance)
     tokens, lengths = decoder.tokens.tolist(), decoder.lengths.tolist()
     return [[ids[:n] for ids, n in zip(*samples)] for samples in zip(tokens, lengths)], decoder.logprob

@@ -197,20 +197,26 @@ def generate_rollouts(policy, steps, first, count, batches, processor, args, wor
     own pace."""
     sharded = args.rollout == "sharded"
     model = policy if sharded else fsdp.unsharded(policy, args, world)
+
+    def any_running(running):
+        if sharded:  # all ranks decode in step
+            return not stop.asked(world) and world.any(running)
+        return not stop.heard and running.any()
     prompts = ((batch, [steps.examples[i] for i in indices], HELD_OUT if held_out else step + 1)
                for step in range(first, first + count)
                for batch, indices in zip(next(batches), steps.groups(step)))
     # Decoding reads all weights once per token, for however many prompts: micro-batches are decoded together.
-    rollouts, together = [], max(1, args.decode_batch // args.micro_batch) if args.decode_batch else None
+    at_once = args.decode_batch or -(-args.rollout_batch // world.size)
+    rollouts, together = [], max(1, at_once // args.micro_batch)
     while group := list(itertools.islice(prompts, together)):
+        rollouts += sample_answers(model, group, processor, args, world, any_running)
         if stop.asked(world) if sharded else stop.heard:
             break
-        rollouts += sample_answers(model, group, processor, args, world)
     return [] if stop.asked(world) else rollouts
 
 
 @torch.no_grad()
-def sample_answers(model, group, processor, args, world):
+def sample_answers(model, group, processor, args, world, any_running=torch.any):
     """Samples K answers per prompt. group: per micro-batch its Batch of prompts, their examples and its
     minibatch's number → Rollouts, one per micro-batch. The draws do not depend on the grouping."""
     K, L = args.samples_per_prompt, args.max_new_tokens
@@ -219,10 +225,9 @@ def sample_answers(model, group, processor, args, world):
     uniforms = torch.cat([  # a micro-batch of padding has one sequence, which gets no answer
         keyed_uniforms(args.seed, number, [example.index for example in examples] or [0], K, L)
         for _, examples, number in group])
-    sharded = args.rollout == "sharded"  # all ranks then decode in step
     all_answers, _ = generate(
         model, data.join_prompts(batches), torch.cat(features), L, processor.stop, processor.banned, uniforms,
-        K, args.temperature, args.top_k, args.top_p, world.any if sharded else torch.any, not sharded)
+        K, args.temperature, args.top_k, args.top_p, any_running, args.rollout == "gathered")
     rollouts, answers = [], iter(all_answers)
     for (batch, examples, _), image_features in zip(group, features):
         samples = [[np.array(ids, dtype=np.int32) for ids in next(answers)] for _ in batch.ids]
@@ -463,8 +468,8 @@ def parse_args():
     add("--temperature", type=float, default=1.0, help="of sampling and of all log-probabilities")
     add("--top_k", type=int, default=0, help="sample from the k likeliest tokens (0: from all)")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
-    add("--decode_batch", type=int, default=0, help="prompts that a rank decodes at once: faster in large "
-        "batches, but memory grows (0: all of an iteration)")
+    add("--decode_batch", type=int, default=0, help="prompts that a rank decodes at once, in full "
+        "micro-batches: more are faster and take memory (0: all of an iteration)")
     add("--rollout", choices=["gathered", "sharded"], default="gathered", help="weights while "
         "decoding (sharded: less memory, slower)")
     add("--missing_eos_score", type=float, default=-1.0, help="score of a cut answer, on "

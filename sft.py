@@ -61,16 +61,17 @@ def evaluate(model, steps, world, args, stop):
 
 
 @torch.no_grad()
-def show_answers(model, examples, processor, args, world, log, max_new_tokens=64):
+def show_answers(model, examples, processor, world, log, max_new_tokens=64):
     """Prints greedy answers to the first three held-out prompts. Every rank decodes the same batch."""
     prompts = []
     for example in examples[:3]:
         images = example.images[:int((example.prompt == processor.image_token).sum())]
         prompts.append(dataclasses.replace(example, answers=[], token_masks=[], images=images))
     batch = data.collate(prompts, processor).to(world.device)
-    full = fsdp.unsharded(model, args, world)
-    features = full.vision_tower(batch.pixels)
-    answers, _ = generate(full, batch, features, max_new_tokens, processor.stop, processor.banned)
+    features = model.vision_tower(batch.pixels)
+    answers, _ = generate(model, batch, features, max_new_tokens, processor.stop, processor.banned,
+                          any_running=world.any, cuda_graph=False)
+    fsdp.reshard(model)
     for example, (ids,) in zip(examples, answers):
         token_mask = example.token_masks[0].tolist()  # False from the second human turn on, if there is one
         label = example.answers[0][:token_mask.index(False) if False in token_mask else None]
@@ -152,7 +153,7 @@ def main():
         if held_out and (ended or args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(model, eval_steps, world, args, stop) or fsdp.EVAL_DUE
             if "eval_loss" in metrics:
-                show_answers(model, held_out, processor, args, world, log)
+                show_answers(model, held_out, processor, world, log)
         log.step(step, tokens, seconds, **metrics)
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:

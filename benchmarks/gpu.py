@@ -194,7 +194,8 @@ def scripts(found, args):
     shutil.rmtree(folder / "sft" / "checkpoints" / "step_4")
     pairs = ("dpo.py", *train, "--model", base, "--data", shapes / "pairs.json")
     run(("sft resumed", *first, "--resume"), ("dpo", *pairs), *[("rm", "rm.py", *pairs[1:])] * full_size)
-    losses = found.values["sft"]["loss"], found.values["sft resumed"]["loss"]
+    losses = [[json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+              for out in (base, folder / "sft")]
     found.add("resume_difference", max(abs(a - b) for a, b in zip(*losses, strict=True)))
     if full_size:
         predict = ("predict.py", "--images", shapes / "images", "--model", base, "--max_new_tokens", 12,
@@ -504,7 +505,7 @@ def header():
         found = shutil.which(command[0])
         return found and subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     card = output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
-    return {"card": card, "cpus": os.cpu_count(), "torch": torch.__version__, "cuda": torch.version.cuda,
+    return {"gpu": card, "cpus": os.cpu_count(), "torch": torch.__version__, "cuda": torch.version.cuda,
             "transformers": importlib.metadata.version("transformers"), "command": " ".join(sys.argv),
             "commit": os.environ.get("GIT_COMMIT") or output("git", "-C", str(ROOT), "rev-parse", "HEAD")}
 

@@ -139,11 +139,8 @@ def make_batch(checkpoint, B, prompt=48, n=0, A=0, ragged=0):
 
 
 def place(batch, model):
-    """The batch on a plain model's device, its pixels in the model's dtype."""
-    weight = next(model.vision_tower.parameters())
-    batch = batch.to(weight.device)
-    batch.pixels = batch.pixels.to(weight.dtype)
-    return batch
+    """The batch on a plain model's device."""
+    return batch.to(next(model.vision_tower.parameters()).device)
 
 
 def options(script, *argv):
@@ -260,5 +257,6 @@ def peer_inputs(checkpoint, examples, batch):
 
 def peer_logprobs(peer, inputs, n):
     """Log-probabilities of the last n tokens [A · B, n]."""
-    logits = peer(**inputs, use_cache=False, logits_to_keep=n + 1).logits[:, :-1].float()
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):  # PEFT's adapters are fp32
+        logits = peer(**inputs, use_cache=False, logits_to_keep=n + 1).logits[:, :-1].float()
     return logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, -n:, None]).squeeze(-1)

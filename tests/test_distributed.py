@@ -945,8 +945,9 @@ CUT_SHORT = {  # options; what SIGTERM comes in; the last checkpoint
     "ppo, scoring": (EVALUATED + " --eval_data trained/rows.json", ("ppo.logprobs_and_values", 12), 1),
     "ppo, scoring held-out answers": (EVALUATED + " --eval_data trained/rows.json",
                                       ("ppo.evaluate_rollouts", 1), 2),
-    "ppo, a rollout": (EVALUATED + " --decode_batch 1 --eval_data trained/rows.json",
-                       ("ppo.sample_answers", 12), 1)}
+    "ppo, a rollout": (EVALUATED + " --eval_data trained/rows.json", ("ppo.generate_rollouts", 2), 1),
+    "ppo, part of a rollout": (EVALUATED + " --decode_batch 1 --eval_data trained/rows.json",
+                               ("ppo.sample_answers", 12), 1)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -961,7 +962,8 @@ def test_sigterm_is_heard_in_evaluations_and_rollouts(case, ranks, folder, tmp_p
     done = long_run(script, ranks, options, out, prepare=prepare)
     assert done.code == STOPPED and fsdp.checkpoint_steps(out) == [last], done
     last = tiny.log(out)[-1]
-    assert ("eval_due" in last) == (case not in ("sft", "ppo, a rollout", "ppo, scoring"))
+    assert ("eval_due" in last) == (
+        case not in ("sft", "ppo, a rollout", "ppo, part of a rollout", "ppo, scoring"))
     assert any(name.startswith("eval_") and name != "eval_due" for name in last) == (case == "sft")
     done = long_run(script, ranks, options, out, "--resume")
     assert done.code == 0, done.err

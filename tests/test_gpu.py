@@ -40,7 +40,7 @@ def test_every_stage_ends_with_finite_findings(found):
     for name, stage in stages.items():
         assert stage["end"] == "done", (name, stage)
         assert len(stage) > 2 and all(map(math.isfinite, numbers(stage))), (name, stage)
-    assert found["forked"] and found["torch"]
+    assert found["forked"] and found["torch"] and "gpu" in found
 
 
 def test_parity_with_itself(found):

@@ -800,6 +800,23 @@ def test_steps_of_fixed_shape(pair, options):
     close(decoder.logprob, logprob, 1e-5)
 
 
+@pytest.mark.parametrize("check_every, segment", [(2, 2), (3, 6), (4, 4), (8, 128)])
+def test_segments_of_steps(check_every, segment, pair, monkeypatch):
+    """On a GPU, steps are replayed from one graph per segment, over positions that are not all filled yet,
+    and only every few of them is asked whether a sample still runs: the same answers. (Here the graph is the
+    step itself.)"""
+    model, _, stop = pair
+    uniforms = ours.keyed_uniforms(0, 0, range(len(PROMPTS)), 3, STEPS)
+    options, captured = {"stop": [stop], "num_samples": 3, "uniforms": uniforms}, []
+    expected, logprob = generate(model, all_prompts(), **options)
+    monkeypatch.setattr(ours, "pacing", lambda device, cuda_graph: (check_every, segment))
+    monkeypatch.setattr(ours, "captured", lambda step: captured.append(step) or step)
+    found, again = generate(model, all_prompts(), **options)
+    assert found == expected
+    close(again, logprob, 1e-5)
+    assert len(captured) == sum(step + check_every < STEPS for step in range(0, STEPS - 1, segment))
+
+
 def test_no_step_reads_from_the_device():
     """Model, losses, advantages and a decoding step run on meta, which has shapes and no values: a tensor
     that is read by Python, or left on the CPU, raises."""

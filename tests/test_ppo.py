@@ -558,6 +558,16 @@ def test_samples_do_not_depend_on_the_decode_batch(bench):
     assert [len(rollout.examples) for rollout in results[0]] == [3, 1, 0, 5]
 
 
+@pytest.mark.parametrize("decode_batch", [0, 2])
+def test_an_evaluation_decodes_no_more_at_once_than_an_iteration(decode_batch, place, tmp_path, monkeypatch):
+    """Its prompts may be many more, and their cache would not fit."""
+    calls = recorded(monkeypatch, ppo, "sample_answers")
+    inside("ppo", *files(place), *SMALL, "--out", tmp_path / "out", "--eval_data", place / "rows.json",
+           "--rollout_batch", 5, "--micro_batch", 1, "--decode_batch", decode_batch)
+    sizes = [sum(len(examples) for _, examples, _ in args[1]) for args, _ in calls]
+    assert sum(sizes) == 5 + 10 and max(sizes) == (decode_batch or 5), sizes
+
+
 def test_the_caches_logprobs_are_the_forward_passs(bench):
     """Token by token: what generate says of n tokens less what it says of n − 1, drawn with the same
     uniforms, is what the training forward says of token n; sample_answers' are generate's."""
