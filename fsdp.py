@@ -126,18 +126,16 @@ def arguments(parser, training=True):
 
 MINIMUMS = {  # the smallest value an option can have
     1: ("batch_size", "micro_batch", "replicas", "max_len", "num_samples", "max_new_tokens",
-        "rollout_batch", "samples_per_prompt", "ppo_epochs", "kl_horizon"),
+        "rollout_batch", "samples_per_prompt", "ppo_epochs"),
     0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "projector_lr", "warmup",
         "weight_decay", "adam_beta2", "seed", "top_k", "temperature", "lora_rank", "center_coef",
-        "center_rows", "sft_coef", "score_clip", "kl_coef", "target_kl", "gamma", "lam",
-        "kl_stop", "critic_lr", "critic_warmup", "show_every", "ptx_coef",
+        "center_rows", "sft_coef", "kl_coef", "gamma", "lam", "critic_lr", "critic_warmup", "ptx_coef",
         "decode_batch"),
     1e-9: ("epochs", "top_p", "clip_range", "value_clip", "lora_alpha")}
 
 
 NEEDED = {  # options that do nothing without another one
-    "projector": "llm", "lora_alpha": "lora_rank", "eval_every": "eval_data", "kl_horizon": "target_kl",
-    "ptx_coef": "ptx_data"}
+    "projector": "llm", "lora_alpha": "lora_rank", "eval_every": "eval_data", "ptx_coef": "ptx_data"}
 
 ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "--model": "model_name_or_path model_path model_name sft_model_path base_model",
@@ -195,6 +193,11 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "no option: torch.compile gained 3 % at most": "compile torch_compile",
     "no option: a cosine after --warmup": "lr_scheduler_type",
     "no option: AdamW": "optim adam_beta1 adam_epsilon",
+    "no option: β is fixed: --kl_coef": "target_kl kl_horizon adap_kl_ctrl",
+    "no option: every update is taken; --ppo_epochs, --lr and --clip_range bound how far they go": "kl_stop",
+    "no option: scores are not clipped; --normalize_scores scales them": "score_clip",
+    "no option: advantages are whitened, rewards are not": "whiten_rewards",
+    "no option: three answers every 10 iterations; --save_rollouts writes all": "show_every",
     "no option: weights are not quantised": "bits load_in_4bit load_in_8bit quantization_bit",
     "no option: as in the checkpoint": "mm_vision_select_layer mm_use_im_start_end mm_use_im_patch_token",
     "no option: stage 2's --model is what stage 1 left": "pretrain_mm_mlp_adapter",
@@ -1165,7 +1168,7 @@ def schedule(step, steps, warmup):
 RUN_FILES = ("log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
 RESUME_MAY_DIFFER = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb",
-                     "micro_batch", "decode_batch", "replicas", "offload", "show_every", "save_rollouts"}
+                     "micro_batch", "decode_batch", "replicas", "offload", "save_rollouts"}
 LOCKS = []  # (path, the open file that holds its lock, the folders created for it)
 
 
