@@ -59,7 +59,6 @@ from model import (
     add_lora,
     check_names,
     initial_std,
-    is_linear,
     llava_config,
     our_name,
     tensor_shape,
@@ -77,7 +76,6 @@ def arguments(parser, training=True):
     add("--model", help="LLaVA: folder or hub id, HF or original layout (default: the shapes world)")
     add("--llm", help="LLaMA, to start with a fresh projector (needs --clip)")
     add("--clip", help="CLIP for --llm, or in place of an original LLaVA's mm_vision_tower")
-    add("--projector", choices=["mlp2x_gelu", "linear"], default="mlp2x_gelu", help="of --llm, created anew")
     add("--tokenizer", help="tokenizer folder, if not the checkpoint's")
     add("--template", default="auto",
         help=f"{', '.join(data.TEMPLATES)}, or a .jinja file (default: the checkpoint's own)")
@@ -135,12 +133,11 @@ MINIMUMS = {  # the smallest value an option can have
 
 
 NEEDED = {  # options that do nothing without another one
-    "projector": "llm", "lora_alpha": "lora_rank", "eval_every": "eval_data", "ptx_coef": "ptx_data"}
+    "lora_alpha": "lora_rank", "eval_every": "eval_data", "ptx_coef": "ptx_data"}
 
 ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "--model": "model_name_or_path model_path model_name sft_model_path base_model",
     "--clip, with --llm": "vision_tower",
-    "--projector": "mm_projector_type",
     "--tokenizer": "tokenizer_name tokenizer_name_or_path",
     "--template": "chat_template chat_template_path conv_mode version",
     "--image_mode": "image_aspect_ratio",
@@ -200,6 +197,7 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "no option: three answers every 10 iterations; --save_rollouts writes all": "show_every",
     "no option: weights are not quantised": "bits load_in_4bit load_in_8bit quantization_bit",
     "no option: as in the checkpoint": "mm_vision_select_layer mm_use_im_start_end mm_use_im_patch_token",
+    "no option: a new projector is mlp2x_gelu": "projector mm_projector_type",
     "no option: stage 2's --model is what stage 1 left": "pretrain_mm_mlp_adapter",
     "no option: every step is logged": "logging_steps logging_strategy",
     "no option: the last two checkpoints are kept": "save_total_limit",
@@ -706,10 +704,9 @@ def read_config(args, world):
         if args.clip:
             raise
         raise UserError(f"{folder}/config.json: mm_vision_tower: {error}; --clip gives another") from error
-    projector = args.projector if args.llm else raw.get("mm_projector_type", "linear")
     # an original LLaVA may hold a tower that was trained with it; one asked for with --clip goes before it
     folders = [folder, clip] if args.clip else [clip, folder]
-    return llava_config(folder, raw, clip, read_config_file(clip, world), projector), folder, clip, folders
+    return llava_config(folder, raw, clip, read_config_file(clip, world)), folder, clip, folders
 
 
 def read_config_file(folder, world):
@@ -1538,10 +1535,6 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
                 held[name] = whole.to(dtype).cpu().contiguous()
                 if not held[name].isfinite().all():
                     raise Diverged(f"{name} is not finite: nothing was exported")
-                if is_linear(config) and name == "multi_modal_projector.linear_1.weight":
-                    held["multi_modal_projector.linear_2.weight"] = torch.eye(len(whole), dtype=dtype)
-                if is_linear(config) and name == "multi_modal_projector.linear_1.bias":
-                    held["multi_modal_projector.linear_2.bias"] = torch.zeros(len(whole), dtype=dtype)
         index["weight_map"].update(dict.fromkeys(held, file))
         world.on_rank0(save_tensors, held, os.path.join(part, file))
     if hasattr(model, "score"):

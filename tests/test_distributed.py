@@ -715,7 +715,7 @@ UNKNOWN = {  # options that no script has, or not that one, and what is said of 
     "--seed one": {"": "argument --seed: invalid int value: 'one'"},
     "--seed": {"": "argument --seed: expected one argument"},
     "--dtype fp8": {"": "argument --dtype: invalid choice: 'fp8'"},
-    "--projector linear": {"": "got --projector linear without --llm, which it is for"},
+    "--projector linear": {"": "no option: a new projector is mlp2x_gelu"},
     "--lora_alpha 32": {"predict": "of training", "": "got --lora_alpha 32.0 without --lora_rank"},
     "--eval_every 5": {"predict": "of training", "": "got --eval_every 5 without --eval_data"},
     "--resume --overwrite": {"": "got --resume and --overwrite: give one"},
