@@ -254,7 +254,7 @@ def main():
             raise UserError(f"{example.name}: got {len(example.answers)} answers, "
                              "need two; only --loss sigmoid without --label_smoothing accepts more")
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                       args.seed, by_length=args.group_by_length == "yes")
+                       args.seed)
     eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                             shuffle=False)
     total = args.max_steps or max(1, round(args.epochs * len(steps)))

@@ -104,7 +104,6 @@ def arguments(parser, training=True):
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=int, default=128, help="rows an optimiser step, over all ranks")
     add("--micro_batch", type=int, default=4, help="rows a forward pass on one rank: memory, not mathematics")
-    add("--group_by_length", choices=["yes", "no"], default="yes", help="rows of similar length share a pass")
     add("--epochs", type=float, default=1, help="passes over the data")
     add("--max_steps", type=int, default=0, help="optimiser steps, in place of --epochs")
     add("--lr", type=float, default=2e-5, help="peak learning rate (default: %(default)g; with --lora_rank "
@@ -117,9 +116,8 @@ def arguments(parser, training=True):
     add("--offload", action="store_true", help="weights, gradients and AdamW's state in host memory, AdamW "
         "on the CPU: less GPU memory, slower steps")
     add("--lora_rank", type=int, default=0, help="train LoRA adapters in place of the LLaMA, at ten times "
-        "the default --lr (0: no LoRA)")
+        "the default --lr (0: no LoRA); trained alone on a --model, they are in OUT/adapter too, as PEFT's")
     add("--lora_alpha", type=float, default=16, help="LoRA's update is scaled by alpha / rank")
-    add("--save_adapter", action="store_true", help="adapters (no projector) in OUT/adapter too, as PEFT's")
 
 
 MINIMUMS = {  # the smallest value an option can have
@@ -127,7 +125,7 @@ MINIMUMS = {  # the smallest value an option can have
         "rollout_batch", "samples_per_prompt", "ppo_epochs"),
     0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "projector_lr", "warmup",
         "weight_decay", "adam_beta2", "seed", "top_k", "temperature", "lora_rank", "center_coef",
-        "center_rows", "sft_coef", "kl_coef", "gamma", "lam", "critic_lr", "critic_warmup", "ptx_coef",
+        "sft_coef", "kl_coef", "gamma", "lam", "critic_lr", "critic_warmup", "ptx_coef",
         "decode_batch"),
     1e-9: ("epochs", "top_p", "clip_range", "value_clip", "lora_alpha")}
 
@@ -158,7 +156,6 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
         "per_device_train_batch_size train_batch_size global_batch_size",
     "--micro_batch (records per forward pass on one rank; accumulation follows from it and --batch_size)":
         "gradient_accumulation_steps per_device_eval_batch_size eval_batch_size micro_batch_size",
-    "--group_by_length yes": "group_by_modality_length",
     "--epochs": "num_train_epochs num_epochs",
     "--lr": "learning_rate",
     "--projector_lr": "mm_projector_lr",
@@ -195,6 +192,9 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "no option: scores are not clipped; --normalize_scores scales them": "score_clip",
     "no option: advantages are whitened, rewards are not": "whiten_rewards",
     "no option: three answers every 10 iterations; --save_rollouts writes all": "show_every",
+    "no option: records of similar length share a forward pass": "group_by_length group_by_modality_length",
+    "no option: OUT/adapter is written where adapters alone are trained, on a --model": "save_adapter",
+    "no option: the mean reward of 2048 training records becomes 0": "center_rows",
     "no option: weights are not quantised": "bits load_in_4bit load_in_8bit quantization_bit",
     "no option: as in the checkpoint": "mm_vision_select_layer mm_use_im_start_end mm_use_im_patch_token",
     "no option: a new projector is mlp2x_gelu": "projector mm_projector_type",
@@ -270,8 +270,6 @@ def parse(parser, data_file, shapes, argv=None):
         parser.error("--data is needed with --model: a file of rows (README: data format)")
     if args.template != "auto":
         data.template_text(args.template)  # raises where there is none
-    if getattr(args, "save_adapter", False) and not (args.lora_rank and args.model):
-        parser.error("got --save_adapter, need --lora_rank, and --model: the adapter is put on that LLaVA")
     name = os.path.splitext(os.path.basename(parser.prog))[0]
     name += "" if hasattr(args, "save_every") else ".jsonl"
     args.out = args.out or os.path.join(ROOT, "runs", name)
@@ -1540,8 +1538,8 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
     if hasattr(model, "score"):
         head = {name: full_tensor(p.detach()).cpu() for name, p in model.score.named_parameters()}
         world.on_rank0(save_tensors, head, os.path.join(part, SCORE))
-    if args.save_adapter:
-        save_adapter(model, args, world, os.path.join(part, "adapter"))
+    if adapted and args.model and not any(parameter.requires_grad for _, parameter in parameters):
+        save_adapter(model, args, world, os.path.join(part, "adapter"))  # with --model it is the export
 
     def place():
         data.save_processor(processor, config, part)

@@ -585,9 +585,8 @@ def main():
     eval_prompts = read_prompts(args.eval_data, processor, scorer_processor, args, world)
     ptx_examples = fsdp.read_examples(args.ptx_data, "turns", processor, args, world) if args.ptx_data else []
     batching = (processor, args.batch_size, args.micro_batch, world.rank, world.size, args.seed)
-    by_length = args.group_by_length == "yes"
-    steps = data.Steps(prompts.examples, *batching, by_length=by_length, drop_last=True)
-    ptx_steps = data.Steps(ptx_examples, *batching, by_length=by_length)
+    steps = data.Steps(prompts.examples, *batching, drop_last=True)
+    ptx_steps = data.Steps(ptx_examples, *batching)
     eval_steps = data.Steps(eval_prompts.examples, *batching, shuffle=False)
     minibatches = args.rollout_batch // args.batch_size  # optimizer steps per PPO epoch
     total = args.max_steps or max(1, round(args.epochs * len(steps) / minibatches))

@@ -31,6 +31,8 @@ import fsdp
 from data import UserError
 from model import plackett_luce, ranking_accuracy
 
+CENTER_RECORDS = 2048  # whose mean reward is set to 0: its standard error is then 2 % of the deviation
+
 
 def rm_loss(scores, answer_mask, margin, center_coef):
     """Sum over records of the loss at the head of this file.
@@ -57,7 +59,6 @@ def parse_args():
     add("--train", help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
     add("--projector_lr", type=float, help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
     add("--center_coef", type=float, default=0.0, help="c: weight of the squared mean score of each record")
-    add("--center_rows", type=int, default=2048, help="records whose mean reward is set to 0, in full steps")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=7e-4,
         warmup=60, adam_beta2=0.98, max_steps=350, **fsdp.left_by("sft")))
@@ -120,7 +121,7 @@ def main():
     examples = fsdp.read_examples(args.data, "ranked", processor, args, world)
     held_out = fsdp.read_examples(args.eval_data, "ranked", processor, args, world) if args.eval_data else []
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                       args.seed, by_length=args.group_by_length == "yes")
+                       args.seed)
     eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                             shuffle=False)
     total = args.max_steps or max(1, round(args.epochs * len(steps)))
@@ -196,15 +197,14 @@ def main():
             return fsdp.STOPPED
 
     # the head's bias: the mean training reward becomes 0
-    end = min(len(steps), -(-args.center_rows // args.batch_size))
-    if end:
-        results = score_records(model, steps, end, world, args, stop)
-        scores = [score for answers in results.values() for score in answers]
-        if not scores:
-            return fsdp.STOPPED
-        with torch.no_grad():
-            model.score.bias -= sum(scores) / len(scores)
-        log.say(f"the mean training reward was {sum(scores) / len(scores):.4f}; the new bias makes it 0")
+    end = min(len(steps), -(-CENTER_RECORDS // args.batch_size))
+    results = score_records(model, steps, end, world, args, stop)
+    scores = [score for answers in results.values() for score in answers]
+    if not scores:
+        return fsdp.STOPPED
+    with torch.no_grad():
+        model.score.bias -= sum(scores) / len(scores)
+    log.say(f"the mean training reward was {sum(scores) / len(scores):.4f}; the new bias makes it 0")
     fsdp.export(model, processor, args, world)
     log.say(f"wrote {args.out}")
 

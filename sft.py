@@ -95,7 +95,7 @@ def main():
     examples = fsdp.read_examples(args.data, "turns", processor, args, world)
     held_out = fsdp.read_examples(args.eval_data, "turns", processor, args, world) if args.eval_data else []
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                       args.seed, by_length=args.group_by_length == "yes")
+                       args.seed)
     eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                             shuffle=False)
     total = args.max_steps or max(1, round(args.epochs * len(steps)))

@@ -66,13 +66,13 @@ START = {  # five steps, of records of unequal lengths
     # five records in steps of one a rank: three rounds, and rank 1 has none in the last
     "ppo": PPO + " --micro_batch 1 --max_new_tokens 12 --ppo_epochs 1 --save_rollouts"
            " --eval_data trained/rows.json"}
-LORA = "--batch_size 5 --micro_batch 2 --lora_rank 3 --lora_alpha 6 --save_adapter"
+LORA = "--batch_size 5 --micro_batch 2 --lora_rank 3 --lora_alpha 6"
 ALL = "--train projector,llm,vision"
 CASES = {
     "sft": {
         "plain": "--batch_size 6 --micro_batch 2",
-        "micro 1": "--batch_size 8 --micro_batch 1 --group_by_length no",
-        "micro 8": "--batch_size 8 --micro_batch 8 --group_by_length no",
+        "micro 1": "--batch_size 8 --micro_batch 1",
+        "micro 8": "--batch_size 8 --micro_batch 8",
         "empty": "--batch_size 5 --micro_batch 2",  # rank 1 has no record in its second micro-batch
         "one record": "--batch_size 1 --micro_batch 1",  # rank 1 has none at all
         "text": "--batch_size 4 --micro_batch 2 --data text.json",  # a rank's are text alone
@@ -89,7 +89,7 @@ CASES = {
         "short": "--batch_size 6 --micro_batch 1 --max_steps 2"},
     "rm": {
         "plain": "--batch_size 6 --micro_batch 2",
-        "micro 1": "--batch_size 6 --micro_batch 1 --group_by_length no",
+        "micro 1": "--batch_size 6 --micro_batch 1",
         "all": f"--batch_size 5 --micro_batch 2 {ALL} --recompute --center_coef 0.3 --projector_lr 1e-3",
         "lora": LORA,
         "tied": "--batch_size 5 --micro_batch 2 --model tied",
@@ -378,7 +378,7 @@ LONG = {  # the last optimisation is that of the third epoch; evaluations and th
            " --critic_warmup 1 --ptx_data trained/turns.json",
 }
 STEPS = {"sft": 9, "rm": 6, "dpo": 5, "ppo": 3}
-ADAPTERS = " --lora_rank 3 --save_adapter --max_steps 3"
+ADAPTERS = " --lora_rank 3 --max_steps 3"
 
 
 def before_saving(step):
@@ -606,7 +606,6 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--train llm --projector_lr 1": "but --train llm has no projector",
         "--replicas 3": "got --replicas 3, need a divisor of the ",
         "--wandb project": "pip install wandb",
-        "--save_adapter": "got --save_adapter, need --lora_rank, and --model",
         "--lora_rank 2 --train projector": "got --lora_rank 2 without llm in --train",
         "--batch_size 0": "got --batch_size 0, need at least 1",
         "--lora_rank -1": "got --lora_rank -1, need at least 0",
@@ -708,6 +707,9 @@ UNKNOWN = {  # options that no script has, or not that one, and what is said of 
     "--beta 1 --critic policy --score": {
         "dpo": "--critic: --critic is an option of ppo.py", "": "--beta: --beta is an option of dpo.py"},
     "--load_in_4bit": {"": "no option: weights are not quantised"},
+    "--save_adapter": {"": "no option: OUT/adapter is written where adapters alone are trained"},
+    "--group_by_length yes": {"": "no option: records of similar length share a forward pass"},
+    "--center_rows 0": {"": "no option: the mean reward of 2048 training records becomes 0"},
     "--target_kl 1": {"": "unknown option --target_kl: no option: β is fixed: --kl_coef"},
     "--top_k 5": {"predict": "greedy decoding", "": "--top_k is an option of predict.py"},
     "--quux": {"": "unknown option --quux: see --help"},

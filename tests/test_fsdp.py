@@ -733,7 +733,7 @@ def test_damaged_lines_of_the_log_are_dropped(damage, out, place, earlier):
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_files_have_the_mode_that_the_umask_gives(umask, mode, place, tmp_path):
     """Also those that safetensors writes: model, score and adapter."""
-    data = ["--data", place / "pairs.json", "--save_adapter", "--lora_rank", 2]
+    data = ["--data", place / "pairs.json", "--lora_rank", 2]
     done = tiny.fork("rm", "--model", place / "model", "--images", place / "images", *EARLIER, *data, "--out",
                      tmp_path / "out", "--max_steps", 1, prepare=functools.partial(os.umask, umask))
     assert done.code == 0, done.err
