@@ -70,6 +70,51 @@ WORLD = os.path.join(ROOT, "runs", "shapes")  # of examples/shapes.py, used wher
 
 # ---- options ----
 
+# What an option takes, for argparse's type=. Its error names the option.
+
+def bounded(text, kind, need, least=-sys.float_info.max, most=sys.float_info.max):
+    """An option's text as an int or float within bounds, so neither infinite nor NaN. need: what an error
+    says."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"got {text}, need {need}")
+    return value
+
+
+def positive_int(text):
+    return bounded(text, int, "a whole number of at least 1", 1)
+
+
+def non_negative_int(text):
+    return bounded(text, int, "a whole number of at least 0", 0)
+
+
+def positive(text):
+    return bounded(text, float, "a number above 0", sys.float_info.min)
+
+
+def non_negative(text):
+    return bounded(text, float, "a number of at least 0", 0)
+
+
+def fraction(text):
+    return bounded(text, float, "a number from 0 to 1", 0, 1)
+
+
+def finite(text):
+    return bounded(text, float, "a finite number")
+
+
+def train_parts(text, known):
+    """--train: comma-joined parts of those that a script can train."""
+    if not {*text.split(",")} <= {*known}:
+        raise argparse.ArgumentTypeError(f"got {text}, need any of {','.join(known)}, joined by commas")
+    return text
+
+
 def arguments(parser, training=True):
     """Adds the options that every run has, in groups."""
     add = parser.add_argument_group("model").add_argument
@@ -86,48 +131,46 @@ def arguments(parser, training=True):
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of records: .json, .jsonl or .txt (README: data format)")
     add("--images", help="folder that the image paths of all files start from (default: each file's own)")
-    add("--max_len", type=int, default=2048, help="longest prompt and answer, in tokens; pictures count")
+    add("--max_len", type=positive_int, default=2048,
+        help="longest prompt and answer, in tokens; pictures count")
     add("--skip_bad_rows", action="store_true", help="report bad rows and leave them out")
-    add("--workers", type=int, default=2, help="threads per rank that decode images ahead (0: none)")
+    add("--workers", type=non_negative_int, default=2,
+        help="threads per rank that decode images ahead (0: none)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="what is written: a folder (predict.py: a .jsonl file)")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     add("--resume", action="store_true", help="continue the run in --out where it ended, if there is one")
-    add("--seed", type=int, default=0, help="of the order of rows, new parameters and sampling")
-    add("--replicas", type=int, default=1, help="copies of the sharded model (hybrid sharding)")
+    add("--seed", type=non_negative_int, default=0, help="of the order of rows, new parameters and sampling")
+    add("--replicas", type=positive_int, default=1, help="copies of the sharded model (hybrid sharding)")
     if not training:
         return
-    add("--save_every", type=int, default=500, help="steps between checkpoints (0: only at the end)")
+    add("--save_every", type=non_negative_int, default=500,
+        help="steps between checkpoints (0: only at the end)")
     add("--eval_data", nargs="+", help="files of held-out records")
-    add("--eval_every", type=int, default=500, help="steps between evaluations (0: only at the end)")
+    add("--eval_every", type=non_negative_int, default=500,
+        help="steps between evaluations (0: only at the end)")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project too (pip install wandb)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", type=int, default=128, help="rows an optimiser step, over all ranks")
-    add("--micro_batch", type=int, default=4, help="rows a forward pass on one rank: memory, not mathematics")
-    add("--epochs", type=float, default=1, help="passes over the data")
-    add("--max_steps", type=int, default=0, help="optimiser steps, in place of --epochs")
-    add("--lr", type=float, default=2e-5, help="peak learning rate (default: %(default)g; with --lora_rank "
-        "ten times that, as adapters learn next to nothing at the rate of full weights)")
-    add("--warmup", type=float, default=0.03, help="linear warm-up: steps, or below 1 a share of all steps")
-    add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of squared gradients")
-    add("--weight_decay", type=float, default=0.0, help="AdamW's, not on norms and biases")
-    add("--grad_clip", type=float, default=1.0, help="largest global gradient norm (0: no clipping)")
+    add("--batch_size", type=positive_int, default=128, help="rows an optimiser step, over all ranks")
+    add("--micro_batch", type=positive_int, default=4,
+        help="rows a forward pass on one rank: memory, not mathematics")
+    add("--epochs", type=positive, default=1, help="passes over the data")
+    add("--max_steps", type=non_negative_int, default=0, help="optimiser steps, in place of --epochs")
+    add("--lr", type=non_negative, default=2e-5,
+        help="peak learning rate (default: %(default)g; with --lora_rank ten times that, as adapters learn "
+        "next to nothing at the rate of full weights)")
+    add("--warmup", type=non_negative, default=0.03,
+        help="linear warm-up: steps, or below 1 a share of all steps")
+    add("--adam_beta2", type=fraction, default=0.999, help="AdamW's decay of squared gradients")
+    add("--weight_decay", type=non_negative, default=0.0, help="AdamW's, not on norms and biases")
+    add("--grad_clip", type=non_negative, default=1.0, help="largest global gradient norm (0: no clipping)")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
     add("--offload", action="store_true", help="weights, gradients and AdamW's state in host memory, AdamW "
         "on the CPU: less GPU memory, slower steps")
-    add("--lora_rank", type=int, default=0, help="train LoRA adapters in place of the LLaMA, at ten times "
-        "the default --lr (0: no LoRA); trained alone on a --model, they are in OUT/adapter too, as PEFT's")
-    add("--lora_alpha", type=float, default=16, help="LoRA's update is scaled by alpha / rank")
-
-
-MINIMUMS = {  # the smallest value an option can have
-    1: ("batch_size", "micro_batch", "replicas", "max_len", "num_samples", "max_new_tokens",
-        "rollout_batch", "samples_per_prompt", "ppo_epochs"),
-    0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "projector_lr", "warmup",
-        "weight_decay", "adam_beta2", "seed", "top_k", "temperature", "lora_rank", "center_coef",
-        "sft_coef", "kl_coef", "gamma", "lam", "critic_lr", "critic_warmup", "ptx_coef",
-        "decode_batch"),
-    1e-9: ("epochs", "top_p", "clip_range", "value_clip", "lora_alpha")}
+    add("--lora_rank", type=non_negative_int, default=0,
+        help="train LoRA adapters in place of the LLaMA, at ten times the default --lr (0: no LoRA); "
+        "trained alone on a --model, they are in OUT/adapter too, as PEFT's")
+    add("--lora_alpha", type=positive, default=16, help="LoRA's update is scaled by alpha / rank")
 
 
 NEEDED = {  # options that do nothing without another one
@@ -256,6 +299,8 @@ def parse(parser, data_file, shapes, argv=None):
         if in_full:
             parser.error(f"got --train {args.train} with --lora_rank, need --lr: the default suits adapters, "
                          f"and is ten times that of {' and '.join(sorted(in_full))}")
+    if getattr(args, "projector_lr", None) is not None and "projector" not in args.train.split(","):
+        parser.error(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
     for option, other in NEEDED.items():
         value = getattr(args, option, None)
         if value and value != parser.get_default(option) and not getattr(args, other):
@@ -273,11 +318,6 @@ def parse(parser, data_file, shapes, argv=None):
     name = os.path.splitext(os.path.basename(parser.prog))[0]
     name += "" if hasattr(args, "save_every") else ".jsonl"
     args.out = args.out or os.path.join(ROOT, "runs", name)
-    for least, options in MINIMUMS.items():
-        for option in options:
-            value = getattr(args, option, None)
-            if value is not None and not least <= value < math.inf:
-                parser.error(f"got --{option} {value}, need at least {least}")
     return args
 
 

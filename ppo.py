@@ -438,31 +438,35 @@ def parse_args():
     fsdp.arguments(parser)
     parser.set_defaults(lr=1e-6, save_every=10, eval_every=10)
     add = parser.add_argument_group("PPO (steps of the options above are iterations)").add_argument
-    add("--train", help="projector, llm or both (default: projector,llm; with --lora_rank llm)")
+    add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
+        help="projector, llm or both (default: projector,llm; with --lora_rank llm)")
     add("--reward_model", help="output folder of rm.py, or FILE.py:FUNCTION of (record, texts) → scores")
     add("--critic", choices=["reward", "policy"], default="reward", help="critic's start (policy: V = 0)")
-    add("--rollout_batch", type=int, default=512, help="prompts per iteration, over all ranks")
-    add("--samples_per_prompt", type=int, default=1, help="answers sampled per prompt")
-    add("--max_new_tokens", type=int, default=256, help="tokens per answer, at most; --max_len excludes them")
-    add("--temperature", type=float, default=1.0, help="of sampling and of all log-probabilities")
-    add("--decode_batch", type=int, default=0, help="prompts that a rank decodes at once: faster in large "
-        "batches, but memory grows (0: all of an iteration)")
+    add("--rollout_batch", type=fsdp.positive_int, default=512, help="prompts per iteration, over all ranks")
+    add("--samples_per_prompt", type=fsdp.positive_int, default=1, help="answers sampled per prompt")
+    add("--max_new_tokens", type=fsdp.positive_int, default=256,
+        help="tokens per answer, at most; --max_len excludes them")
+    add("--temperature", type=fsdp.positive, default=1.0, help="of sampling and of all log-probabilities")
+    add("--decode_batch", type=fsdp.non_negative_int, default=0,
+        help="prompts that a rank decodes at once: faster in large batches, but memory grows (0: all of an "
+        "iteration)")
     add("--rollout", choices=["gathered", "sharded"], default="gathered", help="weights while "
         "decoding (sharded: less memory, slower)")
-    add("--missing_eos_score", type=float, default=-1.0, help="score of a cut answer, on "
-        "the scale after --normalize_scores")
+    add("--missing_eos_score", type=fsdp.finite, default=-1.0, help="score of a cut answer (not normalised)")
     add("--normalize_scores", action="store_true", help="give iteration 1's scores mean 0, deviation 1")
-    add("--kl_coef", type=float, default=0.05, help="β: reward lost per nat of KL")
-    add("--gamma", type=float, default=1.0, help="discount per token")
-    add("--lam", type=float, default=0.95, help="λ of GAE")
-    add("--ppo_epochs", type=int, default=4, help="passes over an iteration's answers")
-    add("--clip_range", type=float, default=0.2, help="ε of the policy's ratio")
-    add("--value_clip", type=float, default=0.2, help="ε of the critic's values")
-    add("--entropy_coef", type=float, default=0.0, help="weight of the entropy bonus, per nat")
+    add("--kl_coef", type=fsdp.non_negative, default=0.05, help="β: reward lost per nat of KL")
+    add("--gamma", type=fsdp.fraction, default=1.0, help="discount per token")
+    add("--lam", type=fsdp.fraction, default=0.95, help="λ of GAE")
+    add("--ppo_epochs", type=fsdp.positive_int, default=4, help="passes over an iteration's answers")
+    add("--clip_range", type=fsdp.positive, default=0.2, help="ε of the policy's ratio")
+    add("--value_clip", type=fsdp.positive, default=0.2, help="ε of the critic's values")
+    add("--entropy_coef", type=fsdp.finite, default=0.0, help="weight of the entropy bonus, per nat")
     add("--ptx_data", nargs="+", help="files of SFT records, whose loss is added to the policy's")
-    add("--ptx_coef", type=float, default=1.0, help="weight of the SFT loss per token")
-    add("--critic_lr", type=float, help="the critic's peak rate, often 5 to 10 times --lr (default: --lr)")
-    add("--critic_warmup", type=int, default=0, help="first iterations, in which only the critic is trained")
+    add("--ptx_coef", type=fsdp.non_negative, default=1.0, help="weight of the SFT loss per token")
+    add("--critic_lr", type=fsdp.non_negative,
+        help="the critic's peak rate, often 5 to 10 times --lr (default: --lr)")
+    add("--critic_warmup", type=fsdp.non_negative_int, default=0,
+        help="first iterations, in which only the critic is trained")
     add("--save_rollouts", action="store_true", help="write sampled answers to OUT/rollouts/ITERATION.jsonl")
     args = fsdp.parse(parser, data_file="prompts.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=128, micro_batch=128, rollout_batch=128,
@@ -477,8 +481,6 @@ def parse_args():
     if args.reward_model.endswith(".py"):
         parser.error(f"got --reward_model {args.reward_model}, need FILE.py:FUNCTION")
     args.critic_lr = args.lr if args.critic_lr is None else args.critic_lr
-    if args.temperature <= 0:
-        parser.error(f"got --temperature {args.temperature}, need more than 0: PPO learns from samples")
     return args
 
 
@@ -565,8 +567,6 @@ def main():
     args = parse_args()
     world = fsdp.launch(args)
     fsdp.check_out_dir(args, world)
-    if not set(args.train.split(",")) <= set(PARTS):
-        raise UserError(f"got --train {args.train}, need projector, llm or both, comma-joined")
     function = load_function(args.reward_model) if ".py:" in args.reward_model else None
     if function and args.critic == "reward":
         raise UserError("got a function as --reward_model and --critic reward: give --critic policy")

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 
 import data
 import fsdp
-from data import UserError
 from model import plackett_luce, ranking_accuracy
 
+PARTS = {"projector": "multi_modal_projector.", "llm": "language_model.model.", "vision": "vision_tower."}
 CENTER_RECORDS = 2048  # whose mean reward is set to 0: its standard error is then 2 % of the deviation
 
 
@@ -56,9 +56,12 @@ def parse_args():
     fsdp.arguments(parser)
     parser.set_defaults(lr=1e-5)
     add = parser.add_argument_group("reward model").add_argument
-    add("--train", help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
-    add("--projector_lr", type=float, help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
-    add("--center_coef", type=float, default=0.0, help="c: weight of the squared mean score of each record")
+    add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
+        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
+    add("--projector_lr", type=fsdp.non_negative,
+        help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
+    add("--center_coef", type=fsdp.non_negative, default=0.0,
+        help="c: weight of the squared mean score of each record")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=7e-4,
         warmup=60, adam_beta2=0.98, max_steps=350, **fsdp.left_by("sft")))
@@ -108,12 +111,6 @@ def main():
     args = parse_args()
     world = fsdp.launch(args)
     fsdp.check_out_dir(args, world)
-    parts = {"projector": "multi_modal_projector.", "llm": "language_model.model.", "vision": "vision_tower."}
-    train = args.train.split(",")
-    if not set(train) <= set(parts):
-        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, joined by commas")
-    if args.projector_lr is not None and "projector" not in train:
-        raise UserError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
 
     # data
     checkpoint = fsdp.open_checkpoint(args, world)
@@ -127,13 +124,13 @@ def main():
     total = args.max_steps or max(1, round(args.epochs * len(steps)))
 
     # model and optimiser
-    trainable = [*(parts[part] for part in train), "score.weight"]
+    trainable = [*(PARTS[part] for part in args.train.split(",")), "score.weight"]
     model = fsdp.build(checkpoint, args, world, trainable, score=True)
     model.set_recompute(args.recompute)
     groups = {}  # weight decay for matrices only; the projector may have its own learning rate
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own_rate = args.projector_lr is not None and name.startswith(parts["projector"])
+            own_rate = args.projector_lr is not None and name.startswith(PARTS["projector"])
             lr = args.projector_lr if own_rate else args.lr
             decay = args.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, decay), []).append(parameter)
