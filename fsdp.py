@@ -131,11 +131,9 @@ def arguments(parser, training=True):
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of records: .json, .jsonl or .txt (README: data format)")
     add("--images", help="folder that the image paths of all files start from (default: each file's own)")
-    add("--max_len", type=positive_int, default=2048,
-        help="longest prompt and answer, in tokens; pictures count")
+    add("--max_len", type=positive_int, default=2048, help="longest record, in tokens; images count")
     add("--skip_bad_rows", action="store_true", help="report bad rows and leave them out")
-    add("--workers", type=non_negative_int, default=2,
-        help="threads per rank that decode images ahead (0: none)")
+    add("--workers", type=non_negative_int, default=2, help="threads per rank to decode images (0: none)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="what is written: a folder (predict.py: a .jsonl file)")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
@@ -144,11 +142,9 @@ def arguments(parser, training=True):
     add("--replicas", type=positive_int, default=1, help="copies of the sharded model (hybrid sharding)")
     if not training:
         return
-    add("--save_every", type=non_negative_int, default=500,
-        help="steps between checkpoints (0: only at the end)")
+    add("--save_every", type=non_negative_int, default=500, help="steps per checkpoint (0: one at the end)")
     add("--eval_data", nargs="+", help="files of held-out records")
-    add("--eval_every", type=non_negative_int, default=500,
-        help="steps between evaluations (0: only at the end)")
+    add("--eval_every", type=non_negative_int, default=500, help="steps per evaluation (0: one at the end)")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project too (pip install wandb)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=positive_int, default=128, help="rows an optimiser step, over all ranks")
