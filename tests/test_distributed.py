@@ -744,6 +744,19 @@ def test_help_shows_each_default_once(script, capsys):
     assert not [one for one in said.values() if one.count("(default") > 1]
 
 
+@pytest.mark.parametrize("script", DATA)
+def test_every_number_is_checked_where_it_is_written(script, capsys):
+    """No option that takes a number takes nan, infinity or a word; one line says what it needs."""
+    given = vars(tiny.arguments(script, *FILES[script].split()))
+    numbers = {name for name, value in given.items() if type(value) in (int, float)}
+    assert {"max_len", "seed", "micro_batch"} < numbers
+    for name in numbers | given.keys() & {"projector_lr", "critic_lr"}:
+        for value in ("nan", "inf", "one"):
+            with pytest.raises(SystemExit):
+                tiny.arguments(script, *FILES[script].split(), f"--{name}", value)
+            assert f"error: argument --{name}: got {value}, need a " in capsys.readouterr().err
+
+
 def test_every_option_named_for_another_is_one():
     """What the table of other projects' names leads to is an option of some script, and no script has an
     option of such a name."""
