@@ -1295,14 +1295,14 @@ class Steps:
     padding only).
 
     Step k takes the same rows whatever the number of ranks; within it, rows of similar length share a
-    micro-batch (by_length). shuffle: every epoch in an order keyed by (seed, epoch); else in file order.
+    micro-batch. shuffle: every epoch in an order keyed by (seed, epoch); else step by step in file order.
     drop_last: an epoch has whole steps only, the rows left over wait for a later one. """
 
     def __init__(self, examples, processor, batch_size, micro_batch, rank, world, seed=0, shuffle=True,
-                 by_length=True, drop_last=False):
+                 drop_last=False):
         self.examples, self.processor = examples, processor
         self.batch_size, self.micro_batch, self.rank, self.world = batch_size, micro_batch, rank, world
-        self.seed, self.shuffle, self.by_length, self.drop_last = seed, shuffle, by_length, drop_last
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.columns = np.array([sum(map(processor.length, (e.prompt, *e.answers))) for e in examples])
 
     def __len__(self):
@@ -1319,8 +1319,7 @@ class Steps:
         """The micro-batches of this rank as lists of example indices."""
         epoch, k = divmod(step, len(self))
         rows = self.order(epoch)[k * self.batch_size:(k + 1) * self.batch_size]
-        if self.by_length:
-            rows = rows[np.argsort(self.columns[rows], kind="stable")]
+        rows = rows[np.argsort(self.columns[rows], kind="stable")]
         rounds = -(-len(rows) // (self.micro_batch * self.world))
         starts = [(i * self.world + self.rank) * self.micro_batch for i in range(rounds)]
         return [rows[start:start + self.micro_batch].tolist() for start in starts]

@@ -30,6 +30,8 @@ import fsdp
 from data import UserError
 from model import plackett_luce, ranking_accuracy
 
+PARTS = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
+
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid",
              label_smoothing=0.0):
@@ -87,22 +89,24 @@ def parse_args():
     fsdp.arguments(parser)
     parser.set_defaults(lr=5e-7)
     add = parser.add_argument_group("direct preference optimisation").add_argument
-    add("--train", help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
-    add("--projector_lr", type=float, help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
-    add("--beta", type=float, default=0.1, help="strength of the penalty for leaving the reference, per nat")
+    add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
+        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
+    add("--projector_lr", type=fsdp.non_negative,
+        help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
+    add("--beta", type=fsdp.positive, default=0.1,
+        help="strength of the penalty for leaving the reference, per nat")
     add("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid",
         help="sigmoid: DPO; hinge: SLiC; robust: for labels that may be flipped (equations: dpo_loss)")
-    add("--label_smoothing", type=float, default=0.0,
+    add("--label_smoothing", type=fsdp.fraction, default=0.0,
         help="fraction of labels assumed to be flipped, for --loss sigmoid or robust")
     add("--length_norm", action="store_true",
         help="use log-ratios in nats per token in the loss, not per answer (rewards/* stay per answer)")
-    add("--sft_coef", type=float, default=0.0, help="weight of the SFT loss of the chosen answers")
+    add("--sft_coef", type=fsdp.non_negative, default=0.0,
+        help="weight of the SFT loss of the chosen answers")
     add("--ref_model", help="checkpoint of the reference (default: the policy before its first step)")
     args = fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=3e-4,
         warmup=10, adam_beta2=0.98, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
-    if args.beta <= 0:
-        parser.error(f"got --beta {args.beta}, need more than 0")
     smooth = args.label_smoothing
     if args.loss == "robust" and not smooth:
         parser.error("got --loss robust without --label_smoothing, need the share of labels that are flipped")
@@ -238,12 +242,6 @@ def main():
     args = parse_args()
     world = fsdp.launch(args)
     fsdp.check_out_dir(args, world)
-    parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
-    train = args.train.split(",")
-    if not set(train) <= set(parts):
-        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, joined by commas")
-    if args.projector_lr is not None and "projector" not in train:
-        raise UserError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
 
     # data
     checkpoint = fsdp.open_checkpoint(args, world)
@@ -255,18 +253,18 @@ def main():
             raise UserError(f"{example.name}: got {len(example.answers)} answers, "
                              "need two; only --loss sigmoid without --label_smoothing accepts more")
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                       args.seed, by_length=args.group_by_length == "yes")
+                       args.seed)
     eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                             shuffle=False)
     total = args.max_steps or max(1, round(args.epochs * len(steps)))
 
     # model and optimiser
-    model = fsdp.build(checkpoint, args, world, trainable=[parts[part] for part in train])
+    model = fsdp.build(checkpoint, args, world, trainable=[PARTS[part] for part in args.train.split(",")])
     model.set_recompute(args.recompute)
     groups = {}  # weight decay for matrices only; the projector may have its own learning rate
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own_rate = args.projector_lr is not None and name.startswith(parts["projector"])
+            own_rate = args.projector_lr is not None and name.startswith(PARTS["projector"])
             lr = args.projector_lr if own_rate else args.lr
             decay = args.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, decay), []).append(parameter)

@@ -59,7 +59,6 @@ from model import (
     add_lora,
     check_names,
     initial_std,
-    is_linear,
     llava_config,
     our_name,
     tensor_shape,
@@ -71,13 +70,57 @@ WORLD = os.path.join(ROOT, "runs", "shapes")  # of examples/shapes.py, used wher
 
 # ---- options ----
 
+# What an option takes, for argparse's type=. Its error names the option.
+
+def bounded(text, kind, need, least=-sys.float_info.max, most=sys.float_info.max):
+    """An option's text as an int or float within bounds, so neither infinite nor NaN. need: what an error
+    says."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"got {text}, need {need}")
+    return value
+
+
+def positive_int(text):
+    return bounded(text, int, "a whole number of at least 1", 1)
+
+
+def non_negative_int(text):
+    return bounded(text, int, "a whole number of at least 0", 0)
+
+
+def positive(text):
+    return bounded(text, float, "a number above 0", sys.float_info.min)
+
+
+def non_negative(text):
+    return bounded(text, float, "a number of at least 0", 0)
+
+
+def fraction(text):
+    return bounded(text, float, "a number from 0 to 1", 0, 1)
+
+
+def finite(text):
+    return bounded(text, float, "a finite number")
+
+
+def train_parts(text, known):
+    """--train: comma-joined parts of those that a script can train."""
+    if not {*text.split(",")} <= {*known}:
+        raise argparse.ArgumentTypeError(f"got {text}, need any of {','.join(known)}, joined by commas")
+    return text
+
+
 def arguments(parser, training=True):
     """Adds the options that every run has, in groups."""
     add = parser.add_argument_group("model").add_argument
     add("--model", help="LLaVA: folder or hub id, HF or original layout (default: the shapes world)")
     add("--llm", help="LLaMA, to start with a fresh projector (needs --clip)")
     add("--clip", help="CLIP for --llm, or in place of an original LLaVA's mm_vision_tower")
-    add("--projector", choices=["mlp2x_gelu", "linear"], default="mlp2x_gelu", help="of --llm, created anew")
     add("--tokenizer", help="tokenizer folder, if not the checkpoint's")
     add("--template", default="auto",
         help=f"{', '.join(data.TEMPLATES)}, or a .jinja file (default: the checkpoint's own)")
@@ -88,61 +131,50 @@ def arguments(parser, training=True):
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of records: .json, .jsonl or .txt (README: data format)")
     add("--images", help="folder that the image paths of all files start from (default: each file's own)")
-    add("--max_len", type=int, default=2048, help="longest prompt and answer, in tokens; pictures count")
+    add("--max_len", type=positive_int, default=2048, help="longest record, in tokens; images count")
     add("--skip_bad_rows", action="store_true", help="report bad rows and leave them out")
-    add("--workers", type=int, default=2, help="threads per rank that decode images ahead (0: none)")
+    add("--workers", type=non_negative_int, default=2, help="threads per rank to decode images (0: none)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="what is written: a folder (predict.py: a .jsonl file)")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     add("--resume", action="store_true", help="continue the run in --out where it ended, if there is one")
-    add("--seed", type=int, default=0, help="of the order of rows, new parameters and sampling")
-    add("--replicas", type=int, default=1, help="copies of the sharded model (hybrid sharding)")
+    add("--seed", type=non_negative_int, default=0, help="of the order of rows, new parameters and sampling")
+    add("--replicas", type=positive_int, default=1, help="copies of the sharded model (hybrid sharding)")
     if not training:
         return
-    add("--save_every", type=int, default=500, help="steps between checkpoints (0: only at the end)")
+    add("--save_every", type=non_negative_int, default=500, help="steps per checkpoint (0: one at the end)")
     add("--eval_data", nargs="+", help="files of held-out records")
-    add("--eval_every", type=int, default=500, help="steps between evaluations (0: only at the end)")
+    add("--eval_every", type=non_negative_int, default=500, help="steps per evaluation (0: one at the end)")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project too (pip install wandb)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", type=int, default=128, help="rows an optimiser step, over all ranks")
-    add("--micro_batch", type=int, default=4, help="rows a forward pass on one rank: memory, not mathematics")
-    add("--group_by_length", choices=["yes", "no"], default="yes", help="rows of similar length share a pass")
-    add("--epochs", type=float, default=1, help="passes over the data")
-    add("--max_steps", type=int, default=0, help="optimiser steps, in place of --epochs")
-    add("--lr", type=float, default=2e-5, help="peak learning rate (default: %(default)g; with --lora_rank "
-        "ten times that, as adapters learn next to nothing at the rate of full weights)")
-    add("--warmup", type=float, default=0.03, help="linear warm-up: steps, or below 1 a share of all steps")
-    add("--adam_beta2", type=float, default=0.999, help="AdamW's decay of squared gradients")
-    add("--weight_decay", type=float, default=0.0, help="AdamW's, not on norms and biases")
-    add("--grad_clip", type=float, default=1.0, help="largest global gradient norm (0: no clipping)")
+    add("--batch_size", type=positive_int, default=128, help="rows an optimiser step, over all ranks")
+    add("--micro_batch", type=positive_int, default=4,
+        help="rows a forward pass on one rank: memory, not mathematics")
+    add("--epochs", type=positive, default=1, help="passes over the data")
+    add("--max_steps", type=non_negative_int, default=0, help="optimiser steps, in place of --epochs")
+    add("--lr", type=non_negative, default=2e-5,
+        help="peak learning rate (default: %(default)g; with --lora_rank ten times that, as adapters learn "
+        "next to nothing at the rate of full weights)")
+    add("--warmup", type=non_negative, default=0.03,
+        help="linear warm-up: steps, or below 1 a share of all steps")
+    add("--adam_beta2", type=fraction, default=0.999, help="AdamW's decay of squared gradients")
+    add("--weight_decay", type=non_negative, default=0.0, help="AdamW's, not on norms and biases")
+    add("--grad_clip", type=non_negative, default=1.0, help="largest global gradient norm (0: no clipping)")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
     add("--offload", action="store_true", help="weights, gradients and AdamW's state in host memory, AdamW "
         "on the CPU: less GPU memory, slower steps")
-    add("--lora_rank", type=int, default=0, help="train LoRA adapters in place of the LLaMA, at ten times "
-        "the default --lr (0: no LoRA)")
-    add("--lora_alpha", type=float, default=16, help="LoRA's update is scaled by alpha / rank")
-    add("--save_adapter", action="store_true", help="adapters (no projector) in OUT/adapter too, as PEFT's")
-
-
-MINIMUMS = {  # the smallest value an option can have
-    1: ("batch_size", "micro_batch", "replicas", "max_len", "num_samples", "max_new_tokens",
-        "rollout_batch", "samples_per_prompt", "ppo_epochs", "kl_horizon"),
-    0: ("workers", "max_steps", "save_every", "eval_every", "grad_clip", "lr", "projector_lr", "warmup",
-        "weight_decay", "adam_beta2", "seed", "top_k", "temperature", "lora_rank", "center_coef",
-        "center_rows", "sft_coef", "score_clip", "kl_coef", "target_kl", "gamma", "lam",
-        "kl_stop", "critic_lr", "critic_warmup", "show_every", "ptx_coef",
-        "decode_batch"),
-    1e-9: ("epochs", "top_p", "clip_range", "value_clip", "lora_alpha")}
+    add("--lora_rank", type=non_negative_int, default=0,
+        help="train LoRA adapters in place of the LLaMA, at ten times the default --lr (0: no LoRA); "
+        "trained alone on a --model, they are in OUT/adapter too, as PEFT's")
+    add("--lora_alpha", type=positive, default=16, help="LoRA's update is scaled by alpha / rank")
 
 
 NEEDED = {  # options that do nothing without another one
-    "projector": "llm", "lora_alpha": "lora_rank", "eval_every": "eval_data", "kl_horizon": "target_kl",
-    "ptx_coef": "ptx_data"}
+    "lora_alpha": "lora_rank", "eval_every": "eval_data", "ptx_coef": "ptx_data"}
 
 ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "--model": "model_name_or_path model_path model_name sft_model_path base_model",
     "--clip, with --llm": "vision_tower",
-    "--projector": "mm_projector_type",
     "--tokenizer": "tokenizer_name tokenizer_name_or_path",
     "--template": "chat_template chat_template_path conv_mode version",
     "--image_mode": "image_aspect_ratio",
@@ -163,7 +195,6 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
         "per_device_train_batch_size train_batch_size global_batch_size",
     "--micro_batch (records per forward pass on one rank; accumulation follows from it and --batch_size)":
         "gradient_accumulation_steps per_device_eval_batch_size eval_batch_size micro_batch_size",
-    "--group_by_length yes": "group_by_modality_length",
     "--epochs": "num_train_epochs num_epochs",
     "--lr": "learning_rate",
     "--projector_lr": "mm_projector_lr",
@@ -195,8 +226,17 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "no option: torch.compile is not used": "compile torch_compile",
     "no option: a cosine after --warmup": "lr_scheduler_type",
     "no option: AdamW": "optim adam_beta1 adam_epsilon",
+    "no option: β is fixed: --kl_coef": "target_kl kl_horizon adap_kl_ctrl",
+    "no option: every update is taken; --ppo_epochs, --lr and --clip_range bound how far they go": "kl_stop",
+    "no option: scores are not clipped; --normalize_scores scales them": "score_clip",
+    "no option: advantages are whitened, rewards are not": "whiten_rewards",
+    "no option: three answers every 10 iterations; --save_rollouts writes all": "show_every",
+    "no option: records of similar length share a forward pass": "group_by_length group_by_modality_length",
+    "no option: OUT/adapter is written where adapters alone are trained, on a --model": "save_adapter",
+    "no option: the mean reward of 2048 training records becomes 0": "center_rows",
     "no option: weights are not quantised": "bits load_in_4bit load_in_8bit quantization_bit",
     "no option: as in the checkpoint": "mm_vision_select_layer mm_use_im_start_end mm_use_im_patch_token",
+    "no option: a new projector is mlp2x_gelu": "projector mm_projector_type",
     "no option: stage 2's --model is what stage 1 left": "pretrain_mm_mlp_adapter",
     "no option: every step is logged": "logging_steps logging_strategy",
     "no option: the last two checkpoints are kept": "save_total_limit",
@@ -255,6 +295,8 @@ def parse(parser, data_file, shapes, argv=None):
         if in_full:
             parser.error(f"got --train {args.train} with --lora_rank, need --lr: the default suits adapters, "
                          f"and is ten times that of {' and '.join(sorted(in_full))}")
+    if getattr(args, "projector_lr", None) is not None and "projector" not in args.train.split(","):
+        parser.error(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
     for option, other in NEEDED.items():
         value = getattr(args, option, None)
         if value and value != parser.get_default(option) and not getattr(args, other):
@@ -269,16 +311,9 @@ def parse(parser, data_file, shapes, argv=None):
         parser.error("--data is needed with --model: a file of rows (README: data format)")
     if args.template != "auto":
         data.template_text(args.template)  # raises where there is none
-    if getattr(args, "save_adapter", False) and not (args.lora_rank and args.model):
-        parser.error("got --save_adapter, need --lora_rank, and --model: the adapter is put on that LLaVA")
     name = os.path.splitext(os.path.basename(parser.prog))[0]
     name += "" if hasattr(args, "save_every") else ".jsonl"
     args.out = args.out or os.path.join(ROOT, "runs", name)
-    for least, options in MINIMUMS.items():
-        for option in options:
-            value = getattr(args, option, None)
-            if value is not None and not least <= value < math.inf:
-                parser.error(f"got --{option} {value}, need at least {least}")
     return args
 
 
@@ -703,10 +738,9 @@ def read_config(args, world):
         if args.clip:
             raise
         raise UserError(f"{folder}/config.json: mm_vision_tower: {error}; --clip gives another") from error
-    projector = args.projector if args.llm else raw.get("mm_projector_type", "linear")
     # an original LLaVA may hold a tower that was trained with it; one asked for with --clip goes before it
     folders = [folder, clip] if args.clip else [clip, folder]
-    return llava_config(folder, raw, clip, read_config_file(clip, world), projector), folder, clip, folders
+    return llava_config(folder, raw, clip, read_config_file(clip, world)), folder, clip, folders
 
 
 def read_config_file(folder, world):
@@ -1164,7 +1198,7 @@ def schedule(step, steps, warmup):
 RUN_FILES = ("log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
              "reference.json", "rollouts", "export.part")
 RESUME_MAY_DIFFER = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb",
-                     "micro_batch", "decode_batch", "replicas", "offload", "show_every", "save_rollouts"}
+                     "micro_batch", "decode_batch", "replicas", "offload", "save_rollouts"}
 LOCKS = []  # (path, the open file that holds its lock, the folders created for it)
 
 
@@ -1534,17 +1568,13 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
                 held[name] = whole.to(dtype).cpu().contiguous()
                 if not held[name].isfinite().all():
                     raise Diverged(f"{name} is not finite: nothing was exported")
-                if is_linear(config) and name == "multi_modal_projector.linear_1.weight":
-                    held["multi_modal_projector.linear_2.weight"] = torch.eye(len(whole), dtype=dtype)
-                if is_linear(config) and name == "multi_modal_projector.linear_1.bias":
-                    held["multi_modal_projector.linear_2.bias"] = torch.zeros(len(whole), dtype=dtype)
         index["weight_map"].update(dict.fromkeys(held, file))
         world.on_rank0(save_tensors, held, os.path.join(part, file))
     if hasattr(model, "score"):
         head = {name: full_tensor(p.detach()).cpu() for name, p in model.score.named_parameters()}
         world.on_rank0(save_tensors, head, os.path.join(part, SCORE))
-    if args.save_adapter:
-        save_adapter(model, args, world, os.path.join(part, "adapter"))
+    if adapted and args.model and not any(parameter.requires_grad for _, parameter in parameters):
+        save_adapter(model, args, world, os.path.join(part, "adapter"))  # with --model it is the export
 
     def place():
         data.save_processor(processor, config, part)

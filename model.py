@@ -45,7 +45,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
-    "linear": lambda x: x,
 }
 
 
@@ -135,24 +134,18 @@ def recomputed(function, *inputs):
 
 class Projector(nn.Module):
     """features [M, I, D of the tower] → [M · I, D of the LLaMA]: two linear layers with an activation
-    between them, or a single linear layer (the first LLaVA)."""
+    between them (LLaVA-1.5's mlp2x_gelu)."""
 
     def __init__(self, config):
         super().__init__()
         D, bias = config.text_config.hidden_size, config.multimodal_projector_bias
         self.activation = activation(config.projector_hidden_act)
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, D, bias=bias)
-        self.linear_2 = None if is_linear(config) else nn.Linear(D, D, bias=bias)
+        self.linear_2 = nn.Linear(D, D, bias=bias)
 
     def forward(self, features):
         x = self.linear_1(features.flatten(0, 1))  # [M · I, D]; an FSDP root must not return a view
-        return x if self.linear_2 is None else self.linear_2(self.activation(x))
-
-
-def is_linear(config):
-    """Whether the projector is a single linear layer. transformers only implements two layers, so such a
-    checkpoint is exported with the identity as its second layer and with this mark in its configuration."""
-    return getattr(config, "mm_projector_type", None) == "linear"
+        return self.linear_2(self.activation(x))
 
 
 # ---- LLaMA ----
@@ -518,12 +511,13 @@ LANGUAGE_MODELS = {
 
 # settings of config.json that change results → the values implemented here (an absent setting is always fine)
 ANY_MODEL = {"quantization_config": (None,), "quantization": (None,), "compression_config": (None,)}
+LLAVA = {**ANY_MODEL, "mm_projector_type": ("mlp2x_gelu",)}
 LANGUAGE_MODEL = {**ANY_MODEL, "attention_dropout": (0,)}
 VISION_TOWER = {**ANY_MODEL, "attention_dropout": (0,), "num_channels": (3,)}
 ORIGINAL_LLAVA = {
-    "mm_vision_select_feature": ("patch", "cls_patch"), "mm_projector_type": ("linear", "mlp2x_gelu"),
-    "mm_use_im_start_end": (False, None), "mm_patch_merge_type": ("flat", None), "use_mm_proj": (True, None),
-    "image_aspect_ratio": ("square", "pad", None), "use_pos_skipping": (False, None), "s2": (False, None)}
+    **LLAVA, "mm_vision_select_feature": ("patch", "cls_patch"), "mm_use_im_start_end": (False, None),
+    "mm_patch_merge_type": ("flat", None), "use_mm_proj": (True, None), "s2": (False, None),
+    "image_aspect_ratio": ("square", "pad", None), "use_pos_skipping": (False, None)}
 # settings of an original LLaVA that are read elsewhere, or only concern training rates, tiling or video
 OTHER_MM = {
     "mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_use_im_patch_token", "mm_projector_lr",
@@ -544,10 +538,13 @@ def check_settings(folder, settings, implemented):
         raise UserError(f"{folder}/config.json: its auto_map names code of its own ({code[0]}), not run here")
 
 
-def original_llava_config(folder, settings, clip, clip_settings, projector):
+def original_llava_config(folder, settings, clip, clip_settings):
     """The LlavaConfig of an original LLaVA, or of a language model that gets a new projector. For the
     parameters see `llava_config`."""
     check_settings(folder, settings, {**LANGUAGE_MODEL, **ORIGINAL_LLAVA})
+    if "mm_vision_tower" in settings and "mm_projector_type" not in settings:
+        raise UserError(f"{folder}/config.json: got no mm_projector_type, which means 'linear' (the first "
+                        "LLaVA) and is not implemented: need 'mlp2x_gelu'")
     for key in settings.keys() - ORIGINAL_LLAVA.keys() - OTHER_MM:
         if key.startswith(("mm_", "image_", "vision_")) and settings[key] not in (None, False):
             raise UserError(f"{folder}/config.json: got {key} {settings[key]!r}, which is not implemented: "
@@ -568,26 +565,25 @@ def original_llava_config(folder, settings, clip, clip_settings, projector):
     config = LlavaConfig(
         vision_config=vision, text_config=LANGUAGE_MODELS[settings["model_type"]](**text),
         vision_feature_layer=settings.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy="full" if class_token else "default",
-        projector_hidden_act="linear" if projector == "linear" else "gelu")
-    config.mm_projector_type, config.image_token_index = projector, -1
+        vision_feature_select_strategy="full" if class_token else "default", projector_hidden_act="gelu")
+    config.image_token_index = -1
     return config
 
 
-def llava_config(folder, settings, clip=None, clip_settings=None, projector=None):
+def llava_config(folder, settings, clip=None, clip_settings=None):
     """→ LlavaConfig with image_seq_length set; its image_token_index is −1 where the tokenizer has to tell.
     UserError names a setting that is not implemented.
 
     settings: the config.json in `folder`. For transformers' LLaVA that is all. For an original LLaVA or a
-    language model: also the folder and config.json of its CLIP, and the projector type."""
+    language model: also the folder and config.json of its CLIP."""
     where = f"{folder}/config.json"
     if clip is None:
-        check_settings(folder, settings, ANY_MODEL)
+        check_settings(folder, settings, LLAVA)
         check_settings(folder, settings["text_config"], LANGUAGE_MODEL)
         check_settings(folder, settings.get("vision_config") or {}, VISION_TOWER)
         config = LlavaConfig.from_pretrained(folder)
     else:
-        config = original_llava_config(folder, settings, clip, clip_settings, projector)
+        config = original_llava_config(folder, settings, clip, clip_settings)
     text, vision = config.text_config, config.vision_config
     if text.model_type not in ("llama", "mistral", "qwen2") or vision.model_type != "clip_vision_model":
         raise UserError(f"{where}: got a {text.model_type} and a {vision.model_type}, need a llama, mistral "
@@ -616,7 +612,7 @@ def llava_config(folder, settings, clip=None, clip_settings=None, projector=None
 
 # names of tensors in checkpoints → our names, those of llava-hf/llava-1.5-7b-hf; the first match is applied
 SPELLINGS = {
-    r"^model\.mm_projector\.(?:0\.)?(weight|bias)$": r"multi_modal_projector.linear_1.\1",  # original LLaVA
+    r"^model\.mm_projector\.0\.": "multi_modal_projector.linear_1.",  # original LLaVA
     r"^model\.mm_projector\.2\.": "multi_modal_projector.linear_2.",
     r"^model\.vision_tower\.vision_tower\.": "vision_tower.",
     r"^model\.language_model\.": "language_model.model.",  # transformers' names in memory
@@ -670,9 +666,6 @@ def check_names(model, tensors, resized_vocab, newly_initialised, folders):
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     problems = [f"missing: {name} {wanted[name]}" for name in sorted(wanted.keys() - shapes.keys())
                 if not any(substring in name for substring in newly_initialised)]
-    if is_linear(model.config):  # our export adds the identity as a second layer, for transformers
-        shapes.pop("multi_modal_projector.linear_2.weight", None)
-        shapes.pop("multi_modal_projector.linear_2.bias", None)
     problems += [f"not known: {name} {shapes[name]}" for name in sorted(shapes.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & shapes.keys()):
         need = (resized_vocab[0], *wanted[name][1:]) if resized_vocab and name in VOCABULARY else wanted[name]

@@ -29,9 +29,7 @@ Departures:
 - The learning rate follows a cosine over iterations, not a line; the policy's starts after --critic_warmup.
 - Prompts that do not fill a minibatch at the end of a data epoch are left out of that epoch.
 - The vision tower is frozen. --ptx_data holds SFT records, not pre-training text.
-- --whiten_rewards divides by the standard deviation and does not subtract the mean.
-- Ratios and KL use the full softmax, but padding and image ids are never sampled, nor is what --top_k or
-  --top_p exclude.
+- Ratios and KL use the full softmax, but padding and image ids are never sampled.
 
     python ppo.py                                       # on the shapes data set, after sft.py and rm.py
     torchrun --nproc_per_node=8 ppo.py --model runs/sft-7b --reward_model runs/rm-7b --data prompts.json \
@@ -61,6 +59,7 @@ from model import generate, keyed_uniforms
 
 PARTS = {"projector": "multi_modal_projector.", "llm": "language_model."}  # --train → parameter prefix
 HELD_OUT = 0  # minibatch number in the sampling key of held-out prompts; training minibatches count from 1
+SHOW_EVERY = 10  # iterations between printed answers; --save_rollouts writes all of them
 
 # ---- equations: tensors [A, L], one value per answer token; token_mask [A, L] marks the real tokens ----
 
@@ -103,13 +102,6 @@ def masked_mean_std(tensors, masks, world):
     n, total, squares = world.sum(len(values), values.sum(), values.square().sum())
     mean = total / n
     return mean, (max(0.0, squares - n * mean**2) / max(1, n - 1)) ** 0.5
-
-
-def adapted_beta(beta, kl, target, horizon, answers):
-    """β for the next iteration, after `answers` answers of mean KL `kl` (section 2.2 of arXiv:1909.08593,
-    with K_β = answers / horizon, as in the code released with it)."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return beta * (1 + error * answers / horizon)
 
 
 # ---- an iteration: rollouts → scores → log-probabilities and values → advantages → optimizer steps ----
@@ -227,7 +219,7 @@ def sample_answers(model, group, processor, args, world, any_running=torch.any):
         for _, examples, number in group])
     all_answers, _ = generate(
         model, data.join_prompts(batches), torch.cat(features), L, processor.stop, processor.banned, uniforms,
-        K, args.temperature, args.top_k, args.top_p, any_running, args.rollout == "gathered")
+        K, args.temperature, any_running=any_running, cuda_graph=args.rollout == "gathered")
     rollouts, answers = [], iter(all_answers)
     for (batch, examples, _), image_features in zip(group, features):
         samples = [[np.array(ids, dtype=np.int32) for ids in next(answers)] for _ in batch.ids]
@@ -263,13 +255,10 @@ def rescale_head(head, mean, std):
 
 
 def postprocess_scores(scores, rollouts, score_moments, args):
-    """→ scores [A] per rollout: normalised (--normalize_scores), clipped (--score_clip); an answer without
-    its end token gets --missing_eos_score instead."""
+    """→ scores [A] per rollout, normalised (--normalize_scores); an answer without its end token gets
+    --missing_eos_score instead."""
     mean, std = score_moments.tolist()
-    scores = [(score - mean) / std for score in scores]
-    if args.score_clip:
-        scores = [score.clamp(-args.score_clip, args.score_clip) for score in scores]
-    return [torch.where(rollout.ended, score, args.missing_eos_score)
+    return [torch.where(rollout.ended, (score - mean) / std, args.missing_eos_score)
             for rollout, score in zip(rollouts, scores)]
 
 
@@ -293,14 +282,11 @@ def logprobs_and_values(rollout, policy, reference, critic, args):
     return OldOutputs(token_mask, logprob, ref_logprob, values, features)
 
 
-def compute_advantages(old_outputs, scores, beta, args, world):
+def compute_advantages(old_outputs, scores, args, world):
     """KL rewards, GAE, and whitening over all tokens of the iteration → Targets per rollout."""
     masks = [old.token_mask for old in old_outputs]
-    rewards = [kl_reward(old.logprob, old.ref_logprob, score, old.token_mask, beta)
+    rewards = [kl_reward(old.logprob, old.ref_logprob, score, old.token_mask, args.kl_coef)
                for old, score in zip(old_outputs, scores)]
-    if args.whiten_rewards:
-        _, std = masked_mean_std(rewards, masks, world)
-        rewards = [reward / (std + 1e-8) for reward in rewards]
     estimates = [gae(reward, old.values, old.token_mask, args.gamma, args.lam)
                  for reward, old in zip(rewards, old_outputs)]
     mean, std = masked_mean_std([advantages for advantages, _ in estimates], masks, world)
@@ -362,21 +348,18 @@ def ptx_gradients(micro_batches, policy, args, world):
 
 
 def ppo_step(minibatch, ptx_batches, models, optimizers, iteration, args, world):
-    """One step of each optimizer → metrics per token, the number of tokens, metrics per step. No optimizer
-    steps where approxkl exceeds --kl_stop; the metrics per step are then empty."""
+    """One step of each optimizer → metrics per token, the number of tokens, metrics per step."""
     policy = models["policy"] if "policy" in optimizers else None  # None: critic warm-up
     metrics, count = minibatch_gradients(minibatch, policy, models["critic"], args, world)
-    too_far = args.kl_stop and policy and metrics["policy/approxkl"] > args.kl_stop
     per_step = {}
-    if ptx_batches and not too_far:
+    if ptx_batches:
         per_step["loss/ptx"] = ptx_gradients(ptx_batches, policy, args, world)
-    for name, optimizer in optimizers.items() if not too_far else ():
+    for name, optimizer in optimizers.items():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         per_step[f"grad_norm/{name}"] = fsdp.clip_gradients(parameters, args.grad_clip)
     fsdp.check_finite(args, iteration, **metrics, **per_step)
     for optimizer in optimizers.values():
-        if not too_far:
-            optimizer.step()
+        optimizer.step()
         optimizer.zero_grad()
     return metrics, count, per_step
 
@@ -389,7 +372,7 @@ def update_metrics(steps):
     metrics, tokens, per_step = zip(*steps)
     means = {name: np.average([step[name] for step in metrics], weights=tokens) for name in metrics[0]}
     means |= {f"first/{name}": value for name, value in metrics[0].items()}
-    return means | {name: np.mean([step[name] for step in per_step if step]) for name in per_step[0]}
+    return means | {name: np.mean([step[name] for step in per_step]) for name in per_step[0]}
 
 
 def rollout_metrics(rollouts, scores, old_outputs, beta, world):
@@ -434,7 +417,8 @@ def save_rollouts(records, iteration, args, world):
     world.on_rank0(fsdp.write_text, os.path.join(args.out, "rollouts", f"{iteration}.jsonl"), text)
 
 
-def evaluate_rollouts(policy, reference, scorer, prompts, steps, processor, training, args, world, stop):
+def evaluate_rollouts(policy, reference, scorer, prompts, steps, processor, score_moments, args, world,
+                      stop):
     """Samples and scores answers to the held-out prompts → rollout_metrics as eval_…; {} once SIGTERM stops
     it."""
     batches = iter(data.loader(steps, 0, len(steps), args.workers))
@@ -446,8 +430,8 @@ def evaluate_rollouts(policy, reference, scorer, prompts, steps, processor, trai
     fsdp.reshard(*[model for model in (policy, reference, getattr(scorer, "model", None)) if model])
     if stop.asked(world):
         return {}
-    scores = postprocess_scores(scores, rollouts, training.score_moments, args)
-    metrics = rollout_metrics(rollouts, scores, old_outputs, float(training.beta), world)
+    scores = postprocess_scores(scores, rollouts, score_moments, args)
+    metrics = rollout_metrics(rollouts, scores, old_outputs, args.kl_coef, world)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
@@ -459,40 +443,36 @@ def parse_args():
     fsdp.arguments(parser)
     parser.set_defaults(lr=1e-6, save_every=10, eval_every=10)
     add = parser.add_argument_group("PPO (steps of the options above are iterations)").add_argument
-    add("--train", help="projector, llm or both (default: projector,llm; with --lora_rank llm)")
+    add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
+        help="projector, llm or both (default: projector,llm; with --lora_rank llm)")
     add("--reward_model", help="output folder of rm.py, or FILE.py:FUNCTION of (record, texts) → scores")
     add("--critic", choices=["reward", "policy"], default="reward", help="critic's start (policy: V = 0)")
-    add("--rollout_batch", type=int, default=512, help="prompts per iteration, over all ranks")
-    add("--samples_per_prompt", type=int, default=1, help="answers sampled per prompt")
-    add("--max_new_tokens", type=int, default=256, help="tokens per answer, at most; --max_len excludes them")
-    add("--temperature", type=float, default=1.0, help="of sampling and of all log-probabilities")
-    add("--top_k", type=int, default=0, help="sample from the k likeliest tokens (0: from all)")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
-    add("--decode_batch", type=int, default=0, help="prompts that a rank decodes at once, in full "
-        "micro-batches: more are faster and take memory (0: all of an iteration)")
+    add("--rollout_batch", type=fsdp.positive_int, default=512, help="prompts per iteration, over all ranks")
+    add("--samples_per_prompt", type=fsdp.positive_int, default=1, help="answers sampled per prompt")
+    add("--max_new_tokens", type=fsdp.positive_int, default=256,
+        help="tokens per answer, at most; --max_len excludes them")
+    add("--temperature", type=fsdp.positive, default=1.0, help="of sampling and of all log-probabilities")
+    add("--decode_batch", type=fsdp.non_negative_int, default=0,
+        help="prompts that a rank decodes at once, in full micro-batches: more are faster and take memory "
+        "(0: all of an iteration)")
     add("--rollout", choices=["gathered", "sharded"], default="gathered", help="weights while "
         "decoding (sharded: less memory, slower)")
-    add("--missing_eos_score", type=float, default=-1.0, help="score of a cut answer, on "
-        "the scale after --normalize_scores and --score_clip")
+    add("--missing_eos_score", type=fsdp.finite, default=-1.0, help="score of a cut answer (not normalised)")
     add("--normalize_scores", action="store_true", help="give iteration 1's scores mean 0, deviation 1")
-    add("--score_clip", type=float, default=0.0, help="largest absolute score (0: no clipping)")
-    add("--whiten_rewards", action="store_true", help="divide rewards by their standard deviation")
-    add("--kl_coef", type=float, default=0.05, help="β: reward lost per nat of KL")
-    add("--target_kl", type=float, default=0.0, help="nats per answer that β is adapted to (0: β is fixed)")
-    add("--kl_horizon", type=float, default=10000, help="answers over which β is adapted")
-    add("--gamma", type=float, default=1.0, help="discount per token")
-    add("--lam", type=float, default=0.95, help="λ of GAE")
-    add("--ppo_epochs", type=int, default=4, help="passes over an iteration's answers")
-    add("--clip_range", type=float, default=0.2, help="ε of the policy's ratio")
-    add("--value_clip", type=float, default=0.2, help="ε of the critic's values")
-    add("--entropy_coef", type=float, default=0.0, help="weight of the entropy bonus, per nat")
+    add("--kl_coef", type=fsdp.non_negative, default=0.05, help="β: reward lost per nat of KL")
+    add("--gamma", type=fsdp.fraction, default=1.0, help="discount per token")
+    add("--lam", type=fsdp.fraction, default=0.95, help="λ of GAE")
+    add("--ppo_epochs", type=fsdp.positive_int, default=4, help="passes over an iteration's answers")
+    add("--clip_range", type=fsdp.positive, default=0.2, help="ε of the policy's ratio")
+    add("--value_clip", type=fsdp.positive, default=0.2, help="ε of the critic's values")
+    add("--entropy_coef", type=fsdp.finite, default=0.0, help="weight of the entropy bonus, per nat")
     add("--ptx_data", nargs="+", help="files of SFT records, whose loss is added to the policy's")
-    add("--ptx_coef", type=float, default=1.0, help="weight of the SFT loss per token")
-    add("--kl_stop", type=float, default=0.0, help="approxkl that ends an iteration's updates (0: none)")
-    add("--critic_lr", type=float, help="the critic's peak rate, often 5 to 10 times --lr (default: --lr)")
-    add("--critic_warmup", type=int, default=0, help="first iterations, in which only the critic is trained")
+    add("--ptx_coef", type=fsdp.non_negative, default=1.0, help="weight of the SFT loss per token")
+    add("--critic_lr", type=fsdp.non_negative,
+        help="the critic's peak rate, often 5 to 10 times --lr (default: --lr)")
+    add("--critic_warmup", type=fsdp.non_negative_int, default=0,
+        help="first iterations, in which only the critic is trained")
     add("--save_rollouts", action="store_true", help="write sampled answers to OUT/rollouts/ITERATION.jsonl")
-    add("--show_every", type=int, default=10, help="iterations between printed answers (0: never)")
     args = fsdp.parse(parser, data_file="prompts.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=128, micro_batch=128, rollout_batch=128,
         max_steps=40, max_new_tokens=28, lr=2e-4, critic_lr=3e-4, ppo_epochs=2, critic_warmup=2,
@@ -503,13 +483,9 @@ def parse_args():
     if args.rollout_batch % args.batch_size:
         parser.error(f"got --rollout_batch {args.rollout_batch}, need a multiple of --batch_size "
                      f"{args.batch_size}")
-    if args.target_kl and args.kl_horizon < args.rollout_batch * args.samples_per_prompt:
-        parser.error(f"got --kl_horizon {args.kl_horizon}, need at least an iteration's answers")
     if args.reward_model.endswith(".py"):
         parser.error(f"got --reward_model {args.reward_model}, need FILE.py:FUNCTION")
     args.critic_lr = args.lr if args.critic_lr is None else args.critic_lr
-    if args.temperature <= 0:
-        parser.error(f"got --temperature {args.temperature}, need more than 0: PPO learns from samples")
     return args
 
 
@@ -596,8 +572,6 @@ def main():
     args = parse_args()
     world = fsdp.launch(args)
     fsdp.check_out_dir(args, world)
-    if not set(args.train.split(",")) <= set(PARTS):
-        raise UserError(f"got --train {args.train}, need projector, llm or both, comma-joined")
     function = load_function(args.reward_model) if ".py:" in args.reward_model else None
     if function and args.critic == "reward":
         raise UserError("got a function as --reward_model and --critic reward: give --critic policy")
@@ -616,9 +590,8 @@ def main():
     eval_prompts = read_prompts(args.eval_data, processor, scorer_processor, args, world)
     ptx_examples = fsdp.read_examples(args.ptx_data, "turns", processor, args, world) if args.ptx_data else []
     batching = (processor, args.batch_size, args.micro_batch, world.rank, world.size, args.seed)
-    by_length = args.group_by_length == "yes"
-    steps = data.Steps(prompts.examples, *batching, by_length=by_length, drop_last=True)
-    ptx_steps = data.Steps(ptx_examples, *batching, by_length=by_length)
+    steps = data.Steps(prompts.examples, *batching, drop_last=True)
+    ptx_steps = data.Steps(ptx_examples, *batching)
     eval_steps = data.Steps(eval_prompts.examples, *batching, shuffle=False)
     minibatches = args.rollout_batch // args.batch_size  # optimizer steps per PPO epoch
     total = args.max_steps or max(1, round(args.epochs * len(steps) / minibatches))
@@ -629,10 +602,9 @@ def main():
     models = [model for model in (policy, reference, critic, getattr(scorer, "model", None)) if model]
     # One optimizer each: the value loss has another scale and usually takes a higher rate.
     optimizers = {"policy": adam(policy, args.lr, args), "critic": adam(critic, args.critic_lr, args)}
-    # What a checkpoint holds. β (--target_kl) and the scores' mean and standard deviation
-    # (--normalize_scores) change during training, so they are buffers, which a resumed run loads.
+    # What a checkpoint holds. The scores' mean and standard deviation (--normalize_scores) are those of
+    # iteration 1, so they are a buffer, which a resumed run loads.
     training = nn.ModuleDict({"policy": policy, "critic": critic})
-    training.register_buffer("beta", torch.tensor(args.kl_coef, dtype=torch.float64))
     training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
     if function:  # it may read any field of a record
         for path in (args.reward_model.rpartition(":")[0], *args.data, *(args.eval_data or [])):
@@ -649,8 +621,8 @@ def main():
         fsdp.save_checkpoint(args, world, iteration, training, *optimizers.values())
 
     def evaluate():
-        return evaluate_rollouts(policy, reference, scorer, eval_prompts, eval_steps, processor, training,
-                                 args, world, stop)
+        return evaluate_rollouts(policy, reference, scorer, eval_prompts, eval_steps, processor,
+                                 training.score_moments, args, world, stop)
 
     def abandon(iteration):  # the weights are still those after the iteration before
         fsdp.reshard(*models)
@@ -667,7 +639,7 @@ def main():
     # loop
     batches = iter(data.loader(steps, done * minibatches, total * minibatches, args.workers))
     for iteration in range(done + 1, total + 1):
-        rates, beta, seconds = learning_rates(iteration, total, args), float(training.beta), {}
+        rates, seconds = learning_rates(iteration, total, args), {}
         for name, rate in rates.items():
             for group in optimizers[name].param_groups:
                 group["lr"] = rate
@@ -701,7 +673,7 @@ def main():
         seconds["forward"] = log.seconds()
 
         # rewards and values [A, L] → advantages and returns [A, L]
-        targets = compute_advantages(old_outputs, scores, beta, args, world)
+        targets = compute_advantages(old_outputs, scores, args, world)
 
         # epochs over fixed minibatches, each epoch in its own order
         train_policy = iteration > args.critic_warmup
@@ -712,27 +684,20 @@ def main():
             start = (iteration - 1 - args.critic_warmup) * len(order)
             ptx_batches = data.loader(ptx_steps, start, start + len(order), args.workers)
         trained = optimizers if train_policy else {"critic": optimizers["critic"]}
-        micro_batches, results = list(zip(rollouts, old_outputs, targets)), []
+        micro_batches = list(zip(rollouts, old_outputs, targets))
         n = len(micro_batches) // minibatches  # the same in every minibatch and on every rank
-        for m, ptx_batch in zip(order, ptx_batches):
-            minibatch = micro_batches[m * n:(m + 1) * n]
-            results.append(ppo_step(minibatch, ptx_batch, training, trained, iteration, args, world))
-            if not results[-1][-1]:  # --kl_stop
-                break
+        results = [ppo_step(micro_batches[m * n:(m + 1) * n], ptx_batch, training, trained, iteration, args,
+                            world) for m, ptx_batch in zip(order, ptx_batches)]
         seconds["update"] = log.seconds()
 
         # log, evaluate, save
-        line = rollout_metrics(rollouts, scores, old_outputs, beta, world) | update_metrics(results)
+        line = rollout_metrics(rollouts, scores, old_outputs, args.kl_coef, world) | update_metrics(results)
         line["val/explained_variance"] = explained_variance(old_outputs, targets, world)
         line |= {f"seconds/{name}": value for name, value in seconds.items()}
-        line |= {"beta": beta, "lr": rates["policy"], "critic_lr": rates["critic"]}
-        answers, tokens = world.sum(sum(map(len, scores)),
-                                    sum(int((rollout.batch.branch >= 0).sum()) for rollout in rollouts))
-        if args.target_kl and train_policy:
-            kl = line["objective/kl"]
-            training.beta.fill_(adapted_beta(beta, kl, args.target_kl, args.kl_horizon, answers))
-        records = rollout_records(rollouts, scores, old_outputs, processor, beta)
-        if args.show_every and iteration % args.show_every == 0:
+        line |= {"lr": rates["policy"], "critic_lr": rates["critic"]}
+        tokens, = world.sum(sum(int((rollout.batch.branch >= 0).sum()) for rollout in rollouts))
+        records = rollout_records(rollouts, scores, old_outputs, processor, args.kl_coef)
+        if iteration % SHOW_EVERY == 0:
             log.say("\n".join(f"    {record}" for record in records[::max(1, len(records) // 3)][:3]))
         if args.save_rollouts:
             save_rollouts(records, iteration, args, world)

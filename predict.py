@@ -88,12 +88,15 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     fsdp.arguments(parser, training=False)
     add = parser.add_argument_group("prediction").add_argument
-    add("--micro_batch", type=int, default=8, help="records per forward pass on one rank")
-    add("--max_new_tokens", type=int, default=256, help="maximum length of an answer in tokens")
-    add("--num_samples", type=int, default=1, help="answers per record")
-    add("--temperature", type=float, help="sampling temperature (default: 0, greedy; 1 with --num_samples)")
-    add("--top_k", type=int, default=0, help="sample from the k most likely tokens (0: all)")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    add("--micro_batch", type=fsdp.positive_int, default=8, help="records per forward pass on one rank")
+    add("--max_new_tokens", type=fsdp.positive_int, default=256, help="maximum length of an answer in tokens")
+    add("--num_samples", type=fsdp.positive_int, default=1, help="answers per record")
+    add("--temperature", type=fsdp.non_negative,
+        help="sampling temperature (default: 0, greedy; 1 with --num_samples)")
+    add("--top_k", type=fsdp.non_negative_int, default=0,
+        help="sample from the k most likely tokens (0: all)")
+    add("--top_p", type=fsdp.positive, default=1.0,
+        help="sample from the likeliest tokens of this total probability")
     add("--score", action="store_true", help="score the records' own answers; generate nothing")
     add("--reward_model", help="folder written by rm.py: adds rewards, and selects the best sample")
     add("--sharded", action="store_true", help="keep weights sharded during decoding: less memory, slower")
@@ -199,7 +202,7 @@ def main():
     remaining = {index for index, _ in conversations[done:]}
     examples = [example for example in examples if example.index in remaining]
     steps = data.Steps(examples, processor, args.micro_batch * world.size, args.micro_batch, world.rank,
-                       world.size, shuffle=False, by_length=False)
+                       world.size, shuffle=False)
     any_rank = world.any if args.sharded else torch.any  # with sharded weights all ranks decode in step
 
     # loop: each rank answers its records of the step, rank 0 writes those of all ranks

@@ -28,8 +28,10 @@ import torch.nn.functional as F
 
 import data
 import fsdp
-from data import UserError
 from model import plackett_luce, ranking_accuracy
+
+PARTS = {"projector": "multi_modal_projector.", "llm": "language_model.model.", "vision": "vision_tower."}
+CENTER_RECORDS = 2048  # whose mean reward is set to 0: its standard error is then 2 % of the deviation
 
 
 def rm_loss(scores, answer_mask, margin, center_coef):
@@ -54,10 +56,12 @@ def parse_args():
     fsdp.arguments(parser)
     parser.set_defaults(lr=1e-5)
     add = parser.add_argument_group("reward model").add_argument
-    add("--train", help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
-    add("--projector_lr", type=float, help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
-    add("--center_coef", type=float, default=0.0, help="c: weight of the squared mean score of each record")
-    add("--center_rows", type=int, default=2048, help="records whose mean reward is set to 0, in full steps")
+    add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
+        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
+    add("--projector_lr", type=fsdp.non_negative,
+        help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
+    add("--center_coef", type=fsdp.non_negative, default=0.0,
+        help="c: weight of the squared mean score of each record")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=7e-4,
         warmup=60, adam_beta2=0.98, max_steps=350, **fsdp.left_by("sft")))
@@ -107,12 +111,6 @@ def main():
     args = parse_args()
     world = fsdp.launch(args)
     fsdp.check_out_dir(args, world)
-    parts = {"projector": "multi_modal_projector.", "llm": "language_model.model.", "vision": "vision_tower."}
-    train = args.train.split(",")
-    if not set(train) <= set(parts):
-        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, joined by commas")
-    if args.projector_lr is not None and "projector" not in train:
-        raise UserError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
 
     # data
     checkpoint = fsdp.open_checkpoint(args, world)
@@ -120,19 +118,19 @@ def main():
     examples = fsdp.read_examples(args.data, "ranked", processor, args, world)
     held_out = fsdp.read_examples(args.eval_data, "ranked", processor, args, world) if args.eval_data else []
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                       args.seed, by_length=args.group_by_length == "yes")
+                       args.seed)
     eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                             shuffle=False)
     total = args.max_steps or max(1, round(args.epochs * len(steps)))
 
     # model and optimiser
-    trainable = [*(parts[part] for part in train), "score.weight"]
+    trainable = [*(PARTS[part] for part in args.train.split(",")), "score.weight"]
     model = fsdp.build(checkpoint, args, world, trainable, score=True)
     model.set_recompute(args.recompute)
     groups = {}  # weight decay for matrices only; the projector may have its own learning rate
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own_rate = args.projector_lr is not None and name.startswith(parts["projector"])
+            own_rate = args.projector_lr is not None and name.startswith(PARTS["projector"])
             lr = args.projector_lr if own_rate else args.lr
             decay = args.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, decay), []).append(parameter)
@@ -196,15 +194,14 @@ def main():
             return fsdp.STOPPED
 
     # the head's bias: the mean training reward becomes 0
-    end = min(len(steps), -(-args.center_rows // args.batch_size))
-    if end:
-        results = score_records(model, steps, end, world, args, stop)
-        scores = [score for answers in results.values() for score in answers]
-        if not scores:
-            return fsdp.STOPPED
-        with torch.no_grad():
-            model.score.bias -= sum(scores) / len(scores)
-        log.say(f"the mean training reward was {sum(scores) / len(scores):.4f}; the new bias makes it 0")
+    end = min(len(steps), -(-CENTER_RECORDS // args.batch_size))
+    results = score_records(model, steps, end, world, args, stop)
+    scores = [score for answers in results.values() for score in answers]
+    if not scores:
+        return fsdp.STOPPED
+    with torch.no_grad():
+        model.score.bias -= sum(scores) / len(scores)
+    log.say(f"the mean training reward was {sum(scores) / len(scores):.4f}; the new bias makes it 0")
     fsdp.export(model, processor, args, world)
     log.say(f"wrote {args.out}")
 

@@ -22,8 +22,9 @@ import torch
 
 import data
 import fsdp
-from data import UserError
 from model import generate
+
+PARTS = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
 
 
 def sft_loss(token_logps, count):
@@ -37,8 +38,10 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     fsdp.arguments(parser)
     add = parser.add_argument_group("supervised fine-tuning").add_argument
-    add("--train", help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
-    add("--projector_lr", type=float, help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
+    add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
+        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
+    add("--projector_lr", type=fsdp.non_negative,
+        help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
     return fsdp.parse(parser, data_file="sft.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=64, micro_batch=64, lr=2e-3, warmup=40,
         adam_beta2=0.98, max_steps=350))
@@ -83,12 +86,6 @@ def main():
     args = parse_args()
     world = fsdp.launch(args)
     fsdp.check_out_dir(args, world)
-    parts = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
-    train = args.train.split(",")
-    if not set(train) <= set(parts):
-        raise UserError(f"got --train {args.train}, need any of projector,llm,vision, joined by commas")
-    if args.projector_lr is not None and "projector" not in train:
-        raise UserError(f"got --projector_lr {args.projector_lr}, but --train {args.train} has no projector")
 
     # data
     checkpoint = fsdp.open_checkpoint(args, world)
@@ -96,18 +93,18 @@ def main():
     examples = fsdp.read_examples(args.data, "turns", processor, args, world)
     held_out = fsdp.read_examples(args.eval_data, "turns", processor, args, world) if args.eval_data else []
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                       args.seed, by_length=args.group_by_length == "yes")
+                       args.seed)
     eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                             shuffle=False)
     total = args.max_steps or max(1, round(args.epochs * len(steps)))
 
     # model and optimiser
-    model = fsdp.build(checkpoint, args, world, trainable=[parts[part] for part in train])
+    model = fsdp.build(checkpoint, args, world, trainable=[PARTS[part] for part in args.train.split(",")])
     model.set_recompute(args.recompute)
     groups = {}  # weight decay for matrices only; the projector may have its own learning rate
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own_rate = args.projector_lr is not None and name.startswith(parts["projector"])
+            own_rate = args.projector_lr is not None and name.startswith(PARTS["projector"])
             lr = args.projector_lr if own_rate else args.lr
             decay = args.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, decay), []).append(parameter)

@@ -5,12 +5,14 @@ policy.generate(), then forward passes of full sequences through reward model, p
 then the update, with the equations of ppo.py. Policy and critic are trained; reference and reward model are
 frozen. transformers, too, computes logits only at the answers' positions (logits_to_keep).
 
-Both sides take the likeliest token (--top_k 1, which changes nothing else), so their answers are the same and
-their results can be compared: the value loss, and − log π per token before the update. Every answer counts as
+Both sides decode greedily (temperature 0 in sample_answers alone), so their answers are the same and their
+results can be compared: the value loss, and − log π per token before the update. Every answer counts as
 ended.
 
     python benchmarks/bench_ppo.py
 """
+import argparse
+
 import common
 import torch
 
@@ -31,17 +33,18 @@ def ours(setup):
     prompts = ppo.Prompts(setup.examples, [], {example.index: example for example in setup.examples})
     models = {"policy": policy, "critic": critic}
     optimizers = {name: ppo.adam(model, common.LR, args) for name, model in models.items()}
+    greedy = argparse.Namespace(**{**vars(args), "temperature": 0.0})
 
     def step():
         group = [(setup.batch, setup.examples, 1)]
         full = fsdp.unsharded(policy, args, world)
-        rollout, = ppo.sample_answers(full, group, setup.processor, args, world)
+        rollout, = ppo.sample_answers(full, group, setup.processor, greedy, world)
         rollout.ended[:] = True
         scores, moments = [scorer.score(rollout, prompts)], torch.tensor([0.0, 1.0])
         scores = ppo.postprocess_scores(scores, [rollout], moments, args)
         old = ppo.logprobs_and_values(rollout, policy, reference, critic, args)
         fsdp.reshard(policy, reference, critic, reward_model)
-        targets, = ppo.compute_advantages([old], scores, args.kl_coef, args, world)
+        targets, = ppo.compute_advantages([old], scores, args, world)
         metrics, *_ = ppo.ppo_step([(rollout, old, targets)], None, models, optimizers, 1, args, world)
         return [metrics["loss/value"], -old.logprob.mean().item()]
     return step
@@ -68,7 +71,7 @@ def theirs(setup):
 
     def step():
         with torch.no_grad(), setup.autocast():
-            ids = policy.generate(**inputs, max_new_tokens=n, do_sample=True, top_k=1)
+            ids = policy.generate(**inputs, max_new_tokens=n, do_sample=False)
             full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
             old, ref = logprobs(policy, full), logprobs(reference, full)
         with torch.no_grad():
@@ -105,7 +108,7 @@ def flops(setup):
 
 def main():
     args = common.parse(common.options(__doc__), batch=16, answer=64)
-    options = ("--reward_model", ".", "--max_new_tokens", str(args.answer), "--top_k", "1")
+    options = ("--reward_model", ".", "--max_new_tokens", str(args.answer))
     common.compare("PPO against transformers", args, ppo, ours, theirs, flops, 0, options)
 
 

@@ -339,7 +339,7 @@ def ppo_iteration(found, args):
                        for rollout in rollouts]
         fsdp.reshard(policy, critic, scorer.model)
         times.append(G.clock())
-        targets = ppo.compute_advantages(old_outputs, scores, settings.kl_coef, settings, world)
+        targets = ppo.compute_advantages(old_outputs, scores, settings, world)
         minibatch = list(zip(rollouts, old_outputs, targets))
         results = [ppo.ppo_step(minibatch, None, models, optimizers, iteration, settings, world)
                    for _ in range(settings.ppo_epochs)]

@@ -42,7 +42,7 @@ FILES = {script: f"--model model --data {data}.json --images images --workers 0"
 FILES["ppo"] += " --model trained/model --reward_model trained/reward"
 FILES["predict"] += " --model trained/model --max_new_tokens 20 --micro_batch 3"
 PPO = (" --batch_size 5 --rollout_batch 10 --micro_batch 5 --samples_per_prompt 2 --max_new_tokens 8"
-       " --ppo_epochs 2 --max_steps 1 --lr 1e-3 --show_every 0")
+       " --ppo_epochs 2 --max_steps 1 --lr 1e-3")
 
 
 @pytest.fixture(scope="session")
@@ -64,15 +64,15 @@ START = {  # five steps, of records of unequal lengths
     "sft": " --max_steps 5 --lr 1e-2 --save_every 0", "rm": " --max_steps 5 --lr 3e-3 --save_every 0",
     "dpo": " --max_steps 5 --lr 2e-3 --save_every 0", "predict": "",
     # five records in steps of one a rank: three rounds, and rank 1 has none in the last
-    "ppo": PPO + " --micro_batch 1 --max_new_tokens 12 --ppo_epochs 1 --score_clip 2 --whiten_rewards"
-           " --save_rollouts --eval_data trained/rows.json"}
-LORA = "--batch_size 5 --micro_batch 2 --lora_rank 3 --lora_alpha 6 --save_adapter"
+    "ppo": PPO + " --micro_batch 1 --max_new_tokens 12 --ppo_epochs 1 --save_rollouts"
+           " --eval_data trained/rows.json"}
+LORA = "--batch_size 5 --micro_batch 2 --lora_rank 3 --lora_alpha 6"
 ALL = "--train projector,llm,vision"
 CASES = {
     "sft": {
         "plain": "--batch_size 6 --micro_batch 2",
-        "micro 1": "--batch_size 8 --micro_batch 1 --group_by_length no",
-        "micro 8": "--batch_size 8 --micro_batch 8 --group_by_length no",
+        "micro 1": "--batch_size 8 --micro_batch 1",
+        "micro 8": "--batch_size 8 --micro_batch 8",
         "empty": "--batch_size 5 --micro_batch 2",  # rank 1 has no record in its second micro-batch
         "one record": "--batch_size 1 --micro_batch 1",  # rank 1 has none at all
         "text": "--batch_size 4 --micro_batch 2 --data text.json",  # a rank's are text alone
@@ -89,7 +89,7 @@ CASES = {
         "short": "--batch_size 6 --micro_batch 1 --max_steps 2"},
     "rm": {
         "plain": "--batch_size 6 --micro_batch 2",
-        "micro 1": "--batch_size 6 --micro_batch 1 --group_by_length no",
+        "micro 1": "--batch_size 6 --micro_batch 1",
         "all": f"--batch_size 5 --micro_batch 2 {ALL} --recompute --center_coef 0.3 --projector_lr 1e-3",
         "lora": LORA,
         "tied": "--batch_size 5 --micro_batch 2 --model tied",
@@ -374,11 +374,11 @@ LONG = {  # the last optimisation is that of the third epoch; evaluations and th
     "sft": FILES["sft"] + SAVED + " --epochs 3",  # of 10 records: 3 steps an epoch, the last of them short
     "rm": FILES["rm"] + SAVED + " --epochs 2 --eval_data pairs.json --eval_every 2",
     "dpo": FILES["dpo"] + SAVED + " --max_steps 5 --eval_data pairs.json --eval_every 2",
-    "ppo": FILES["ppo"] + PPO + " --max_steps 3 --save_every 1 --target_kl 0.5 --kl_horizon 100"
-           " --max_new_tokens 10 --normalize_scores --critic_warmup 1 --ptx_data trained/turns.json",
+    "ppo": FILES["ppo"] + PPO + " --max_steps 3 --save_every 1 --max_new_tokens 10 --normalize_scores"
+           " --critic_warmup 1 --ptx_data trained/turns.json",
 }
 STEPS = {"sft": 9, "rm": 6, "dpo": 5, "ppo": 3}
-ADAPTERS = " --lora_rank 3 --save_adapter --max_steps 3"
+ADAPTERS = " --lora_rank 3 --max_steps 3"
 
 
 def before_saving(step):
@@ -435,7 +435,7 @@ def uninterrupted(folder, tmp_path_factory):
 @pytest.mark.parametrize("kill", KILLS)
 def test_killed_and_resumed_is_uninterrupted(kill, uninterrupted, tmp_path):
     """kill -9, then --resume: the log, every exported file and the last checkpoint (weights, optimisers,
-    PPO's critic, β and score moments) are those of a run that went through."""
+    PPO's critic and score moments) are those of a run that went through."""
     script, ranks, options, prepare, last = KILLS[kill]
     out, expected = tmp_path / "out", uninterrupted(script, ranks, options)
     done = long_run(script, ranks, options, out, prepare=prepare)
@@ -601,23 +601,22 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--data rows.json {}/prompt.json": "prompt.json: row 10 (id row 10): got no answer",
         "--eval_data rows.json {}/prompt.json": "prompt.json: row 10 (id row 10): got no answer",
         "--max_len 20": "fits --max_len 20: raise it",
-        "--train projector,llama": "got --train projector,llama, need any of projector,llm,vision",
+        "--train projector,llama": "argument --train: got projector,llama, need any of projector,llm,vision",
         "--train=": "need any of projector,llm,vision",
         "--train llm --projector_lr 1": "but --train llm has no projector",
         "--replicas 3": "got --replicas 3, need a divisor of the ",
         "--wandb project": "pip install wandb",
-        "--save_adapter": "got --save_adapter, need --lora_rank, and --model",
         "--lora_rank 2 --train projector": "got --lora_rank 2 without llm in --train",
-        "--batch_size 0": "got --batch_size 0, need at least 1",
-        "--lora_rank -1": "got --lora_rank -1, need at least 0",
-        "--workers -1": "got --workers -1, need at least 0",
-        "--grad_clip nan": "got --grad_clip nan, need at least 0",
-        "--epochs inf": "got --epochs inf, need at least",
-        "--grad_clip -1": "got --grad_clip -1.0, need at least 0"},
+        "--batch_size 0": "argument --batch_size: got 0, need a whole number of at least 1",
+        "--lora_rank -1": "argument --lora_rank: got -1, need a whole number of at least 0",
+        "--workers -1": "argument --workers: got -1, need a whole number of at least 0",
+        "--grad_clip nan": "argument --grad_clip: got nan, need a number of at least 0",
+        "--epochs inf": "argument --epochs: got inf, need a number above 0",
+        "--grad_clip -1": "argument --grad_clip: got -1, need a number of at least 0"},
     "rm": {
         "--data {}/single.json": "single.json: row 10 (id row 10): got 1 answer, need 2 or more, best first",
         "--eval_data {}/single.json": "(id row 10): got 1 answer, need 2 or more, best first",
-        "--train projector,head": "got --train projector,head, need any of projector,llm,vision",
+        "--train projector,head": "argument --train: got projector,head, need any of projector,llm,vision",
         "--train llm --projector_lr 1": "but --train llm has no projector"},
     "dpo": {
         "--data {}/single.json": "(id row 10): got 1 answer, need 2 or more, best first",
@@ -628,10 +627,10 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--loss hinge --label_smoothing 0.1": "0.1 with --loss hinge, need 0 … 0.5",
         "--loss robust": "got --loss robust without --label_smoothing, need the share",
         "--loss kto": "argument --loss: invalid choice: 'kto'",
-        "--beta 0": "got --beta 0.0, need more than 0",
+        "--beta 0": "argument --beta: got 0, need a number above 0",
         "--ref_model {}/foreign": "foreign: its tokenizer is not that of model",
         "--ref_model {}/larger": "got --ref_model {}/larger, need the policy's image size and mode",
-        "--train head": "got --train head, need any of projector,llm,vision",
+        "--train head": "argument --train: got head, need any of projector,llm,vision",
         "--train llm --projector_lr 1": "but --train llm has no projector"},
     "ppo": {
         "--rollout_batch 7": "got --rollout_batch 7, need a multiple of --batch_size 5",
@@ -642,21 +641,18 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--reward_model trained/rewards.py:absent": "no function absent in trained/rewards.py",
         "--reward_model trained/rewards.py:number": "no function number in trained/rewards.py",
         "--reward_model trained/rewards.py:short": "give --critic policy",
-        "--temperature 0": "got --temperature 0.0, need more than 0",
-        "--train vision": "got --train vision, need projector, llm or both",
+        "--temperature 0": "argument --temperature: got 0, need a number above 0",
+        "--train vision": "argument --train: got vision, need any of projector,llm, joined by",
         "--ptx_data {}/prompt.json": "(id row 10): got no answer",
         "--eval_data {}/nowhere.json": "no such file",
-        "--max_new_tokens 0": "got --max_new_tokens 0, need at least 1",
-        "--samples_per_prompt 0": "got --samples_per_prompt 0, need at least 1",
-        "--ppo_epochs 0": "got --ppo_epochs 0, need at least 1",
-        "--clip_range 0": "got --clip_range 0.0, need ",
-        "--value_clip 0": "got --value_clip 0.0, need ",
-        "--target_kl 1 --kl_horizon 19": "got --kl_horizon 19.0, need at least an iteration's answers"},
+        "--max_new_tokens 0": "argument --max_new_tokens: got 0, need a whole number of at least 1",
+        "--clip_range 0": "argument --clip_range: got 0, need a number above 0",
+        "--gamma 1.1": "argument --gamma: got 1.1, need a number from 0 to 1",
+        "--missing_eos_score nan": "argument --missing_eos_score: got nan, need a finite number"},
     "predict": {
         "--out {}": "which is a folder, need a .jsonl file",
         "--num_samples 2 --temperature 0": "need a temperature above 0",
-        "--num_samples 0": "got --num_samples 0, need at least 1",
-        "--max_new_tokens 0": "got --max_new_tokens 0, need at least 1",
+        "--num_samples 0": "argument --num_samples: got 0, need a whole number of at least 1",
         "--data {}/prompt.json --score": "(id row 10): got no answer",
         "--top_k 5": "got --top_k or --top_p, but greedy decoding: give --temperature, or",
         "--score --num_samples 2": "got --score with options of sampling",
@@ -709,12 +705,17 @@ UNKNOWN = {  # options that no script has, or not that one, and what is said of 
     "--beta 1 --critic policy --score": {
         "dpo": "--critic: --critic is an option of ppo.py", "": "--beta: --beta is an option of dpo.py"},
     "--load_in_4bit": {"": "no option: weights are not quantised"},
+    "--save_adapter": {"": "no option: OUT/adapter is written where adapters alone are trained"},
+    "--group_by_length yes": {"": "no option: records of similar length share a forward pass"},
+    "--center_rows 0": {"": "no option: the mean reward of 2048 training records becomes 0"},
+    "--target_kl 1": {"": "unknown option --target_kl: no option: β is fixed: --kl_coef"},
+    "--top_k 5": {"predict": "greedy decoding", "": "--top_k is an option of predict.py"},
     "--quux": {"": "unknown option --quux: see --help"},
     "--seed 1 2": {"": "got '2', which belongs to no option"},
-    "--seed one": {"": "argument --seed: invalid int value: 'one'"},
+    "--seed one": {"": "argument --seed: got one, need a whole number of at least 0"},
     "--seed": {"": "argument --seed: expected one argument"},
     "--dtype fp8": {"": "argument --dtype: invalid choice: 'fp8'"},
-    "--projector linear": {"": "got --projector linear without --llm, which it is for"},
+    "--projector linear": {"": "no option: a new projector is mlp2x_gelu"},
     "--lora_alpha 32": {"predict": "of training", "": "got --lora_alpha 32.0 without --lora_rank"},
     "--eval_every 5": {"predict": "of training", "": "got --eval_every 5 without --eval_data"},
     "--resume --overwrite": {"": "got --resume and --overwrite: give one"},
@@ -741,6 +742,19 @@ def test_help_shows_each_default_once(script, capsys):
     said = {one.split()[0]: " ".join(one.split()) for one in options}
     assert "(default: 2048)" in said["--max_len"] and "(default: auto)" in said["--image_mode"]
     assert not [one for one in said.values() if one.count("(default") > 1]
+
+
+@pytest.mark.parametrize("script", DATA)
+def test_every_number_is_checked_where_it_is_written(script, capsys):
+    """No option that takes a number takes nan, infinity or a word; one line says what it needs."""
+    given = vars(tiny.arguments(script, *FILES[script].split()))
+    numbers = {name for name, value in given.items() if type(value) in (int, float)}
+    assert {"max_len", "seed", "micro_batch"} < numbers
+    for name in numbers | given.keys() & {"projector_lr", "critic_lr"}:
+        for value in ("nan", "inf", "one"):
+            with pytest.raises(SystemExit):
+                tiny.arguments(script, *FILES[script].split(), f"--{name}", value)
+            assert f"error: argument --{name}: got {value}, need a " in capsys.readouterr().err
 
 
 def test_every_option_named_for_another_is_one():

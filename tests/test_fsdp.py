@@ -98,7 +98,7 @@ def test_a_llava_is_read_and_written_as_transformers_does(layout, place, world, 
     assert names == named(peer, HUB).keys()
 
 
-def original(folder, tokenizer, kind, projector="mlp2x_gelu", peer=None):
+def original(folder, tokenizer, kind, peer=None):
     """An original LLaVA (config of its LLaMA with mm_*, weights in a .bin or safetensors) and its CLIP."""
     clip, llava = folder / "clip", folder / "llava"
     clip.mkdir()
@@ -106,16 +106,13 @@ def original(folder, tokenizer, kind, projector="mlp2x_gelu", peer=None):
     tiny.make_tokenizer(llava, specials=False)
     peer = peer or tiny.make_peer(tokenizer)
     config = {**peer.config.text_config.to_dict(), "vocab_size": len(tokenizer) - 2, "model_type": "llava",
-              "mm_vision_tower": str(clip), "mm_hidden_size": 24, "mm_projector_type": projector,
+              "mm_vision_tower": str(clip), "mm_hidden_size": 24, "mm_projector_type": "mlp2x_gelu",
               "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad"}
     (llava / "config.json").write_text(json.dumps(config))
     write_clip(clip, peer)
     tensors = named(peer, ORIGINAL)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = tensors[name][:len(tokenizer) - 2].clone()
-    if projector == "linear":
-        tensors = {name: tensor for name, tensor in tensors.items() if "mm_projector.2" not in name}
-        tensors = {name.replace("mm_projector.0.", "mm_projector."): t for name, t in tensors.items()}
     if kind == "safetensors":
         write(llava, tensors)
     elif kind == "two .bin":
@@ -214,20 +211,9 @@ def test_a_tower_in_an_original_llava_is_the_one_used(world, tmp_path):
     assert torch.equal(ours, tower[f"model.vision_tower.vision_tower.{name}"])
 
 
-def test_an_original_linear_projector_is_read(place, world, tmp_path):
-    """model.mm_projector.weight alone: one layer, exported with the identity behind it."""
-    peer, folder = original(tmp_path, tiny.make_tokenizer(tmp_path), ".bin", "linear")
-    model, exported, batch = round_trip(options(model=str(folder)), world, place / "images", tmp_path / "out")
-    assert_close(our_logits(model, batch), their_logits(exported, batch))
-    theirs = exported.model.multi_modal_projector
-    assert torch.equal(theirs.linear_1.weight, peer.model.multi_modal_projector.linear_1.weight)
-    assert torch.equal(theirs.linear_2.weight, torch.eye(32))
-
-
-@pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear"])
 @pytest.mark.parametrize("whole_clip", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_llama_and_a_clip_get_a_fresh_projector(projector, whole_clip, tied, place, world, tmp_path):
+def test_a_llama_and_a_clip_get_a_fresh_projector(whole_clip, tied, place, world, tmp_path):
     """Every tensor of both arrives, the vocabulary grows by mean rows, the projector is keyed by the seed;
     the export loads in transformers, in our loader and in AutoProcessor."""
     llm, clip = tmp_path / "llm", tmp_path / "clip"
@@ -237,7 +223,7 @@ def test_a_llama_and_a_clip_get_a_fresh_projector(projector, whole_clip, tied, p
     peer = tiny.make_peer(tiny.make_tokenizer(tmp_path))
     clip.mkdir()
     write_clip(clip, peer, whole_clip)
-    args = options(llm=str(llm), clip=str(clip), projector=projector)
+    args = options(llm=str(llm), clip=str(clip))
     model, exported, batch = round_trip(args, world, place / "images", tmp_path / "out")
     assert_close(our_logits(model, batch), their_logits(exported, batch))
 
@@ -253,7 +239,7 @@ def test_a_llama_and_a_clip_get_a_fresh_projector(projector, whole_clip, tied, p
         assert torch.equal(state[name], tensor), name
     drawn = state["model.multi_modal_projector.linear_1.weight"]
     assert 0.015 < drawn.std() < 0.025 and not state["model.multi_modal_projector.linear_1.bias"].any()
-    other, _ = load(options(llm=str(llm), clip=str(clip), projector=projector, seed=1), world)
+    other, _ = load(options(llm=str(llm), clip=str(clip), seed=1), world)
     assert not torch.equal(fsdp.full_tensor(other.multi_modal_projector.linear_1.weight), drawn)
 
     again, processor = load(options(model=str(tmp_path / "out"), template="auto"), world)
@@ -747,7 +733,7 @@ def test_damaged_lines_of_the_log_are_dropped(damage, out, place, earlier):
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_files_have_the_mode_that_the_umask_gives(umask, mode, place, tmp_path):
     """Also those that safetensors writes: model, score and adapter."""
-    data = ["--data", place / "pairs.json", "--save_adapter", "--lora_rank", 2]
+    data = ["--data", place / "pairs.json", "--lora_rank", 2]
     done = tiny.fork("rm", "--model", place / "model", "--images", place / "images", *EARLIER, *data, "--out",
                      tmp_path / "out", "--max_steps", 1, prepare=functools.partial(os.umask, umask))
     assert done.code == 0, done.err

@@ -42,7 +42,7 @@ def files(place, reward="reward"):
 
 
 SMALL = ["--batch_size", 5, "--rollout_batch", 10, "--micro_batch", 5, "--samples_per_prompt", 2,
-         "--max_new_tokens", 8, "--ppo_epochs", 2, "--max_steps", 1, "--lr", "1e-3", "--show_every", 0]
+         "--max_new_tokens", 8, "--ppo_epochs", 2, "--max_steps", 1, "--lr", "1e-3"]
 
 
 def arguments(*argv):
@@ -182,15 +182,6 @@ def test_losses_ignore_masked_tokens():
         assert found[0][1][mask].any() and not found[0][1][~mask].any()
 
 
-def test_beta_follows_the_kl():
-    """Twice the target: the error is cut to 0.2, β grows by 0.2 · 512 / 10000; at the target it stays; below
-    it shrinks."""
-    assert ppo.adapted_beta(0.15, 12.0, 6.0, 10000, 512) == pytest.approx(0.15 * 1.01024)
-    assert ppo.adapted_beta(0.15, 6.0, 6.0, 10000, 512) == 0.15
-    assert ppo.adapted_beta(0.15, 5.4, 6.0, 10000, 512) == pytest.approx(0.15 * (1 - 0.1 * 0.0512))
-    assert ppo.adapted_beta(0.15, 0.0, 6.0, 10000, 512) == pytest.approx(0.15 * (1 - 0.2 * 0.0512))
-
-
 def test_moments_by_hand(world):
     """Over the unmasked elements of all tensors: (1, 2, 3, 6) has mean 3 and deviation √(14 / 3); of one
     number the deviation is 0; a large mean costs no precision."""
@@ -212,7 +203,11 @@ def old_outputs_for(rewards, values, token_mask):
 def advantages_of(old_outputs, args, world, beta=1.0):
     """compute_advantages where all scores are 0"""
     scores = [torch.zeros(len(old.token_mask)) for old in old_outputs]
-    return ppo.compute_advantages(old_outputs, scores, beta, args, world)
+    return ppo.compute_advantages(old_outputs, scores, with_beta(args, beta), world)
+
+
+def with_beta(args, beta):
+    return SimpleNamespace(**{**vars(args), "kl_coef": beta})
 
 
 def test_advantages_are_whitened_over_all_answers(world):
@@ -229,18 +224,6 @@ def test_advantages_are_whitened_over_all_answers(world):
     for targets, a, mask in zip(advantages_of(old_outputs, args, world), raw, masks):
         close(targets.advantages, (a - all_raw.mean()) / all_raw.std() * mask, 1e-5)
         assert not targets.advantages[~mask].any()
-
-
-def test_rewards_are_divided_by_their_deviation(world):
-    """--whiten_rewards: by the standard deviation over all tokens; the mean stays."""
-    masks = [ragged(3, 1), ragged(2, 4)]
-    rewards = [(noise(mask, i) + 2) * mask for i, mask in enumerate(masks)]
-    old_outputs = [old_outputs_for(r, noise(r, i + 7), mask)
-                   for i, (r, mask) in enumerate(zip(rewards, masks))]
-    std = torch.cat([r[mask] for r, mask in zip(rewards, masks)]).std()
-    args = arguments("--whiten_rewards", "--gamma", 0.9)
-    for targets, old, r in zip(advantages_of(old_outputs, args, world), old_outputs, rewards):
-        close(targets.returns, ppo.gae(r / std, old.values, old.token_mask, 0.9, 0.95)[1], 1e-5)
 
 
 def step_of(logprob, world):
@@ -307,9 +290,6 @@ def test_the_hand_is_the_oracle(world):
     rewards = ppo.kl_reward(torch.full((3, 3), -0.1), torch.zeros(3, 3), torch.tensor(o["scores"]).float(),
                             ragged(3, 3, 3), 0.5)
     close(rewards[0], o["rewards_row0"])
-    o = oracles["adaptive_kl"]
-    beta = ppo.adapted_beta(o["init"], o["current"], o["target"], o["horizon"], o["n_steps"])
-    assert beta == pytest.approx(o["new"], abs=1e-6)
 
 
 # ---- a bench: models, and an iteration's rollouts up to the update ----
@@ -357,7 +337,7 @@ def disturbed(bench, scores, old):
     """As in a later epoch: old log-probabilities and values are others, some far enough to be clipped."""
     mask = old.token_mask
     old = old._replace(ref_logprob=old.logprob + noise(mask, 1, 0.3) * mask)
-    targets, = ppo.compute_advantages([old], [scores], 0.1, bench.args, bench.world)
+    targets, = ppo.compute_advantages([old], [scores], with_beta(bench.args, 0.1), bench.world)
     old = old._replace(logprob=old.logprob + noise(mask, 2, 0.3) * mask,
                        values=old.values + noise(mask, 3, 0.3) * mask)
     return old, targets
@@ -521,8 +501,7 @@ def test_masked_tokens_get_no_reward(bench, micro_batch):
 # ---- rollout ----
 
 def test_greedy_is_predict(bench, place, tmp_path):
-    """At temperature 0 sample_answers takes the tokens that predict.py answers with, and also where --top_k
-    or --top_p leave one token."""
+    """At temperature 0 sample_answers takes the tokens that predict.py answers with."""
     inside("predict", "--model", place / "model", "--data", place / "rows.json", "--images", place / "images",
            "--out", tmp_path / "answers.jsonl", "--max_new_tokens", 8, "--workers", 0, "--micro_batch", 4)
     answers = [json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
@@ -533,8 +512,7 @@ def test_greedy_is_predict(bench, place, tmp_path):
         return [[bench.processor.text(ids) for ids in e.answers] for e in rollout.examples]
 
     expected = [[answer] * 3 for answer in answers]
-    assert texts() != expected == texts(top_k=1) == texts(top_p=1e-6) and len(set(answers)) > 3
-    assert texts(temperature=0) == expected
+    assert texts() != expected == texts(temperature=0) and len(set(answers)) > 3
 
 
 def test_samples_do_not_depend_on_the_decode_batch(bench):
@@ -695,11 +673,11 @@ def test_a_reward_model_reads_prompts_its_own_way(reward, bench, rollout, place,
 
 
 def test_postprocess_scores_by_hand():
-    """Normalised, then clipped; an answer without its end token gets the fixed score, which is neither."""
+    """Normalised; an answer without its end token gets the fixed score, which is not."""
     rollout = ppo.Rollout([], None, None, None, torch.tensor([True, True, True, False, True]))
     raw = torch.tensor([1.0, 5.0, 9.0, 2.0, -9.0])
     for moments, argv, expected in (
-            ([3.0, 4.0], ("--score_clip", 1.5, "--missing_eos_score", -9), [-0.5, 0.5, 1.5, -9.0, -1.5]),
+            ([3.0, 4.0], ("--missing_eos_score", -9), [-0.5, 0.5, 1.5, -9.0, -3.0]),
             ([0.0, 1.0], (), [1.0, 5.0, 9.0, -1.0, -9.0])):
         moments = torch.tensor(moments, dtype=torch.float64)
         score, = ppo.postprocess_scores([raw], [rollout], moments, arguments(*argv))
@@ -823,8 +801,9 @@ def test_minibatches_in_orders_of_their_own(place, world, tmp_path, monkeypatch,
     grad_norm/* means over steps; the answers shown stand a third of the iteration apart."""
     seen, steps = watch(monkeypatch), recorded(monkeypatch, ppo, "minibatch_gradients")
     norms = recorded(monkeypatch, fsdp, "clip_gradients")
+    monkeypatch.setattr(ppo, "SHOW_EVERY", 1)
     inside("ppo", *files(place), *SMALL, "--batch_size", 3, "--rollout_batch", 12, "--ppo_epochs", 3,
-           "--max_steps", 2, "--show_every", 1, "--seed", 3, "--out", tmp_path / "out")
+           "--max_steps", 2, "--seed", 3, "--out", tmp_path / "out")
     shown = [line.split("'")[3] for line in capfd.readouterr().out.splitlines() if line.startswith("    {")]
     prompts = [[example.id for example in rollout.examples] for rollout, *_ in seen]
     assert len(prompts) == 8 and all(len(set(ids)) == 3 for ids in prompts)
@@ -914,14 +893,14 @@ def test_a_user_drives_a_word_up(place, world, tmp_path):
     answer, and with it the KL; a hundred times the --kl_coef keeps the KL lower."""
     out = tmp_path / "out"
     done = tiny.command("ppo", *files(place, "rewards.py:red")[:-2], *BANDIT, "--kl_coef", 0.02, "--out",
-                        out, "--eval_data", place / "rows.json", "--show_every", 5, "--save_rollouts")
+                        out, "--eval_data", place / "rows.json", "--save_rollouts")
     assert done.code == 0, done.err
     assert "Traceback" not in done.err and "Warning" not in done.err
     lines = tiny.log(out)
     assert lines[0]["objective/scores"] < 0.1 and lines[0]["objective/kl"] == 0
     assert np.mean([line["objective/scores"] for line in lines[-3:]]) > 0.4
     assert lines[-1]["objective/kl"] > 1 and lines[-1]["eval_objective/scores"] > 0.3
-    assert done.out.count("'score': ") == 6 and f"wrote {out}" in done.out and "10/10" in done.out
+    assert done.out.count("'score': ") == 3 and f"wrote {out}" in done.out and "10/10" in done.out
     assert (out / "model.safetensors").exists()
     total = lines[-1]["objective/scores"] - 0.02 * lines[-1]["objective/kl"]
     assert lines[-1]["objective/rlhf_reward"] == pytest.approx(total, rel=1e-5)
@@ -989,17 +968,6 @@ def test_critic_warmup(place, world, tmp_path, monkeypatch):
     export = load_file(tmp_path / "out" / "model.safetensors")
     assert {name for name in export if not torch.equal(export[name], policy[name])} == {
         name for name in export if name.startswith(PARTS)}
-
-
-def test_kl_stop(run):
-    """The step that finds the policy too far is not taken, nor any after it: the weights are those of one
-    step."""
-    stopped, (*_, critic) = run("--batch_size", 10, "--ppo_epochs", 4, "--kl_stop", "1e-9")
-    one, (*_, critic_of_one) = run("--batch_size", 10, "--ppo_epochs", 1)
-    assert (stopped / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
-    ours, theirs = tiny.state(critic), tiny.state(critic_of_one)
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    assert tiny.log(stopped)[0]["policy/approxkl"] > 1e-9 / 2  # of two steps, the first at 0
 
 
 def adapted(model):
@@ -1089,13 +1057,6 @@ def test_scores_that_have_no_scale(ended, scores, message, world):
     rollout = ppo.Rollout([], None, None, None, torch.arange(3) < ended)
     with pytest.raises(ValueError, match=message):
         ppo.fit_score_scale([torch.tensor(scores)], [rollout], world)
-
-
-def test_a_kl_horizon_and_its_default(place):
-    """An iteration's answers may be more than the default, which nothing reads without --target_kl."""
-    many = "--batch_size", 10001, "--rollout_batch", 10001
-    assert tiny.arguments("ppo", *files(place), *many).kl_horizon == 10000
-    assert tiny.arguments("ppo", *files(place), *SMALL, "--kl_horizon", 20, "--target_kl", 1).target_kl == 1
 
 
 def test_a_reward_function_with_a_dataclass(tmp_path):

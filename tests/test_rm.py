@@ -246,10 +246,11 @@ def files(place):
 def run(place, world, tmp_path_factory):
     """Twelve steps of rm.py with held-out records. → its folder, the model, what was printed"""
     out = tmp_path_factory.mktemp("rm") / "out"
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rm, "CENTER_RECORDS", 5)
         model, = inside("rm", *files(place), "--out", out, "--batch_size", 5, "--micro_batch", 3, "--lr",
                         "1e-2", "--max_steps", 12, "--warmup", 2, "--eval_data", place / "margins.json",
-                        "--eval_every", 4, "--center_rows", 5, "--center_coef", 0.01)
+                        "--eval_every", 4, "--center_coef", 0.01)
     return out, tiny.state(model), printed.getvalue()
 
 
@@ -281,7 +282,7 @@ def test_transformers_gives_the_same_scores(place, run, world):
 
 
 def test_training_rewards_average_0(place, run, world):
-    """Over --center_rows 5, the records of the first step, with the saved bias; not over all records."""
+    """Over CENTER_RECORDS, here 5: the records of the first step, with the saved bias, not all records."""
     out, trained, printed = run
     model, processor = build(out, world, template="auto")
     examples = read(place, processor)

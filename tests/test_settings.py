@@ -60,6 +60,9 @@ MORE_REFUSED = {  # keys that are in no configuration class
         "model_type": ("llava_next", "got --model of the kind 'llava_next'"),
         "quantization_config": ({"load_in_4bit": True}, "got quantization_config, which is not implemented"),
         "quantization": ({"bits": 4, "group_size": 64}, "got quantization, which"),
+        "mm_projector_type": (  # the mark of our earlier exports
+            "linear", "got mm_projector_type 'linear', which is not implemented: need 'mlp2x_gelu'"),
+        "projector_hidden_act": ("linear", "got the activation 'linear'"),
         "vision_feature_layer": (7, "got vision_feature_layer 7")}}
 NO_EFFECT = {
     # names, bookkeeping, what a forward pass returns
@@ -225,6 +228,18 @@ def test_other_settings_of_an_original_llava_are_refused(key, world, tmp_path):
     edit(folder / "config.json", **{key: ORIGINAL_REFUSED[key]})
     said = {"model_type": "kind 'llava_mpt'", "mm_vision_select_layer": "vision_feature_layer"}.get(key, key)
     with pytest.raises(fsdp.UserError, match=f"{folder}.*got .*{said}"):
+        fsdp.open_checkpoint(options(model=str(folder)), world)
+
+
+@pytest.mark.parametrize("value, said", [
+    ("linear", "got mm_projector_type 'linear', which is not implemented: need 'mlp2x_gelu'"),
+    (None, "got no mm_projector_type, which means 'linear' .the first LLaVA. and is not implemented: need")])
+def test_a_linear_projector_is_refused(value, said, world, tmp_path):
+    """Named, or implied as in the first LLaVA, whose config.json has no mm_projector_type."""
+    _, folder = original(tmp_path, tiny.make_tokenizer(tmp_path), "safetensors")
+    edit(folder / "config.json", mm_projector_type=value)
+    (folder / "model.safetensors").write_text("not read")
+    with pytest.raises(fsdp.UserError, match=f"{folder}/config.json: {said}"):
         fsdp.open_checkpoint(options(model=str(folder)), world)
 
 
