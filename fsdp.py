@@ -1,8 +1,10 @@
-"""How it is run: options, launch, sharding, weights in and out, checkpoints, sums over ranks, the log.
+"""Everything outside the algorithms: options, process group, FSDP2 sharding, loading and export of weights,
+checkpoints, collectives, the log.
 
 One process is a world of size one: plain `python` and `torchrun --nproc_per_node=8` take the same path, NCCL
-on GPUs and gloo on CPUs. Everything collective is in this file, so that the training scripts read as if there
-were one machine. """
+on GPUs and gloo on CPUs. All collectives are in this file, so that the scripts read as if there were one
+process.
+"""
 import argparse
 import concurrent.futures
 import contextlib
@@ -65,7 +67,7 @@ from model import (
 )
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-WORLD = os.path.join(ROOT, "runs", "shapes")  # of examples/shapes.py, used where no --model is given
+WORLD = os.path.join(ROOT, "runs", "shapes")  # the shapes data set, used where no --model is given
 
 
 # ---- options ----
@@ -118,8 +120,8 @@ def train_parts(text, known):
 def arguments(parser, training=True):
     """Adds the options that every run has, in groups."""
     add = parser.add_argument_group("model").add_argument
-    add("--model", help="LLaVA: folder or hub id, HF or original layout (default: the shapes world)")
-    add("--llm", help="LLaMA, to start with a fresh projector (needs --clip)")
+    add("--model", help="LLaVA: folder or hub id, HF or original layout (default: the shapes data set's)")
+    add("--llm", help="LLaMA that gets a new projector (needs --clip)")
     add("--clip", help="CLIP for --llm, or in place of an original LLaVA's mm_vision_tower")
     add("--tokenizer", help="tokenizer folder, if not the checkpoint's")
     add("--template", default="auto",
@@ -132,13 +134,13 @@ def arguments(parser, training=True):
     add("--data", nargs="+", help="files of records: .json, .jsonl or .txt (README: data format)")
     add("--images", help="folder that the image paths of all files start from (default: each file's own)")
     add("--max_len", type=positive_int, default=2048, help="longest record, in tokens; images count")
-    add("--skip_bad_rows", action="store_true", help="report bad rows and leave them out")
+    add("--skip_bad_rows", action="store_true", help="report bad records and leave them out")
     add("--workers", type=non_negative_int, default=2, help="threads per rank to decode images (0: none)")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="what is written: a folder (predict.py: a .jsonl file)")
     add("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     add("--resume", action="store_true", help="continue the run in --out where it ended, if there is one")
-    add("--seed", type=non_negative_int, default=0, help="of the order of rows, new parameters and sampling")
+    add("--seed", type=non_negative_int, default=0, help="of record order, new parameters and sampling")
     add("--replicas", type=positive_int, default=1, help="copies of the sharded model (hybrid sharding)")
     if not training:
         return
@@ -147,11 +149,11 @@ def arguments(parser, training=True):
     add("--eval_every", type=non_negative_int, default=500, help="steps per evaluation (0: one at the end)")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project too (pip install wandb)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", type=positive_int, default=128, help="rows an optimiser step, over all ranks")
+    add("--batch_size", type=positive_int, default=128, help="records per optimizer step, over all ranks")
     add("--micro_batch", type=positive_int, default=4,
-        help="rows a forward pass on one rank: memory, not mathematics")
+        help="records per forward pass on one rank: changes memory and speed, not results")
     add("--epochs", type=positive, default=1, help="passes over the data")
-    add("--max_steps", type=non_negative_int, default=0, help="optimiser steps, in place of --epochs")
+    add("--max_steps", type=non_negative_int, default=0, help="optimizer steps, in place of --epochs")
     add("--lr", type=non_negative, default=2e-5,
         help="peak learning rate (default: %(default)g; with --lora_rank ten times that, as adapters learn "
         "next to nothing at the rate of full weights)")
@@ -263,9 +265,9 @@ def hint(word, names):
 
 
 def parse(parser, data_file, shapes, argv=None):
-    """Parses the command line. Without --model and --llm the shapes world is meant: its files and the sizes
-    in `shapes` become the defaults, and it is made on first use. With --lora_rank the default --lr is ten
-    times that of full training (LLaVA's ratio)."""
+    """Parses the command line. Without --model and --llm a run uses the shapes data set: its files and the
+    values in `shapes` become the defaults, and it is created on first use. With --lora_rank the default --lr
+    is ten times that of full training (LLaVA's ratio)."""
     parser.allow_abbrev, parser.print_usage = False, lambda file=None: None  # an error is one line
     for action in parser._actions:  # --help shows each default
         if action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help:
@@ -318,8 +320,8 @@ def parse(parser, data_file, shapes, argv=None):
 
 
 def left_by(script, option="model"):
-    """The default of an option on the shapes world: what a script without arguments has left, if it has
-    run."""
+    """The default of an option on the shapes data set: the output folder of a script that ran without
+    arguments, if there is one."""
     folder = os.path.join(ROOT, "runs", script)
     return {option: folder} if os.path.isfile(os.path.join(folder, "config.json")) else {}
 
@@ -338,17 +340,17 @@ class World:
     snapshots: dict = dataclasses.field(default_factory=dict)  # folder in the hub's cache → id, commit, files
 
     def sum(self, *numbers):
-        """Numbers (or scalar tensors) summed over ranks, in fp64."""
+        """Sums each number (or scalar tensor) over ranks, in fp64. → a list"""
         total = torch.stack([torch.as_tensor(n, dtype=torch.float64).detach().cpu() for n in numbers])
         dist.all_reduce(total)
         return total.tolist()
 
     def any(self, flags):
-        """Whether any flag is set on any rank."""
+        """Whether a flag [...] is set on some rank."""
         return self.sum(flags.sum())[0] > 0
 
     def gather(self, item):
-        """Every rank's item, as a list on every rank."""
+        """→ the items of all ranks, in their order, on every rank"""
         items = [None] * self.size
         dist.all_gather_object(items, item)
         return items
@@ -360,7 +362,7 @@ class World:
         return result[0]
 
     def parallel_map(self, function, items, what):
-        """[function(item) for item in items], the work spread over ranks and threads."""
+        """→ [function(item) for item in items], computed by all ranks and their threads"""
         mine = items[self.rank::self.size]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             waiting = [pool.submit(function, item) for item in mine]
@@ -371,8 +373,8 @@ class World:
         return results
 
     def depends_on(self, what, value):
-        """Records a JSON value that the run depends on. UserError where ranks differ, or where it is not what
-        it was when the run that --resume continues began."""
+        """Records a JSON value that the run depends on. UserError if ranks differ, or if the value is not the
+        one that the run which --resume continues began with."""
         for rank, other in enumerate(self.gather(value)):
             if other != value:
                 raise UserError(f"{what}: rank {rank} reads other content than rank {self.rank}: "
@@ -386,7 +388,7 @@ class World:
 
 def launch(args):
     """Joins the process group and creates the mesh. → World"""
-    # what starts another program comes first: a process with gloo's threads is not to be forked
+    # Other programs are started first: a process with gloo's threads must not be forked.
     commit = None
     if shutil.which("git"):
         git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -406,7 +408,7 @@ def launch(args):
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # a node may have to download weights that another one has: the watching thread ends a wait in vain
+    # long, as a node may wait for another's download; the watching thread ends a wait for dead ranks
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
                             timeout=datetime.timedelta(hours=6), **alone)
     store = None
@@ -446,9 +448,9 @@ class Diverged(ArithmeticError):
 
 
 def run(main):
-    """Runs a script's main and ends the process: with 2 for what the user got wrong (one line on the
-    terminal), with 1 for every other failure, else with what main returns. The first rank that fails says
-    why, and the others end with it."""
+    """Runs a script's main and exits: with 2 after a UserError (one line on the terminal), with 1 after any
+    other failure, else with main's return value. The first rank that fails prints the reason, and the others
+    exit with it."""
     text, code = "", 0
     try:
         code = main() or 0
@@ -473,7 +475,7 @@ def run(main):
 
 
 def disk_full(error):
-    """Whether an error, or one that it was raised from, is that of a full disk."""
+    """Whether the error, or one in its chain of causes, means that the disk is full."""
     if error is None:
         return False
     # safetensors gives the system's text only, PyTorch's writer that it could not write all
@@ -484,7 +486,8 @@ def disk_full(error):
 
 
 def fail(text, code):
-    """Prints why this rank fails and tells the others; where another was first, waits to be ended with it."""
+    """Prints why this rank fails and tells the others. If another rank failed first, waits for the exit that
+    it causes."""
     rank, store = int(os.environ.get("RANK", 0)), Watch.store
     if Watch.ending:
         time.sleep(10)  # the watching thread ends this process
@@ -513,8 +516,8 @@ def fail(text, code):
 
 
 def leave(code):
-    """Ends the process at once: gloo's threads outlive their group, and one that lets go of a tensor while
-    the interpreter ends aborts it."""
+    """Exits at once, without Python's teardown: gloo's threads outlive their group, and one that frees a
+    tensor during the teardown aborts the process."""
     unlock()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -523,18 +526,18 @@ def leave(code):
 
 
 class Watch:
-    """What the watching thread knows."""
+    """State that the watching thread shares with the main one."""
     store = None  # shared with the other ranks, None in a world of one
-    sigterm = None  # when SIGTERM first arrived
-    saves = False  # whether the run answers it by saving; else it ends the process at once
-    ending = False  # because another rank has failed
+    sigterm = None  # time of the first SIGTERM
+    saves = False  # whether the run saves after SIGTERM; if not, SIGTERM ends the process at once
+    ending = False  # whether another rank has failed
     started = False
 
 
 def watch(store):
-    """Starts the thread that ends this process where waiting would be in vain: after another rank's failure,
-    when its launcher has died, at SIGINT, and at SIGTERM if nothing can be saved or it comes a second time. A
-    thread, because Python's signal handlers do not run while the main thread is inside a collective."""
+    """Starts the thread that ends this process after another rank's failure, after the launcher's death, at
+    SIGINT, and at SIGTERM if nothing can be saved or if it is the second one. It is a thread because Python's
+    signal handlers do not run while the main thread is inside a collective."""
     Watch.store = store
     if Watch.started:
         return
@@ -563,7 +566,7 @@ def watch(store):
 
 
 def end_with_the_first():
-    """Ends this process if another rank has failed, once that one has said why."""
+    """Ends this process if another rank has failed and has printed its reason."""
     if Watch.store and Watch.store.check(["failure"]):
         rank, code = json.loads(Watch.store.get("failure"))
         if rank != int(os.environ["RANK"]):
@@ -576,8 +579,8 @@ def end_with_the_first():
 
 
 def obey(number):
-    """What a signal does."""
-    # schedulers signal the launcher and its ranks at once, and it passes the signal on: that is one SIGTERM
+    """Acts on a signal."""
+    # Schedulers signal the launcher and its ranks, and the launcher passes it on: together one SIGTERM.
     again = Watch.sigterm and time.monotonic() - Watch.sigterm > 0.5
     if number == signal.SIGINT or number == signal.SIGTERM and (again or not Watch.saves):
         with contextlib.suppress(OSError):
@@ -588,22 +591,22 @@ def obey(number):
 
 
 class Stop:
-    """Whether SIGTERM (a scheduler's warning) has reached any rank: the run then saves and ends. From its
-    making on, SIGTERM no longer ends the process by itself."""
+    """Whether SIGTERM (a scheduler's warning) has reached any rank: the run then saves and ends. Once a Stop
+    is created, SIGTERM no longer ends the process by itself."""
 
     def __init__(self):
         Watch.saves = True
 
     @property
     def heard(self):
-        """Whether it has reached this rank."""
+        """Whether SIGTERM has reached this rank."""
         return Watch.sigterm is not None
 
     def asked(self, world):
         return world.sum(self.heard)[0] > 0
 
     def until(self, items, world):
-        """Yields items until it is asked; ranks have equally many."""
+        """Yields the items until a rank is asked to stop. All ranks have equally many items."""
         for item in items:
             if self.asked(world):
                 return
@@ -611,7 +614,7 @@ class Stop:
 
 
 def check_finite(args, step, **metrics):
-    """Raises Diverged where a metric is not finite; called before the optimizer's step and before anything of
+    """Raises Diverged if a metric is not finite. Called before the optimizer's step, and before anything of
     the step is written."""
     bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
     if bad:
@@ -627,8 +630,9 @@ HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 
 
 def fetch(name, world):
-    """A checkpoint folder. Of a hub id, org/name or org/name@revision: its snapshot in the hub's cache, on
-    every rank of the same commit (a resumed run: of the one that it began with), without weights yet."""
+    """→ the checkpoint folder. For a hub id, org/name or org/name@revision: its snapshot in the hub's cache,
+    without weights so far, of the same commit on every rank (in a resumed run: the commit that it began
+    with)."""
     if os.path.isdir(name):
         return name
     if os.path.exists(name) or not re.fullmatch(HUB_ID, name):
@@ -644,8 +648,8 @@ def fetch(name, world):
 
 
 def fetch_weights(folder, world):
-    """Downloads the weights of a snapshot that fetch has found: safetensors, or .bin files where the hub has
-    no others."""
+    """Downloads the weights of a snapshot that `fetch` returned: safetensors files, or .bin files if there
+    are no others."""
     if folder not in world.snapshots:
         return
     repo, commit, sizes = world.snapshots[folder]
@@ -668,7 +672,7 @@ def fetch_weights(folder, world):
 
 
 def list_files(repo, commit):
-    """→ {name: size} of a repository's files and folders; None where the hub cannot be asked."""
+    """→ {name: size} of a repository's files and folders; None if the hub cannot be reached."""
     from huggingface_hub import HfApi
     try:
         return {file.path: getattr(file, "size", 0) for file in HfApi().list_repo_tree(repo, revision=commit)}
@@ -677,7 +681,8 @@ def list_files(repo, commit):
 
 
 def download(repo, revision, names, show=False):
-    """Downloads what the cache lacks of a repository's files of these names. → the snapshot's folder"""
+    """Downloads those of a repository's files with these names that are not in the cache. → the snapshot's
+    folder"""
     from huggingface_hub import constants, errors, snapshot_download, utils
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         show = show and not int(os.environ.get("LOCAL_RANK", 0))
@@ -703,8 +708,8 @@ def download(repo, revision, names, show=False):
 
 
 def once_per_node(key, function, *args):
-    """Calls function on a node's first rank, then on its others, which find what it has left. They wait
-    outside of any collective: a download may outlast its timeout."""
+    """Calls function on a node's first rank, then on its other ranks, which reuse the files. They do not wait
+    in a collective, because a download may take longer than its timeout."""
     key, first = f"{key}, node {os.environ.get('GROUP_RANK', 0)}", not int(os.environ.get("LOCAL_RANK", 0))
     while not first and Watch.store and not Watch.store.check([key]):
         time.sleep(0.1)
@@ -715,8 +720,8 @@ def once_per_node(key, function, *args):
 
 
 def read_config(args, world):
-    """--model, or --llm and --clip → LlavaConfig, the folder of its tokenizer, that of its vision tower, and
-    the folders whose tensors make up the model; where two hold the same tensor, that of the later."""
+    """--model, or --llm and --clip → LlavaConfig, the tokenizer's folder, the vision tower's folder, and the
+    folders that hold the model's tensors; of two equal names the later folder's tensor counts."""
     folder = fetch(args.model or args.llm, world)
     raw = read_config_file(folder, world)
     kind = raw.get("model_type")
@@ -738,14 +743,14 @@ def read_config(args, world):
         if args.clip:
             raise
         raise UserError(f"{folder}/config.json: mm_vision_tower: {error}; --clip gives another") from error
-    # an original LLaVA may hold a tower that was trained with it; one asked for with --clip goes before it
+    # an original LLaVA may hold a tower that was trained with it, but --clip replaces that
     folders = [folder, clip] if args.clip else [clip, folder]
     return llava_config(folder, raw, clip, read_config_file(clip, world)), folder, clip, folders
 
 
 def read_config_file(folder, world):
-    """A checkpoint folder's config.json. UserError where it, or what the hub has of it, is something else
-    than full weights."""
+    """→ a checkpoint folder's config.json. UserError if the folder, or its repository on the hub, does not
+    hold full weights."""
     _, _, hub = world.snapshots.get(folder, (None, None, None))
     names = sorted(hub or os.listdir(folder))
     raw, adapter = (data.read_json(folder, name) for name in ("config.json", "adapter_config.json"))
@@ -775,8 +780,8 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json",  # as transforme
 
 
 def weight_names(folder, names):
-    """Which of a checkpoint's files (names) hold its tensors. Without an index in the folder: all numbered
-    parts."""
+    """→ those of a checkpoint's files (names) that hold its tensors. Without an index in the folder these are
+    all numbered files."""
     for name in WEIGHTS:
         if name in names and not name.endswith(".json"):
             return [name]
@@ -788,8 +793,7 @@ def weight_names(folder, names):
 
 
 def open_tensors(folders):
-    """The tensors of checkpoint folders: our name → something that reads the rows it is sliced for, and no
-    more."""
+    """→ the tensors of checkpoint folders: {our name: object that reads a slice of rows when indexed}"""
     tensors = {}
     for folder in folders:
         for file in (os.path.join(folder, name) for name in weight_names(folder, os.listdir(folder))):
@@ -801,7 +805,7 @@ def open_tensors(folders):
 
 
 def slices(file):
-    """A safetensors file's names → what reads the rows it is sliced for."""
+    """→ the tensors of a safetensors file: {name: object that reads a slice of rows when indexed}"""
     try:
         handle = safe_open(file, "pt")
     except SafetensorError as error:
@@ -810,7 +814,7 @@ def slices(file):
 
 
 def open_pickled(file):
-    """A .bin file's names → tensors that are read from the file where they are used."""
+    """→ the tensors of a .bin file: {name: memory-mapped tensor}"""
     try:
         found = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     except Exception as error:
@@ -827,7 +831,7 @@ def open_pickled(file):
 
 
 def check_sizes(config, tensors, folders):
-    """Compares sizes in config.json with those of the tensors, before anything of such a size is created."""
+    """Compares sizes in config.json with those of the tensors, before a model of these sizes is created."""
     text, vision, tower = config.text_config, config.vision_config, "vision_tower.vision_model."
     checks = []  # name in config.json, its value, that of the weights
     for name, value, prefix in (("text_config", text.num_hidden_layers, "language_model.model.layers."),
@@ -845,8 +849,8 @@ def check_sizes(config, tensors, folders):
 
 
 def resolve_tied(config, tensors, world):
-    """One matrix where embedding and head are tied, whichever of the two is there; where both are and differ,
-    they are not tied, whatever config.json says (as in transformers). Changes config and tensors."""
+    """If embedding and head are tied, keeps one matrix, whichever exists. If both exist and differ, they are
+    not tied, whatever config.json says (as in transformers). Changes config and tensors."""
     embedding, head = VOCABULARY
     if not config.tie_word_embeddings or head not in tensors:
         return
@@ -868,8 +872,8 @@ def equal_tensors(a, b, rows=4096):
 
 @torch.no_grad()
 def load_weights(model, tensors, grown, seed):
-    """Streams every parameter in: each rank reads its own rows only. Rows that the vocabulary has grown by
-    are the mean of the old ones; parameters without a tensor are drawn, keyed by (seed, name)."""
+    """Loads every parameter; each rank reads only its own rows. New rows of a resized vocabulary are the mean
+    of the old ones. Parameters without a tensor are drawn at random, keyed by (seed, name)."""
     for name, parameter in data.progress([*model.named_parameters()], "tensors read"):
         local, n, size, mine = local_tensor(parameter), parameter.shape[0], 1, 0
         if isinstance(parameter, DTensor):
@@ -895,14 +899,14 @@ def load_weights(model, tensors, grown, seed):
 # ---- reading data ----
 
 def images_folder(path, args):
-    """The folder that image paths in a data file start from."""
+    """→ the folder that a data file's image paths are relative to"""
     folder = folder_of(path)
     return args.images or (os.path.join(WORLD, "images") if folder == WORLD else folder)
 
 
 def read_conversations(paths, args, world, need_answers):
-    """Data files → their records, one file behind another, and the (index, Conversation) pairs of the good
-    ones; every image is decoded once, and not again when the run is resumed."""
+    """Data files → the records of all files in their order, and the (index, Conversation) pairs of the good
+    ones. Every image is decoded once, but not again when a run is resumed."""
     rows, conversations = data.Records([]), []
     for path in paths:
         records, first, images = data.load_rows(path), len(rows), images_folder(path, args)
@@ -923,7 +927,7 @@ def read_conversations(paths, args, world, need_answers):
 
 
 def read_examples(paths, which, processor, args, world):
-    """Data files → Examples (see data.build_examples), with a word on what was left out or cut."""
+    """Data files → Examples (see data.build_examples). Prints how many records were left out or cut."""
     rows, conversations = read_conversations(paths, args, world, data.ANSWERS_NEEDED[which])
     total = len(rows)
     del rows  # before the examples need memory
@@ -938,14 +942,14 @@ def read_examples(paths, which, processor, args, world):
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What the command line's model is, before any weight is read."""
-    option: str  # that names it
+    """A model of the command line, before any weight is read."""
+    option: str  # the option that names it
     config: LlavaConfig
-    folders: list  # whose tensors make it up
-    tensors: dict  # our name → what reads its rows
+    folders: list  # the folders that hold its tensors
+    tensors: dict  # our name → object that reads a slice of rows when indexed
     processor: data.Processor
     grown: tuple  # (old, new) embedding rows, or None
-    fresh: tuple  # parts of the names of parameters that are drawn where no tensor is found
+    fresh: tuple  # substrings of parameter names that are drawn at random if there is no tensor
 
 
 def open_checkpoint(args, world, option="model"):
@@ -975,8 +979,8 @@ def open_checkpoint(args, world, option="model"):
 
 
 def fingerprint(folders):
-    """A hash of the files in checkpoint folders that say what a model is: their names, sizes and 64 samples
-    of 4 KB each, so that a copy is the same and other weights are not."""
+    """→ a hash of the files in checkpoint folders that define a model: of their names, sizes and 64 samples
+    of 4 KB each. A copy has the same hash, other weights have another."""
     seen = hashlib.sha256()
     for folder in folders:
         for kind in ("*.safetensors", "*.bin", "*.index.json", "*config.json", "*token*", "chat_template*"):
@@ -996,8 +1000,8 @@ def file_digest(path):
 
 
 def open_second_model(option, processor, args, world, reward=False):
-    """A second LLaVA, named by an option → Checkpoint. Its tokenizer has to be the processor's. reward: it
-    needs a scalar head, as rm.py leaves it, and has a template and picture settings of its own."""
+    """A second LLaVA, named by an option → Checkpoint. It must have the processor's tokenizer. reward: it
+    must have a scalar head, as rm.py writes it, and keeps its own template and image settings."""
     other = argparse.Namespace(**vars(args))
     name = getattr(args, option)
     other.model, other.llm, other.clip = name, None, None
@@ -1063,8 +1067,8 @@ def offloads(args):
 
 
 def share_tower(model, other, world):
-    """Lets other use model's vision tower where both hold the same frozen weights, so that each picture
-    passes one tower once. → whether they share it"""
+    """Lets `other` use the vision tower of `model` if both hold the same frozen weights, so that an image
+    passes one tower only. → whether they share it"""
     ours, theirs = (dict(m.vision_tower.named_parameters()) for m in (model, other))
     kinds = [(m.vision_tower.depth, m.vision_tower.drop_class) for m in (model, other)]
     equal = kinds[0] == kinds[1] and ours.keys() == theirs.keys() and all(
@@ -1145,8 +1149,8 @@ class OneBuffer:
 
 
 def reshard(*models):
-    """Ends a pass without gradients: else the optimiser would step the shards, and the unsharded copies be
-    used again."""
+    """Call it after every forward pass without gradients. FSDP otherwise keeps the unsharded weights, and the
+    next forward pass would miss the optimizer's update."""
     for model in models:
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -1186,7 +1190,7 @@ def clip_gradients(parameters, largest):
 
 
 def schedule(step, steps, warmup):
-    """The learning rate's factor at a step (from 0): linear warm-up, then half a cosine down to 0."""
+    """→ the learning rate's factor at a step (from 0): linear warm-up, then half a cosine down to 0"""
     warm = warmup if warmup >= 1 else warmup * steps
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -1203,8 +1207,8 @@ LOCKS = []  # (path, the open file that holds its lock, the folders created for 
 
 
 def lock(path):
-    """Holds path, a file that is created where there is none, until this process ends. UserError where
-    another process holds it or it cannot be written."""
+    """Locks a file, which is created if there is none, until this process ends. UserError if another process
+    holds the lock or the file cannot be written."""
     folder, created = os.path.dirname(os.path.abspath(path)), []
     while not os.path.isdir(folder):
         created.append(folder)
@@ -1224,8 +1228,7 @@ def lock(path):
 
 
 def unlock():
-    """Removes the empty files that were locked, and the folders that lock() created if nothing else is in
-    them."""
+    """Removes locked files that are empty, and folders that lock() created and that are empty now."""
     for path, file, folders in LOCKS:
         with contextlib.suppress(OSError):
             if os.fstat(file.fileno()).st_size == 0:
@@ -1235,7 +1238,7 @@ def unlock():
 
 
 def check_out_file(args, world):
-    """predict.py's check_out_dir: --out is a file, and OUT.args.json says what it was made of."""
+    """The check of predict.py, whose --out is a file; OUT.args.json records its options and inputs."""
     def check():
         if os.path.isdir(args.out):
             raise UserError(f"got --out {args.out}, which is a folder, need a .jsonl file")
@@ -1254,15 +1257,15 @@ def check_out_file(args, world):
 
 
 def check_out_dir(args, world):
-    """Locks --out, and refuses a folder that holds anything, unless --resume or --overwrite says that the run
-    in it is meant."""
+    """Locks --out. UserError if the folder is not empty, unless it holds a run and --resume or --overwrite is
+    given."""
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb needs Weights & Biases: pip install wandb")
     world.earlier = world.on_rank0(earlier_inputs, args)
 
 
 def earlier_inputs(args):
-    """→ what the run in --out that is to be continued depends on; {} for a new one"""
+    """→ the recorded inputs of the run in --out that --resume continues; {} for a new run"""
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise UserError(f"got --out {args.out}, which is a file, need a folder")
     read = {name: getattr(args, name, None) for name in ("model", "llm", "clip", "reward_model", "ref_model")}
@@ -1284,7 +1287,7 @@ def earlier_inputs(args):
 
 
 def earlier_args(path, args):
-    """What args.json says of the run to be continued; UserError where its options are not those of `args`."""
+    """→ the args.json of the run that is continued; UserError if its options are not those of `args`"""
     try:
         with open(path, encoding="utf-8") as f:
             earlier = json.load(f)
@@ -1304,7 +1307,7 @@ def earlier_args(path, args):
 
 
 def as_given(value):
-    """An option's value as on the command line."""
+    """→ an option's value as written on the command line"""
     return " ".join(value) if isinstance(value, list) else value
 
 
@@ -1315,15 +1318,15 @@ def write_args(path, args, world):
 
 
 def record_templates(world, *checkpoints):
-    """Of those that tokenised the data: a resume takes the text that was rendered when the run began."""
+    """Records the text that each checkpoint's chat template rendered, which a resumed run uses again."""
     for checkpoint in checkpoints:
         rendered = [[list(roles), gaps] for roles, gaps in checkpoint.processor.template.rendered.items()]
         world.depends_on(f"what the chat template of --{checkpoint.option} renders", rendered)
 
 
 def begin_run(args, world, *checkpoints):
-    """Clears an earlier run in --out that is to be replaced, and writes args.json. checkpoints: those that
-    tokenised the data."""
+    """Removes the run in --out that --overwrite replaces, and writes args.json. checkpoints: those whose
+    processors tokenised the data."""
     record_templates(world, *checkpoints)
 
     def begin():
@@ -1340,7 +1343,7 @@ def begin_run(args, world, *checkpoints):
 
 
 def write_text(path, text):
-    """Written beside and renamed: whole, or not there."""
+    """Writes a file completely or not at all: beside its path first, then renamed."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write(text)
@@ -1351,12 +1354,12 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False))
 
 
-EVAL_DUE = {"eval_due": 1}  # logged where SIGTERM cuts an evaluation short: the resume makes it up
+EVAL_DUE = {"eval_due": 1}  # logged if SIGTERM interrupts an evaluation; --resume then repeats it
 
 
 class Log:
-    """log.jsonl: one object per step, and on rank 0 one aligned line on the terminal. After a resume every
-    step is there once."""
+    """Writes log.jsonl, one object per step, and on rank 0 one aligned line per step to the terminal. After a
+    resume log.jsonl holds every step once."""
 
     def __init__(self, args, world, steps, done, shown=("loss", "lr", "grad_norm", "eval_loss")):
         self.args, self.steps, self.first, self.start = args, steps, done, time.time()
@@ -1368,8 +1371,8 @@ class Log:
             self.wandb = wandb.init(project=args.wandb, config=vars(args), name=os.path.basename(args.out))
 
     def reopen(self, done):
-        """Drops what is not of the steps done, and lines that a crash left incomplete. → the last step's
-        object"""
+        """Removes the lines of later steps, and lines that a crash left incomplete. → the object of step
+        `done`"""
         lines, damaged = {}, 0
         if os.path.isfile(self.path):
             with open(self.path, errors="replace") as f:
@@ -1388,11 +1391,11 @@ class Log:
         return lines.get(done, {})
 
     def owes_evaluation(self):
-        """Whether SIGTERM cut short the evaluation of the last step done."""
+        """Whether SIGTERM interrupted the evaluation of the last step."""
         return "eval_due" in self.last_line
 
     def add_evaluation(self, metrics):
-        """Writes an evaluation that was made up into the line of its step."""
+        """Adds a repeated evaluation to the line of its step."""
         check_finite(self.args, self.first, **metrics)
         if metrics and not self.quiet:
             del self.last_line["eval_due"]
@@ -1407,8 +1410,8 @@ class Log:
         self.seconds()
 
     def seconds(self):
-        """Since the last call, so that what lies between steps (evaluation, saving) is not counted as
-        theirs."""
+        """→ seconds since the last call. Called after each step and after what follows it, so that evaluating
+        and saving do not count as a step's time."""
         elapsed, self.last = time.time() - self.last, time.time()
         return elapsed
 
@@ -1441,8 +1444,8 @@ class Log:
 # ---- checkpoints ----
 
 def checkpoint_steps(out):
-    """The steps of the complete checkpoints in out/checkpoints, in order; what has another name is not
-    ours."""
+    """→ the steps of the complete checkpoints in out/checkpoints, in ascending order. Other names are
+    ignored."""
     folder = os.path.join(out, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_(0|[1-9]\d*)", name)
@@ -1450,8 +1453,8 @@ def checkpoint_steps(out):
 
 
 def checkpoint_state(model, optimizers):
-    """The trained parameters, buffers and AdamW's state under stable names; the state is made where no step
-    was taken yet, to be loaded into."""
+    """→ {stable name: trained parameter, buffer or AdamW state}. Before the first step AdamW's state is
+    created, so that a checkpoint can be loaded into it."""
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     tensors = {f"model.{name}": p.detach() for p, name in names.items()}
     tensors |= {f"model.{name}": buffer for name, buffer in model.named_buffers()}
@@ -1466,7 +1469,7 @@ def checkpoint_state(model, optimizers):
 
 
 def save_checkpoint(args, world, step, model, *optimizers):
-    """Writes checkpoints/step_N beside the others and renames it when it is complete; the last two stay."""
+    """Writes checkpoints/step_N under another name and renames it when it is complete. Keeps the last two."""
     folder = os.path.join(args.out, "checkpoints", f"step_{step}")
     world.on_rank0(shutil.rmtree, folder + ".part", True)
     finite = all(local_tensor(p).isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -1484,7 +1487,7 @@ def save_checkpoint(args, world, step, model, *optimizers):
 
 
 def load_checkpoint(args, world, model, *optimizers):
-    """Loads the last checkpoint, if --resume asks for it and there is one. → the number of steps done"""
+    """With --resume, loads the last checkpoint if there is one. → the number of completed steps"""
     steps = world.on_rank0(checkpoint_steps, args.out) if args.resume else []
     if not steps:
         return 0
@@ -1524,8 +1527,8 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def check_metadata(folder):
-    """Raises where a checkpoint's metadata would run code or where files are shorter than it says. dcp.load
-    itself unpickles whatever is there."""
+    """Raises if unpickling a checkpoint's metadata would run code, or if a file is shorter than the metadata
+    says. dcp.load itself unpickles anything."""
     with open(os.path.join(folder, ".metadata"), "rb") as f:
         metadata = MetadataUnpickler(f).load()
     for info in metadata.storage_data.values():
@@ -1535,8 +1538,8 @@ def check_metadata(folder):
 
 
 def export(model, processor, args, world, file_bytes=5 * 10**9):
-    """Writes --out as a Hugging Face LLaVA checkpoint: gathered tensor by tensor, adapters merged, in files
-    of at most file_bytes, and moved in place when all are whole."""
+    """Writes --out as a Hugging Face LLaVA checkpoint: tensors are gathered one by one, adapters merged, and
+    files of at most file_bytes moved to their place when all are complete."""
     reshard(model)
     dtype, config = DTYPES[args.dtype], model.config
     part = os.path.join(args.out, "export.part")
@@ -1593,7 +1596,7 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
 
 
 def save_tensors(tensors, path):
-    """As safetensors does, but with the mode that the umask gives (it makes files private)."""
+    """Writes a safetensors file with the umask's mode (safetensors would make it private)."""
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
     os.chmod(path, os.stat(os.path.dirname(path)).st_mode & 0o666)
 
