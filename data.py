@@ -1,18 +1,19 @@
-"""What goes in: rows of JSON → conversations → tokens and pixels → a Batch.
+"""From data files to batches: JSON records → conversations → tokens and pixels → packed tensors.
 
-A row is {"id", "image", "conversations": [{"from": "human" | "gpt" | "system", "value"}, …]}; the last gpt
-turn's value may be a list of answers, best first. It becomes an Example: a prompt and its answers, each
-answer seeing the prompt and itself only:
+A record is {"id", "image", "conversations": [{"from": "human" | "gpt" | "system", "value"}, …]}. The value of
+the last gpt turn may be a list of answers, best first. A record becomes an Example: a prompt and its answers.
+They are packed into one sequence, in which each answer attends to the prompt and to itself:
 
     ids       <bos> USER: <image>…<image> prompt | answer 1 … | answer 2 … | pad
     position  0 1 2 …                        P-1 | P P+1 …    | P P+1 …    |
     branch    0 0 0 …                          0 | 1 1 …      | 2 2 …      | -1
 
-The first token of every answer is predicted by the prompt's last token, each later one by the token before
-it.
+The prompt's last token predicts the first token of every answer. Each later token is predicted by the token
+before it.
 
-Legend: B rows, T columns, P prompt length, N targets, A answers, M distinct images, R image runs, I tokens an
-image, S picture side. A mask says what is kept. """
+Legend: B sequences, T positions, P prompt length, N targets (tokens to predict), A answers, M distinct
+images, R image placeholders of the batch, I tokens per image, S edge of the cropped image in pixels.
+"""
 import collections
 import concurrent.futures
 import contextlib
@@ -44,12 +45,11 @@ TEMPLATE_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "templat
 
 
 class UserError(ValueError):
-    """What the user got wrong: one line on the terminal, not a traceback (see fsdp.run)."""
+    """A mistake of the user: fsdp.run prints one line instead of a traceback."""
 
 
 def progress(items, what):
-    """Yields the items of a list; on rank 0 says every ten seconds how far it is, and how long the rest will
-    take."""
+    """Yields the items of a list. Rank 0 prints the progress and the remaining time every ten seconds."""
     start = shown = time.time()
     for done, item in enumerate(items, 1):
         yield item
@@ -64,18 +64,17 @@ BRIEF.maxlist, BRIEF.maxstring = 20, 80
 
 
 def shown(value, most=240):
-    """A value from a data file as text for a message: cut to so many characters, control characters
-    escaped."""
+    """A value of a data file as text for a message: shortened to `most` characters, controls escaped."""
     text = value if isinstance(value, str) else BRIEF.repr(value)
     text = f"{text[:most - 41]}…{text[-40:]}" if len(text) > most else text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-# ---- rows ----
+# ---- records ----
 
 class Records:
-    """A data file's records, held as JSON text and decoded when asked for: dictionaries take three times the
-    memory."""
+    """The records of a data file, held as JSON text and decoded on access, which takes a third of the memory
+    of dictionaries."""
 
     def __init__(self, texts):
         self.texts = texts
@@ -91,8 +90,8 @@ class Records:
 
 
 def load_rows(path):
-    """The Records of a .json, .jsonl or .txt file (a JSON list, or one JSON object a line). UserError names
-    the file and where in it."""
+    """The Records of a .json, .jsonl or .txt file: a JSON list, or one JSON object per line, which needs less
+    memory while it is read. UserError names the file and the line."""
     if not os.path.isfile(path):
         raise UserError(f"got --data {path}, need a .json, .jsonl or .txt file: no such file")
     texts, line = [], 0
@@ -116,7 +115,7 @@ def load_rows(path):
 
 
 def list_items(text):
-    """The text of each item of a JSON list. One at a time is decoded: all at once take three times the
+    """Yields the text of each item of a JSON list. One at a time is decoded: all at once take three times the
     memory."""
     decoder, gap = json.JSONDecoder(), re.compile(r"\s*")
     end = gap.match(text).end()  # where the "[" is, then each comma
@@ -135,7 +134,7 @@ def list_items(text):
 
 
 def read_json(folder, name, default=None):
-    """What folder/name holds, or default where there is no such file."""
+    """The content of folder/name, or `default` if there is no such file."""
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return default
@@ -148,13 +147,13 @@ def read_json(folder, name, default=None):
 
 @dataclasses.dataclass(slots=True)
 class Conversation:
-    """A checked row. contents[i] is what roles[i] said, up to the final answer; answers: the final gpt
-    turn's, best first."""
+    """A checked record. contents[i] is the text of the turn by roles[i], without a last gpt turn, whose texts
+    are the answers, best first."""
     id: str
     roles: list
     contents: list
     answers: list
-    images: list  # paths below the picture folder
+    images: list  # paths below the image folder
     margin: float = 0.0  # by how much the first of two answers is better, where the row says so
     file: tuple = ("", 0)  # it comes from: path, and the index of that file's first record
 
@@ -191,13 +190,14 @@ OTHER_PLACEHOLDER = re.compile(  # of Qwen-VL, Phi-3, MMMU, MiniGPT-4, DeepSeek-
 
 @functools.lru_cache(maxsize=1024)
 def elsewhere(name):
-    """Where the content of a field with a name of other layouts belongs, or None."""
+    """Where the content of a field belongs that other data formats have, or None."""
     name = re.sub("[^a-z0-9]", "", name.lower())
     return next((where for names, where in ELSEWHERE.items() if re.fullmatch(names, name)), None)
 
 
 def images_and_turns(value, depth=8):
-    """The images (texts that name or are one, dictionaries) and the turns in the value of a field."""
+    """Yields the images (their names, their data as text, or dictionaries) and the turns in a field's
+    value."""
     if isinstance(value, str) and IMAGE_TEXT.match(value):
         yield value
     elif isinstance(value, dict):
@@ -211,9 +211,9 @@ def images_and_turns(value, depth=8):
 
 
 def check_fields(fields, read, answers=1, image=None):
-    """UserError for a field of a record or of a turn that is not among those `read`, where other layouts mean
-    its content to be seen or learnt. answers: how many the record has. image: what its own field holds; the
-    same names once more are no loss, nor are ids, or a URL that says where it is from."""
+    """Refuses fields of a record or turn, other than those `read`, in which other layouts keep images, turns
+    or preferences: they would be ignored in silence. answers: how many answers the record has. image: its
+    `image`; other fields may repeat its paths, and may hold ids or the URL of an image."""
     own = image if isinstance(image, list) else [image, *str(image).split(",")]
     own = [f"/{name.strip()}" for name in own if isinstance(name, str)]
     own += [os.path.splitext(name)[0] for name in own]
@@ -241,7 +241,7 @@ def check_fields(fields, read, answers=1, image=None):
 
 
 def read_row(row, images_dir, need_answers=1):
-    """A row → Conversation; UserError says what is wrong with it (the caller adds which row it is)."""
+    """Record → Conversation. UserError says what is wrong; the caller adds which record it is."""
     turns = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns:
         got = f"the fields {shown(', '.join(row))}" if isinstance(row, dict) else f"'{shown(row)}'"
@@ -304,13 +304,13 @@ def read_row(row, images_dir, need_answers=1):
 
 @functools.lru_cache(maxsize=1024)
 def shared_list(items):
-    """One list, not to be changed, for all records that have the same."""
+    """The same list object for equal lists, to save memory. It must not be changed."""
     return [*items]
 
 
 def image_list(value, images_dir):
-    """A row's `image` (path, list, comma-joined paths, null) → paths that exist below images_dir; else
-    UserError."""
+    """The `image` of a record (path, list of paths, comma-joined paths or null) → paths of existing files
+    below images_dir."""
     names = value if isinstance(value, list) else [value] if value else []
     joined = isinstance(value, str) and "," in value and not NO_PATH.match(value)
     if joined and not os.path.isfile(os.path.join(images_dir, value)):
@@ -323,13 +323,13 @@ def image_list(value, images_dir):
 
 @functools.lru_cache(maxsize=2**16)  # many records may show one image
 def find_image(name, images_dir):
-    """The path of an image below images_dir. UserError: no such file, or one outside, through a symbolic link
-    too; images_dir itself may be a link."""
+    """The path of an image below images_dir. UserError: it does not exist, or lies outside, also through a
+    symbolic link. images_dir itself may be a link."""
     root = os.path.abspath(images_dir)
     path = os.path.abspath(os.path.join(root, name))
     inside = path.startswith(os.path.join(root, ""))
     if inside and not os.path.isfile(path):
-        raise UserError(f"no such picture: {shown(path)} (see --images)")
+        raise UserError(f"no such image: {shown(path)} (see --images)")
     folder = os.path.dirname(os.path.realpath(path) if os.path.islink(path) else path)
     if not inside or not real_folder(folder).startswith(real_folder(root)):
         raise UserError(f"got the image '{shown(name)}', outside --images {images_dir}: use paths below it")
@@ -338,15 +338,15 @@ def find_image(name, images_dir):
 
 @functools.lru_cache(maxsize=1024)
 def real_folder(folder):
-    """Where a folder lies once symbolic links are followed, with a slash at its end."""
+    """The real path of a folder, without symbolic links, with a slash at its end."""
     return os.path.join(os.path.realpath(folder), "")
 
 
 # ---- tokenizers ----
 
 def load_tokenizer(folder):
-    """The tokenizer of a checkpoint folder: tokenizer.json as it stands, else tokenizer.model converted.
-    AutoTokenizer would read config.json, and rebuild a LlamaTokenizer with other ids for spaces in a row."""
+    """The tokenizer of a checkpoint folder: tokenizer.json unchanged, else tokenizer.model converted.
+    AutoTokenizer is not used: it would rebuild a LlamaTokenizer with other ids for consecutive spaces."""
     def has(name):
         return os.path.isfile(os.path.join(folder, name))
     if has("tokenizer.json"):
@@ -380,9 +380,9 @@ VARIED = (  # texts on which a converted tokenizer has to agree, beside every pi
 
 
 def convert_sentencepiece(path, add_bos):
-    """A LLaMA's tokenizer.model (SentencePiece's BPE) → a Tokenizer with the same ids, and its special tokens
-    by name. Pieces merge in the order of their scores, which transformers 5 does not look at. UserError where
-    a text of VARIED or a piece gets other ids."""
+    """A LLaMA's tokenizer.model (BPE of SentencePiece) → a Tokenizer with the same ids, and its special
+    tokens by name. Pieces merge in the order of their scores, which transformers 5 ignores. UserError: a text
+    of VARIED or a piece of the vocabulary gets other ids."""
     try:
         import sentencepiece
     except ImportError as error:
@@ -431,7 +431,7 @@ TEMPLATES = ("vicuna", "llama2", "llama3", "plain")
 
 
 def template_text(name):
-    """The text of a template, one of TEMPLATES or a .jinja file."""
+    """The text of a template: one of TEMPLATES, or a .jinja file."""
     path = os.path.join(TEMPLATE_DIR, f"{name}.jinja") if name in TEMPLATES else name
     if not path.endswith(".jinja") or not os.path.isfile(path):
         raise UserError(f"got --template {name}, need auto, {', '.join(TEMPLATES)} or a .jinja file's path")
@@ -443,7 +443,7 @@ TEMPLATE_SECONDS = 5  # to render a few words, which takes milliseconds
 
 
 def with_time_limit(seconds, function):
-    """function(), or TimeoutError; its thread is then left behind, and ends with the process."""
+    """→ function()'s result, or TimeoutError. Its thread then goes on until the process ends."""
     future = concurrent.futures.Future()
 
     def call():
@@ -477,18 +477,18 @@ TURN = ("human", "gpt")
 
 
 def any_token(tokens):
-    """What matches one of the AddedTokens, the longest first, with the white space that it swallows."""
+    """A pattern of the AddedTokens, the longest first, each with the white space that it strips."""
     patterns = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip
                 for t in sorted(tokens, key=lambda t: -len(t.content))]
     return re.compile(f"({'|'.join(patterns)})")
 
 
 class Template:
-    """A chat template as the text between messages, and tokenisation piece by piece.
+    """A chat template, as the gaps of text around the messages, and tokenisation piece by piece.
 
-    A template is rendered once a sequence of roles, with a sentinel as each message, and cut at the
-    sentinels. Its own special tokens become ids; what people wrote is always text, so a typed "</s>" never
-    ends a turn. """
+    A template is rendered once per sequence of roles, with a sentinel for each message, and split at the
+    sentinels. Special tokens in the gaps become ids. Messages are always text: a typed "</s>" never ends a
+    turn."""
 
     def __init__(self, name, tokenizer, image_token, rendered=()):
         self.tokenizer, self.image_token = tokenizer, image_token
@@ -518,8 +518,8 @@ class Template:
         self.piece_ids = functools.lru_cache(maxsize=1024)(self.piece_ids)  # the template's own come again
 
     def claim_tokens(self):
-        """Makes each added token that the template writes a special one: an id in the template's text, text
-        in a user's, no part of a decoded answer. Runs of spaces stay as they are: people write them too."""
+        """Makes each added token in the template's text a special token: an id there, text in messages, and
+        no part of decoded answers. Runs of spaces are not claimed: people write them too."""
         written = [*itertools.chain(self.gaps(TURN), *self.rendered.values())]
         for roles in (2 * TURN, ("system", *TURN), ("system", *2 * TURN)):
             with contextlib.suppress(UserError):  # no template has to have a system turn
@@ -534,8 +534,8 @@ class Template:
             self.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
 
     def gaps(self, roles):
-        """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1], rendered
-        once: a template may write today's date."""
+        """roles (a tuple) → the texts before, between and after their messages [len(roles) + 1]. Each is
+        rendered once per run, as a template may contain today's date."""
         if roles not in self.rendered:
             self.rendered[roles] = self.render_gaps(roles)
         return self.rendered[roles]
@@ -581,7 +581,7 @@ class Template:
             return self.ids(text)
 
     def learn(self, units):
-        """Tokenises words or texts in one batch, on all cores."""
+        """Tokenises texts in one batch, on all cores."""
         rust = self.tokenizer.backend_tokenizer
         rust.encode_special_tokens = True  # what people wrote is text
         rust.no_truncation()
@@ -590,7 +590,7 @@ class Template:
         self.known.update(zip(units, (one.ids for one in coded)))
 
     def prepare(self, calls):
-        """Before many calls of encode: tokenises all of their texts in one batch."""
+        """Before many calls of encode(): tokenises their texts in one batch."""
         if len(self.known) > 2**18 or not self.by_word:
             self.known = {}
         if not self.by_word:  # a first round notes which texts are asked for
@@ -602,7 +602,7 @@ class Template:
             self.learn([*wanted])
 
     def piece_ids(self, text, first):
-        """Token ids of a text that starts a stretch of text (first) or goes on after another piece of it."""
+        """Token ids of a piece of text. first: it is the first piece of a stretch of text."""
         if first or not self.prefixes:
             return self.ids(text)
         if len(text) > 1 and text[0] == " ":
@@ -611,13 +611,13 @@ class Template:
         return whole[len(newline):] if whole[:len(newline)] == newline else self.ids(text)
 
     def split(self, gap):
-        """A template's own text → pieces: texts and the ids of its special tokens."""
+        """A gap → pieces: texts, and the ids of special tokens."""
         return [self.special_ids.get(piece, self.special_ids.get(piece.strip(), piece))
                 for piece in self.specials.split(gap) if piece]
 
     def after_answer(self, gap, last_gap):
-        """The gap behind an answer → (pieces that end the answer, pieces of what follows). A template without
-        an end token (last_gap, behind the final answer, has none) gets the tokenizer's."""
+        """The gap after an answer → the pieces that end the answer, and those that follow. A template without
+        an end token, which last_gap (after the final answer) shows, gets the tokenizer's."""
         pieces = self.split(gap)
         if self.plain:
             return pieces, []
@@ -646,8 +646,8 @@ class Template:
         return frame
 
     def encode(self, roles, contents, answer, all_turns=True):
-        """A conversation with its final answer → ids, and which of them are supervised: the answer
-        (all_turns: every gpt turn) and what ends it. One image token stands for each image."""
+        """A conversation and its final answer → token ids with one image token per image, and the mask of
+        supervised tokens. all_turns: every gpt turn is supervised, not only the answer."""
         roles, pieces = (*roles, "gpt"), []  # (text or id, whether it is supervised)
         turns = zip(roles, (*contents, answer), self.frame(roles))
         for i, (role, content, (before, end)) in enumerate(turns):
@@ -681,7 +681,7 @@ class Template:
         return ids, kept
 
     def render(self, conversation):
-        """The prompt as text, one <image> a picture."""
+        """The prompt as text, with one <image> per image."""
         gaps, contents = self.gaps((*conversation.roles, "gpt")), conversation.contents
         if self.plain:
             contents = [IMAGE * content.count(IMAGE) if role == "human" else content
@@ -689,7 +689,7 @@ class Template:
         return "".join(gap + content for gap, content in zip(gaps, (*contents, ""))).rstrip(" ")
 
 
-# ---- pictures ----
+# ---- images ----
 
 FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"  # Pillow knows more: for EPS it runs Ghostscript
 PASSING = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE
@@ -699,8 +699,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # an
 
 @contextlib.contextmanager
 def open_image(path):
-    """An image file while it is decoded. UserError: whatever Pillow raises, other formats than FORMATS, more
-    pixels than Pillow's limit."""
+    """An image file, open for decoding. UserError: it cannot be decoded, its format is not one of FORMATS, or
+    it has more pixels than Pillow's limit."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS or max(image.size) > LONGEST_EDGE:
@@ -712,12 +712,12 @@ def open_image(path):
             raise  # not the file's fault
         if isinstance(error, UnidentifiedImageError):
             error = f"corrupt, or not one of the formats that are opened ({', '.join(FORMATS)})"
-        raise UserError(f"cannot read the picture {shown(str(path))}: {error}") from None
+        raise UserError(f"cannot read the image {shown(str(path))}: {error}") from None
 
 
 def read_image(path):
-    """An image file as RGB, turned upright (EXIF), 16-bit grey brought to 8 bits. Transparency is dropped,
-    as LLaVA does; transformers 5 lays it on white."""
+    """An image file as RGB, rotated as EXIF says, 16-bit grey scaled to 8 bits. Transparency is dropped, as
+    in LLaVA; transformers 5 puts a white background instead."""
     with open_image(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
@@ -727,8 +727,8 @@ def read_image(path):
 
 
 def image_error(path):
-    """What is wrong with an image file, or None. Decodes it, JPEG at an eighth of its size: enough to find a
-    truncated file."""
+    """What is wrong with an image file, or None. JPEG is decoded at an eighth of its size, which is enough to
+    detect a truncated file."""
     try:
         with open_image(path) as image:
             image.draft("RGB", (1, 1))
@@ -746,27 +746,27 @@ FILTERS = {
 BICUBIC = 3
 
 
-def to_pixels(picture, size, mode="crop", mean=CLIP_MEAN, std=CLIP_STD, resize=None, resample=BICUBIC):
-    """RGB image → [3, S, S] fp32, as CLIPImageProcessor does it: shorter edge to `resize` pixels (None: S),
-    centre crop of S, normalised; mode `pad` first pads to a square with the mean colour, as LLaVA-1.5 does.
-    resample: Pillow's number of the filter, one of FILTERS."""
+def to_pixels(image, size, mode="crop", mean=CLIP_MEAN, std=CLIP_STD, resize=None, resample=BICUBIC):
+    """RGB image → [3, S, S] fp32, as CLIPImageProcessor computes it: shorter edge resized to `resize` pixels
+    (None: S), centre crop of S, normalised. Mode `pad`, as LLaVA-1.5: first padded to a square with the mean
+    colour. resample: Pillow's number of the filter, one of FILTERS."""
     background, resize = tuple(int(255 * m) for m in mean), resize or size
-    short, long = sorted(picture.size)
+    short, long = sorted(image.size)
     if long > 2 * short and (mode == "pad" or short < resize):
-        array = strip_pixels(picture, size, resize, resample, background if mode == "pad" else None)
+        array = strip_pixels(image, size, resize, resample, background if mode == "pad" else None)
     else:
         if mode == "pad":
             square = Image.new("RGB", (long, long), background)
-            square.paste(picture, ((long - picture.width) // 2, (long - picture.height) // 2))
-            picture, short = square, long
-        picture = picture.resize([int(resize * edge / short) for edge in picture.size], resample)
-        left, top = (picture.width - size) // 2, (picture.height - size) // 2
-        array = np.asarray(picture.crop((left, top, left + size, top + size)))  # [S, S, 3] bytes
+            square.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
+            image, short = square, long
+        image = image.resize([int(resize * edge / short) for edge in image.size], resample)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        array = np.asarray(image.crop((left, top, left + size, top + size)))  # [S, S, 3] bytes
     return torch.from_numpy(np.stack([values[array[..., c]] for c, values in enumerate(levels(mean, std))]))
 
 
 def strip_pixels(image, size, resize, resample, background):
-    """What to_pixels makes of a long narrow image, cropped or (background given) padded, as [S, S, 3] bytes:
+    """A long narrow image as to_pixels crops it, or with a background pads it, as bytes [S, S, 3]:
     the enlarged image and the padded square, of which little is seen, are not computed."""
     short, long = sorted(image.size)
     edges, starts = image.size, (0, 0)
@@ -806,8 +806,7 @@ def resample_axis(pixels, start, total, resized, count, resample, background):
 
 @functools.cache
 def levels(mean, std):
-    """What each of a byte's 256 values becomes in each channel [3, 256] (fp32), rounded as
-    CLIPImageProcessor rounds."""
+    """The normalised value of each byte in each channel [3, 256] (fp32), rounded as in CLIPImageProcessor."""
     scaled = (np.arange(256) / 255).astype(np.float32)
     return (scaled - np.float32(mean)[:, None]) / np.float32(std)[:, None]
 
@@ -816,8 +815,8 @@ def levels(mean, std):
 
 @dataclasses.dataclass(slots=True)
 class Example:
-    """A tokenised row. ids are int32 arrays with one image token a picture; answers may be none (a
-    prompt)."""
+    """A tokenised record. Ids are int32 arrays with one image token per image. Without answers it is a
+    prompt."""
     index: int  # of its row in the files that an option names, one behind another
     id: str
     prompt: np.ndarray  # [P]
@@ -829,14 +828,14 @@ class Example:
 
     @property
     def name(self):
-        """For messages."""
+        """Data file, record and id, for messages."""
         path, first = self.file
         return f"{path}{': ' if path else ''}row {self.index - first} (id {shown(self.id)})"
 
 
 @dataclasses.dataclass
 class Processor:
-    """What turns rows into tensors for one checkpoint."""
+    """Tokenizer, template and image settings of one checkpoint: turns records into tensors."""
     tokenizer: object
     template: Template
     image_token: int
@@ -853,10 +852,9 @@ class Processor:
     max_len: int
 
     def example(self, index, conversation, answers, all_turns=False):
-        """A conversation with the given answers (none: a prompt) → Example cut to max_len, and whether an
-        answer lost its tail. Example is None where the prompt alone does not fit. all_turns (one answer
-        only): earlier gpt turns are supervised too, and what follows the first of them counts as the
-        answer."""
+        """A conversation and some answers (none: a prompt) → Example cut to max_len, and whether an answer
+        was cut. Example is None if the prompt leaves no room. all_turns (for one answer): earlier gpt turns
+        are supervised too; all that follows the first of them counts as the answer."""
         assert len(answers) == 1 or not all_turns, answers
         coded = [self.template.encode(conversation.roles, conversation.contents, answer, all_turns)
                  for answer in answers or [""]]
@@ -883,25 +881,25 @@ class Processor:
         return example, cut
 
     @property
-    def pictures(self):
-        """How it makes pixels: equal ones make equal pixels."""
+    def pixel_settings(self):
+        """The image settings: processors with equal settings compute equal pixels."""
         return self.image_tokens, self.size, self.mode, self.mean, self.std, self.resize, self.resample
 
     def text(self, ids):
-        """Sampled or given ids as text, without what ends them."""
+        """The ids of an answer as text, without the token that ends it."""
         end = len(ids) - (len(ids) > 0 and int(ids[-1]) in self.stop)
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
     def pixels(self, path):
-        return to_pixels(read_image(path), *self.pictures[1:])
+        return to_pixels(read_image(path), *self.pixel_settings[1:])
 
     def length(self, ids):
-        """How many tokens ids take, I for an image."""
+        """Number of positions that ids take, with I per image."""
         images = ids.count(self.image_token) if isinstance(ids, list) else (ids == self.image_token).sum()
         return len(ids) + int(images) * (self.image_tokens - 1)
 
     def lengths(self, ids):
-        """Columns that each id takes: I for a picture, else 1."""
+        """Number of positions per id: I for an image token, else 1."""
         return np.where(ids == self.image_token, self.image_tokens, 1)
 
     def expand(self, ids):
@@ -909,10 +907,11 @@ class Processor:
 
 
 def load_processor(folder, config, args, rendered=(), tower=None):
-    """The Processor of a checkpoint folder, with <image> and <pad> added where its vocabulary lacks them
-    (config then says so). rendered: what its chat template rendered when the run began, as (roles, gaps).
-    tower: the folder of its vision tower, if not the same. → Processor, and None or (old, new) number of
-    embedding rows."""
+    """The Processor of a checkpoint folder, and None or the (old, new) vocabulary size.
+
+    Adds <image> and <pad> if the vocabulary lacks them, and updates config. rendered: (roles, gaps) that the
+    chat template rendered at the start of a resumed run. tower: the folder of the vision tower, if
+    another."""
     source = args.tokenizer or folder
     try:
         tokenizer = load_tokenizer(source)
@@ -953,10 +952,10 @@ def load_processor(folder, config, args, rendered=(), tower=None):
             print(f"{source} was trained with --template plain: using that{own}", flush=True)
     banned = {image_token, tokenizer.pad_token_id, *range(len(tokenizer), text.vocab_size)} - stop
     size = config.vision_config.image_size
-    pictures = image_settings(folder, tower or folder, size, args.image_mode)
+    pixel_settings = image_settings(folder, tower or folder, size, args.image_mode)
     return Processor(
-        tokenizer, template, image_token, config.image_seq_length, size, *pictures, tokenizer.pad_token_id,
-        frozenset(stop - {None}), frozenset(banned), args.max_len), grown
+        tokenizer, template, image_token, config.image_seq_length, size, *pixel_settings,
+        tokenizer.pad_token_id, frozenset(stop - {None}), frozenset(banned), args.max_len), grown
 
 
 # transformers' image processors that take the same steps with the same defaults
@@ -971,9 +970,12 @@ FOREIGN = re.compile(r"do_\w+|auto_map|crop_pct|crop_to_patches|image_grid_pinpo
 
 
 def image_settings(folder, tower, size, image_mode):
-    """How a checkpoint wants its images → mode, mean, std, the shorter edge before the crop and Pillow's
-    filter: what transformers' AutoImageProcessor reads in the tower's folder. An original LLaVA's own folder
-    may say that it pads; --image_mode overrules both. UserError: a setting that to_pixels does not do."""
+    """The image settings of a checkpoint → mode, mean, std, pixels of the shorter edge before the crop, and
+    Pillow's filter.
+
+    They are those that transformers' AutoImageProcessor reads in the tower's folder. An original LLaVA's
+    config.json may ask for padding; --image_mode overrides both. UserError: a setting that to_pixels cannot
+    do."""
     path, found = image_processor_file(tower)
     if found is None:
         found = {"size": size, "crop_size": size}
@@ -1006,7 +1008,7 @@ def image_settings(folder, tower, size, image_mode):
 
 
 def image_needs(settings, size, pad):
-    """→ (a setting of an image processor, whether to_pixels does it, what is needed otherwise), of each."""
+    """→ (name of a setting, whether to_pixels supports its value, what it needs) per setting."""
     resize, squashes = edge_length(settings["size"], settings["default_to_square"])
     crop = edge_length(settings["crop_size"], True)
     uncropped = settings["do_center_crop"] is False and pad and resize == size  # a square of the right size
@@ -1027,7 +1029,8 @@ def image_needs(settings, size, pad):
 
 
 def image_processor_file(folder):
-    """The file in which transformers finds a folder's image settings, and them; None where there are none."""
+    """→ the file from which transformers reads a folder's image settings, and the settings; None if there are
+    none."""
     name, found = "processor_config.json", read_json(folder, "processor_config.json", {})
     if isinstance(found, dict):
         found = found.get("image_processor")
@@ -1040,8 +1043,9 @@ def image_processor_file(folder):
 
 
 def edge_length(value, square=False):
-    """A size as transformers spells it → pixels of an edge (None: no number of pixels, or unequal edges), and
-    whether both edges get that many, not the shorter one alone. square: whether a mere number means both."""
+    """A size as transformers writes it → pixels of an edge (None: invalid, or unequal edges), and whether
+    both edges are set to it, which distorts an image; else only the shorter edge. square: a number means
+    both."""
     edges = [value]
     if isinstance(value, dict):
         square = value.keys() != {"shortest_edge"}
@@ -1053,14 +1057,14 @@ def edge_length(value, square=False):
 
 
 def are_three(values, low, high):
-    """Whether a setting is three numbers in this range."""
+    """Whether a setting is three numbers from low to high."""
     return isinstance(values, list | tuple) and len(values) == 3 and all(
         type(value) in (int, float) and low <= value <= high for value in values)
 
 
 def save_processor(processor, config, folder):
-    """Writes tokenizer, chat template, picture settings and generation configuration as transformers'
-    LlavaProcessor and generate() read them."""
+    """Writes tokenizer, chat template, image settings and generation config for transformers' LlavaProcessor
+    and generate()."""
     processor.tokenizer.save_pretrained(folder)
     S, pad = processor.size, processor.mode == "pad"
     preprocessor = {
@@ -1085,9 +1089,11 @@ def save_processor(processor, config, folder):
 
 
 def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, world=None, unreadable=None):
-    """Records → (index, Conversation) of the good ones, how many were bad, and the unreadable images {path:
-    error}, which a later call may be given: none is decoded then. A bad record is a UserError that names it,
-    or is reported and skipped; on every rank the same, also where one rank alone lacks a file."""
+    """Records → [(index, Conversation)] of the valid ones, the number of bad ones, and {path: error} of the
+    images that cannot be decoded. That result can be passed to another call, which then decodes no image.
+
+    A bad record raises a UserError that names it, or is reported and skipped. All ranks get the same result,
+    even if only one of them lacks a file."""
     good, errors = {}, {}
 
     def note(index, error):
@@ -1124,9 +1130,8 @@ def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, wo
 
 
 def decode_images(paths, images_dir, source, world):
-    """The unreadable ones among image files {path: error}. world.parallel_map(function, items, what) spreads
-    the work over threads and ranks, which must agree on the items: where they do not, nothing is decoded,
-    and the caller finds other conversations on other ranks."""
+    """Image files → {path: error} of those that cannot be decoded. The world spreads the work over threads
+    and ranks. If ranks have different paths, nothing is decoded; the caller will notice the difference."""
     if not world:
         errors = map(image_error, paths)
     else:
@@ -1139,8 +1144,8 @@ def decode_images(paths, images_dir, source, world):
 
 
 def digest(conversations, images_dir=""):
-    """(index, Conversation) pairs → a hash of all that a run reads of them, and of the images' sizes; equal
-    on ranks that read the same."""
+    """[(index, Conversation)] → a hash of their content and of the images' sizes. It is equal on ranks that
+    have the same data, wherever images_dir is."""
     root, seen = os.path.join(os.path.abspath(images_dir), ""), hashlib.sha256()
     size = functools.cache(os.path.getsize)
     for _, c in conversations:
@@ -1153,9 +1158,9 @@ ANSWERS_NEEDED = {"prompt": 0, "turns": 1, "answers": 1, "ranked": 2}  # by a ro
 
 
 def build_examples(conversations, processor, which):
-    """(index, Conversation) pairs → Examples, and counts of rows too long and of answers cut. which: `turns`
-    (the best answer and every earlier gpt turn supervised), `answers` (all answers of the last turn),
-    `ranked` (the same; two at least), `prompt`."""
+    """[(index, Conversation)] → Examples, and the numbers of records that are too long and of records with an
+    answer that was cut. which: `turns` (the best answer; every gpt turn is supervised), `answers` (all
+    answers of the last turn), `ranked` (the same, of records with at least two) or `prompt`."""
     examples, counts = [], {"too_long": 0, "cut": 0}
     most, all_turns = {"turns": 1, "prompt": 0}.get(which), which == "turns"
     for done, (index, conversation) in enumerate(progress(conversations, "rows tokenised")):
@@ -1171,7 +1176,7 @@ def build_examples(conversations, processor, which):
             examples.append(example)
     if not examples:
         raise UserError(f"none of {len(conversations)} rows fits --max_len {processor.max_len}: raise it "
-                         f"(a picture takes {processor.image_tokens} tokens)")
+                         f"(an image takes {processor.image_tokens} tokens)")
     return examples, counts
 
 
@@ -1179,17 +1184,17 @@ def build_examples(conversations, processor, which):
 
 @dataclasses.dataclass
 class Batch:
-    """Rows of a prompt and its answers, as tensors (see the head of this file)."""
+    """Packed sequences as tensors (see the head of this file). A flat position is sequence · T + position."""
     ids: torch.Tensor  # [B, T]
     position: torch.Tensor  # [B, T]
     branch: torch.Tensor  # [B, T]
-    pixels: torch.Tensor  # [M, 3, S, S]; one blank picture where there is none: every rank runs the tower
+    pixels: torch.Tensor  # [M, 3, S, S]; one blank image if there is none, since every rank runs the tower
     image: torch.Tensor  # [R] which of the M images each image slot shows, in the order of the sequences
     image_position: torch.Tensor  # [R · I] flat positions of the image tokens
     target: torch.Tensor  # [N] ids to predict
     logit_position: torch.Tensor  # [N] flat position (row · T + column) whose state predicts it
     answer: torch.Tensor  # [N] which of the A answers it belongs to
-    last_token: torch.Tensor  # [A] flat position of each answer's last kept token
+    last_token: torch.Tensor  # [A] flat position of each answer's last target
     sequence: torch.Tensor  # [A] the row it stands in
     causal_prefix: int  # leading positions with causal attention: T, or the shortest prompt that branches
     token_shape: tuple  # (A, targets of the longest answer)
@@ -1210,8 +1215,8 @@ def pad_by_sequence(values, row, shape):
 
 
 def pack(example, processor):
-    """Example → its row [5, T]: ids, position, branch, the column that predicts each token, whether it is a
-    target."""
+    """Example → one sequence [5, T]: ids, position, branch, the position that predicts each token, and the
+    mask of targets."""
     prompt = processor.expand(example.prompt)
     P = start = len(prompt)
     parts = [np.stack([prompt, np.arange(P), *np.zeros((3, P))])]
@@ -1227,9 +1232,10 @@ def pack(example, processor):
 
 
 def collate(examples, processor, pixels=None):
-    """Examples → Batch, padded on the right to the longest. No examples: a row of padding with nothing to
-    predict. pixels: of the same examples' images, where they are at hand. In numpy: it runs in the loader's
-    threads, each of which would have a team of torch's own threads."""
+    """Examples → Batch, padded on the right to the longest sequence. Without examples: one sequence of
+    padding without targets. pixels: those of the examples' images, if already computed.
+
+    It uses numpy because it runs in the loader's threads, where torch would start a thread pool in each."""
     padding = np.array([[processor.pad], [0], [-1], [0], [0]])
     rows = [pack(example, processor) for example in examples] or [padding]
     T = max(row.shape[1] for row in rows)
@@ -1285,18 +1291,19 @@ def join_prompts(batches):
 
 
 def keyed_permutation(n, *key):
-    """0 … n − 1 in an order that is the key's alone. numpy takes numbers that a seed lacks for zeros, so a
-    fifth one keeps keys of other lengths, and the four of model.keyed_uniforms, apart."""
+    """A permutation of 0 … n − 1 that depends on the key only. numpy reads a missing number of a seed as 0;
+    the fifth number keeps keys of different lengths apart, and apart from the four of
+    model.keyed_uniforms."""
     return np.random.default_rng([*key, *[0] * (4 - len(key)), len(key)]).permutation(n)
 
 
 class Steps:
-    """Item k: the micro-batches of optimiser step k for this rank, every rank as many (short ones hold
-    padding only).
+    """steps[k]: this rank's micro-batches of optimizer step k. All ranks have equally many; missing examples
+    are padding.
 
-    Step k takes the same rows whatever the number of ranks; within it, rows of similar length share a
-    micro-batch. shuffle: every epoch in an order keyed by (seed, epoch); else step by step in file order.
-    drop_last: an epoch has whole steps only, the rows left over wait for a later one. """
+    Step k takes the same examples for any number of ranks. Within a step, examples of similar length share a
+    micro-batch. shuffle: the order of an epoch is keyed by (seed, epoch); else it is that of the file.
+    drop_last: an epoch has full steps only; its last examples are left out."""
 
     def __init__(self, examples, processor, batch_size, micro_batch, rank, world, seed=0, shuffle=True,
                  drop_last=False):
@@ -1306,7 +1313,7 @@ class Steps:
         self.columns = np.array([sum(map(processor.length, (e.prompt, *e.answers))) for e in examples])
 
     def __len__(self):
-        """Steps an epoch."""
+        """Steps per epoch."""
         whole, rest = divmod(len(self.examples), self.batch_size)
         return whole if whole and self.drop_last else whole + (rest > 0)
 
@@ -1316,7 +1323,7 @@ class Steps:
         return keyed_permutation(len(self.examples), self.seed, epoch)
 
     def groups(self, step):
-        """The micro-batches of this rank as lists of example indices."""
+        """This rank's micro-batches as lists of indices of examples."""
         epoch, k = divmod(step, len(self))
         rows = self.order(epoch)[k * self.batch_size:(k + 1) * self.batch_size]
         rows = rows[np.argsort(self.columns[rows], kind="stable")]
@@ -1330,8 +1337,8 @@ class Steps:
 
 @dataclasses.dataclass
 class Loader:
-    """Steps first … last − 1 in order, each pass anew. Threads decode about two steps per worker ahead; with
-    0 workers the caller decodes. What a step raises is raised where that step is due."""
+    """Iterates over steps first … last − 1, as often as asked. Threads prepare about two steps per worker
+    ahead; with 0 workers the caller's thread does. An error of a step is raised when that step is due."""
     steps: Steps
     first: int
     last: int
@@ -1359,5 +1366,5 @@ class Loader:
 
 
 def loader(steps, first, last, workers):
-    """Steps first … last − 1, decoded ahead by that many threads."""
+    """Iterates over steps first … last − 1, which `workers` threads prepare ahead."""
     return Loader(steps, first, last, workers)

@@ -33,7 +33,7 @@ Departures:
 
     python ppo.py                                       # on the shapes data set, after sft.py and rm.py
     torchrun --nproc_per_node=8 ppo.py --model runs/sft-7b --reward_model runs/rm-7b --data prompts.json \
-        --images pictures --out out
+        --images images --out out
 
 Legend: B prompts, K samples per prompt, A = B · K answers, L tokens of the longest answer, N tokens of all
 answers, T positions of a packed sequence (a prompt and its K answers), M images, I features per image,
@@ -531,7 +531,7 @@ def build_models(checkpoint, reward_checkpoint, args, world):
         reference.vision_tower = policy.vision_tower
     if reward_checkpoint:
         reward_model = fsdp.build(reward_checkpoint, args, world, score=True)
-        same_images = checkpoint.processor.pictures == reward_checkpoint.processor.pictures
+        same_images = checkpoint.processor.pixel_settings == reward_checkpoint.processor.pixel_settings
         shared_tower = same_images and fsdp.share_tower(policy, reward_model, world)
         scorer = RewardModel(reward_model, reward_checkpoint.processor, same_images, shared_tower)
     # The critic reads the policy's sequences and images. Its LM head is not used, so it is not trained.

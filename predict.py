@@ -192,7 +192,7 @@ def main():
     model = fsdp.build(checkpoint, args, world)
     if args.reward_model:
         reward_model = fsdp.build(scorer, args, world, score=True)
-        same_images = processor.pictures == scorer.processor.pictures
+        same_images = processor.pixel_settings == scorer.processor.pixel_settings
         same_tower = same_images and fsdp.share_tower(model, reward_model, world)
     model = model if args.sharded else fsdp.unsharded(model, args, world)
     fsdp.record_templates(world, checkpoint, *([scorer] if args.reward_model else []))

@@ -107,7 +107,7 @@ def models_of(script, config, args, world):
     def share_tower(model, other, world):
         other.vision_tower = model.vision_tower
         return True
-    checkpoint = SimpleNamespace(config=config, processor=SimpleNamespace(pictures=None))
+    checkpoint = SimpleNamespace(config=config, processor=SimpleNamespace(pixel_settings=None))
     with mock.patch.multiple(fsdp, build=build, share_tower=share_tower):
         policy, reference, scorer, critic = ppo.build_models(checkpoint, checkpoint, args, world)
     return [model for model in (policy, reference, scorer.model, critic) if model]

@@ -887,7 +887,7 @@ def test_length_counts(loaded, which):
     assert counts == {"too_long": 2, "cut": int(which != "prompt")}
     with pytest.raises(
         ValueError,
-        match=rf"none of 1 rows fits --max_len {P + 3}: raise it \(a picture takes {TOKENS} tokens",
+        match=rf"none of 1 rows fits --max_len {P + 3}: raise it \(an image takes {TOKENS} tokens",
     ):
         data.build_examples([(3, picture)], processor, which)
 
@@ -1098,7 +1098,7 @@ def test_torn_pictures(tmp_path, kind, options, share):
     assert data.image_error(tmp_path / "a.img") is None
     (tmp_path / "a.img").write_bytes(buffer.getvalue()[: int(share * len(buffer.getvalue()))])
     assert re.search(
-        r"cannot read the picture .*a\.img: .*(truncated|broken)",
+        r"cannot read the image .*a\.img: .*(truncated|broken)",
         data.image_error(tmp_path / "a.img"),
         re.I,
     )
@@ -1142,7 +1142,7 @@ def test_too_many_pixels(tmp_path, monkeypatch, limit, value, edges):
 def test_not_a_picture(tmp_path, content):
     """Something else under a picture's name is found and named."""
     (tmp_path / "a.jpg").write_bytes(content)
-    assert re.search(r"cannot read the picture .*a\.jpg: ", data.image_error(tmp_path / "a.jpg"))
+    assert re.search(r"cannot read the image .*a\.jpg: ", data.image_error(tmp_path / "a.jpg"))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1296,7 +1296,7 @@ def test_an_image_that_is_lost_during_the_run(tmp_path, pictures):
     for path in lost:
         examples = [data.Example(i, f"record\x1b{i}", prompt, [], [], [image])
                     for i, image in enumerate([pictures[0], path])]
-        words = rf"row 1 \(id record\\x1b1\): cannot read the picture {path}: .*readable when the run"
+        words = rf"row 1 \(id record\\x1b1\): cannot read the image {path}: .*readable when the run"
         for workers in (0, 1):
             with pytest.raises(data.UserError, match=words):
                 list(data.loader(make_steps(examples), 0, 1, workers))
@@ -1776,10 +1776,10 @@ BAD_ROWS = {  # case: (row, essential words of the error)
                     "<|image_pad|>", "<image_placeholder>", "<start_of_image>")},
     "missing picture": (
         make_row(HUMAN, GPT, image="none.png"),
-        r"no such picture: .*none\.png \(see --images\)",
+        r"no such image: .*none\.png \(see --images\)",
     ),
-    "one of two missing": (make_row(HUMAN, GPT, image="a.png,none.png"), r"no such picture: .*/none\.png"),
-    "picture a folder": (make_row(HUMAN, GPT, image="sub"), "no such picture"),
+    "one of two missing": (make_row(HUMAN, GPT, image="a.png,none.png"), r"no such image: .*/none\.png"),
+    "picture a folder": (make_row(HUMAN, GPT, image="sub"), "no such image"),
     "picture a number": (make_row(HUMAN, GPT, image=3), "got the image 3, need a path"),
     "picture null in a list": (
         make_row(HUMAN, GPT, image=["a.png", None]),
@@ -1793,10 +1793,10 @@ BAD_ROWS = {  # case: (row, essential words of the error)
         make_row(HUMAN, GPT, image="/etc/hostname"),
         "got the image '/etc/hostname', outside --images",
     ),
-    "torn picture": (make_row(HUMAN, GPT, image="torn.jpg"), r"cannot read the picture .*torn\.jpg: "),
+    "torn picture": (make_row(HUMAN, GPT, image="torn.jpg"), r"cannot read the image .*torn\.jpg: "),
     "not a picture": (
         make_row(HUMAN, GPT, image=["a.png", "page.png"]),
-        r"cannot read the picture .*page\.png: ",
+        r"cannot read the image .*page\.png: ",
     ),
 }
 
@@ -1942,7 +1942,7 @@ def test_known_unreadable_images_are_not_decoded_again(images, monkeypatch):
     monkeypatch.setattr(data, "image_error", None)
     assert data.check_rows(rows, images, "rows.json", skip_bad_rows=True, unreadable=unreadable) == (
         good, bad, unreadable)
-    with pytest.raises(ValueError, match=r"row 1 \(id torn.jpg\): cannot read the picture"):
+    with pytest.raises(ValueError, match=r"row 1 \(id torn.jpg\): cannot read the image"):
         data.check_rows(rows, images, "rows.json", unreadable=unreadable)
 
 
@@ -1996,12 +1996,12 @@ def test_an_image_missing_on_one_rank(images, tmp_path):
         return on_ranks(
             lambda world, folder: data.check_rows(rows, folder, "rows.json", world=world, **options),
             images, str(tmp_path / "copy"))
-    words = f"rows.json: row 2 (id b.png): no such picture: {tmp_path}/copy/b.png (see --images); --skip"
+    words = f"rows.json: row 2 (id b.png): no such image: {tmp_path}/copy/b.png (see --images); --skip"
     assert [str(error)[:len(words)] for error in check(rows)] == [words] * 2
     both = check(rows, skip_bad_rows=True)
     assert [([index for index, _ in good], bad) for good, bad, _ in both] == [([0, 1, 3, 4], 1)] * 2
     rows[1]["image"] = "torn.jpg"
-    assert all("row 1 (id x,y.png): cannot read the picture" in str(error) for error in check(rows))
+    assert all("row 1 (id x,y.png): cannot read the image" in str(error) for error in check(rows))
 
 
 def test_other_records_on_another_rank(images):

@@ -1028,7 +1028,7 @@ def differ_on_rank_1(how):
 ONE_RANK = {  # what differs: script, exit code, what is said
     "reversed": ("dpo", 2, "ranked.json (records with 2 or more answers): rank "),
     "shorter": ("sft", 2, "rows.json (records with 1 or more answers): rank "),
-    "image missing": ("sft", 2, "no such picture: "), "weights cut": ("sft", 2, "cannot be read"),
+    "image missing": ("sft", 2, "no such image: "), "weights cut": ("sft", 2, "cannot be read"),
     "reward function": ("ppo", 1, "KeyError: 'no such field'")}
 
 

@@ -586,9 +586,9 @@ def test_image_settings_of_the_clip_folder_are_used_and_exported(tmp_path, world
     checkpoint.config.save_pretrained(out)
     data.save_processor(processor, checkpoint.config, out)
     again, _ = data.load_processor(out, checkpoint.config, tiny.options(template="auto"))
-    assert again.pictures == processor.pictures
+    assert again.pixel_settings == processor.pixel_settings
     for other in ({"resize": 21}, {"resample": 3}, {"mode": ""}, {"mean": (0.4,) * 3}, {"std": (0.4,) * 3}):
-        assert dataclasses.replace(again, **other).pictures != processor.pictures
+        assert dataclasses.replace(again, **other).pixel_settings != processor.pixel_settings
     next(images()).resize((50, 30)).save(tmp_path / "a.png")
     with tiny.Image.open(tmp_path / "a.png") as image:
         expected = peer_pixels(clip if image_mode == "auto" else out, image)
