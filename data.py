@@ -1302,14 +1302,14 @@ class Steps:
     are padding.
 
     Step k takes the same examples for any number of ranks. Within a step, examples of similar length share a
-    micro-batch. shuffle: the order of an epoch is keyed by (seed, epoch); else it is that of the file.
-    drop_last: an epoch has full steps only; its last examples are left out."""
+    micro-batch (by_length). shuffle: the order of an epoch is keyed by (seed, epoch); else it is that of the
+    file. drop_last: an epoch has full steps only; its last examples are left out."""
 
     def __init__(self, examples, processor, batch_size, micro_batch, rank, world, seed=0, shuffle=True,
-                 drop_last=False):
+                 by_length=True, drop_last=False):
         self.examples, self.processor = examples, processor
         self.batch_size, self.micro_batch, self.rank, self.world = batch_size, micro_batch, rank, world
-        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.seed, self.shuffle, self.by_length, self.drop_last = seed, shuffle, by_length, drop_last
         self.columns = np.array([sum(map(processor.length, (e.prompt, *e.answers))) for e in examples])
 
     def __len__(self):
@@ -1326,7 +1326,8 @@ class Steps:
         """This rank's micro-batches as lists of indices of examples."""
         epoch, k = divmod(step, len(self))
         rows = self.order(epoch)[k * self.batch_size:(k + 1) * self.batch_size]
-        rows = rows[np.argsort(self.columns[rows], kind="stable")]
+        if self.by_length:
+            rows = rows[np.argsort(self.columns[rows], kind="stable")]
         rounds = -(-len(rows) // (self.micro_batch * self.world))
         starts = [(i * self.world + self.rank) * self.micro_batch for i in range(rounds)]
         return [rows[start:start + self.micro_batch].tolist() for start in starts]

@@ -202,7 +202,7 @@ def main():
     remaining = {index for index, _ in conversations[done:]}
     examples = [example for example in examples if example.index in remaining]
     steps = data.Steps(examples, processor, args.micro_batch * world.size, args.micro_batch, world.rank,
-                       world.size, shuffle=False)
+                       world.size, shuffle=False, by_length=False)
     any_rank = world.any if args.sharded else torch.any  # with sharded weights all ranks decode in step
 
     # loop: each rank answers its records of the step, rank 0 writes those of all ranks

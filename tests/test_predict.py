@@ -2,7 +2,6 @@
 import functools
 import json
 import math
-import re
 
 import pytest
 import tiny
@@ -271,7 +270,7 @@ def test_numbers_that_are_not_finite_are_no_answer(options, place, tmp_path):
     done = fork("predict", "--model", tmp_path / "model", "--data", place / "rows.json", "--images",
                 place / "images", "--out", tmp_path / "answers.jsonl", "--max_new_tokens", 4, *options)
     assert done.code == 1, done.err
-    assert re.search(r"row (\d) \(id row \1\): got the logprob nan, need a finite number", done.error)
+    assert "row 0 (id row 0): got the logprob nan, need a finite number" in done.error
     assert not (tmp_path / "answers.jsonl").exists()
 
 
@@ -376,8 +375,7 @@ def test_an_equal_tower_is_run_once(name, options, passes, place, tmp_path):
 
     reward, processor = reward_by_transformers(place / name), hf.AutoProcessor.from_pretrained(place / name)
     written = [a["reward"] for line in lines((tmp_path / "out.jsonl").read_text()) for a in line["answers"]]
-    assert sorted(written) == sorted(item["reward"] for item in seen["rewards"])  # seen: by length
-    assert len(written) == 3 * len(ONE_TURN)
+    assert written == [item["reward"] for item in seen["rewards"]] and len(written) == 3 * len(ONE_TURN)
     token = processor.tokenizer.convert_tokens_to_ids("<image>")
     for item in seen["rewards"]:
         ids = [i for i in (*item["prompt"], *item["ids"]) for _ in range(tiny.PATCHES if i == token else 1)]
