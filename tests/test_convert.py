@@ -350,7 +350,7 @@ CHAT = {"conversations": ANSWERED}
     ({**CHAT, "image": "/etc/passwd"}, "got the image '/etc/passwd', which lies outside "),
     ({**CHAT, "image": "http://x/y.png"}, "got the image 'http://x/y.png', which is a URL, not in"),
     ({**CHAT, "image": "records.json"}, "got a bad image (cannot read the image "),
-    ({**CHAT, "image": "cut.png"}, "picture images/cut.png: image file is truncated"),
+    ({**CHAT, "image": "cut.png"}, "image images/cut.png: image file is truncated"),
     ({**CHAT, "image": RED64[:-2]}, "got the base64 'iVBORw0KGgo"),
     ({**CHAT, "image": 3}, "got the image 3, need bytes, base64 or a path"),
     ({**CHAT, "image": ["red.png", None]}, "got the image None, need bytes"),
