@@ -1763,7 +1763,7 @@ BAD_ROWS = {  # case: (row, essential words of the error)
     "a data URL": (make_row(HUMAN, GPT, image=["data:image/png;base64,iVBO"]), "'data:.*, need a path"),
     "a URL": (make_row(HUMAN, GPT, image="https://x.org/a.png"), "'https:.*, need a path"),
     "an image as bytes": (make_row(HUMAN, GPT, image={"bytes": "Q" * 9999}), "{'bytes': .{,99}, need a path"),
-    "base64 as an image": (make_row(HUMAN, GPT, image="QUJD" * 9999), "such picture: .{,240} .see"),
+    "base64 as an image": (make_row(HUMAN, GPT, image="QUJD" * 9999), "such image: .{,240} .see"),
     "too many placeholders": (
         make_row(("human", "<image> <image>"), GPT, image="a.png"),
         "got 2 <image> .* for 1 images",
