@@ -90,8 +90,8 @@ class Records:
 
 
 def load_rows(path):
-    """The Records of a .json, .jsonl or .txt file: a JSON list, or one JSON object per line, which needs less
-    memory while it is read. UserError names the file and the line."""
+    """The Records of a .json, .jsonl or .txt file: a JSON list, or one JSON object per line. UserError names
+    the file and where in it."""
     if not os.path.isfile(path):
         raise UserError(f"got --data {path}, need a .json, .jsonl or .txt file: no such file")
     texts, line = [], 0
