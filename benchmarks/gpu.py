@@ -11,14 +11,14 @@
     sft, dpo  LoRA steps of the 7B model, against transformers with PEFT
     full      a full fine-tuning step of a LLaVA of 2.9B parameters
     ppo       the phases of an iteration: a 7B policy and critic with LoRA, a 7B reward model
-    profile   the kernels of an SFT, a DPO and a decoding step
     ranks     two ranks on one card against one rank
 
 DIR/gpu.json holds the findings, DIR/gpu.log what the stages print. Each stage runs in its own process, with a
 time limit. Every finding is written at once, so a stage that fails or is cut keeps what it has found. Times
 are medians in seconds; `memory` is the peak of allocated memory in GB; `matrix_share` is model FLOPs of the
 packed batch (common.forward_flops; recomputation not counted) per second over the rate of a large matrix
-product; `bandwidth_share` is the bytes that a decoding step has to read per second over the rate of a copy.
+product; `bandwidth_share` is the bytes that a decoding step has to read per second over the rate of a copy;
+`kernels` are what one profiled call ran on the card: their number, milliseconds, and those that took longest.
 
 Legend: B records, A answers per record, K samples per prompt, T positions, n tokens per answer.
 """
@@ -32,6 +32,7 @@ import importlib.metadata
 import itertools
 import json
 import multiprocessing
+import operator
 import os
 import shutil
 import signal
@@ -153,6 +154,9 @@ def parity(found, args):
                 graph, eager = (G.sample(model, batch, n, stop, cuda_graph=on, **how) for on in (True, False))
                 found.add(f"{size}/{kind}/{name}", {
                     "equal_to_cpu": equal_share(graph, expected), "graph_is_eager": graph == eager})
+    expected = G.sample(reference, batch, 300)  # a GPU replays three graphs
+    graph, eager = (G.sample(models["fp32"], batch, 300, cuda_graph=on) for on in (True, False))
+    found.add("300 tokens", {"equal_to_cpu": equal_share(graph, expected), "graph_is_eager": graph == eager})
     layer, x = M.LoRA(nn.Linear(512, 384), 16, 16), torch.randn(8, 512)
     nn.init.normal_(layer.lora_B.weight, 0, 0.05)
     results = []
@@ -163,6 +167,31 @@ def parity(found, args):
     found.add("lora/fp32", G.relative_error(*results))
 
 
+def profiled(function):
+    """→ {kernel: (milliseconds, calls)} of a second call; without a GPU, of operators"""
+    function()
+    G.clock()
+    activity = torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        function()
+        G.clock()
+    key = "self_device_time_total" if GPU else "self_cpu_time_total"
+    kind = torch.autograd.DeviceType.CUDA if GPU else torch.autograd.DeviceType.CPU
+    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    return {event.key: (getattr(event, key) / 1e3, event.count) for event in events}
+
+
+def kernels(table):
+    """A finding of a result of `profiled`; gpu.log gets thirty kernels."""
+    ranked = sorted(table.items(), key=lambda item: -item[1][0])
+    for name, (ms, calls) in ranked[:30]:
+        print(f"{ms:10.3f} ms {calls:8.1f} calls  {name[:150]}", flush=True)
+    ms, calls = (sum(values[i] for values in table.values()) for i in (0, 1))
+    top = [(name.removeprefix("void ").replace("at::native::", "")[:64], *values)
+           for name, values in ranked[:12]]
+    return {"number": calls, "ms": ms, "top": top}
+
+
 def run_script(folder, label, script, *argv):
     """`python SCRIPT argv…`; --out is named by the label's part before a blank. → label, result"""
     start, out = time.perf_counter(), folder / label.split()[0]
@@ -171,9 +200,14 @@ def run_script(folder, label, script, *argv):
     result, log = {"exit": done.returncode, "seconds": time.perf_counter() - start}, out / "log.jsonl"
     print(f"---- {label}\n{done.stdout[-4000:]}", flush=True)
     if log.is_file():
-        lines, name = map(json.loads, log.read_text().splitlines()), "first/policy/ratio"
-        result["loss"] = [line["loss"] if "loss" in line else {name: line[name]} for line in lines]
+        name = "first/policy/ratio"
+        result["loss"] = [line.get("loss", {name: line.get(name)}) for line in read_lines(log)]
     return label, result if done.returncode == 0 else {**result, "output": done.stdout[-500:]}
+
+
+def read_lines(path):
+    """The objects of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def scripts(found, args):
@@ -194,16 +228,27 @@ def scripts(found, args):
     shutil.rmtree(folder / "sft" / "checkpoints" / "step_4")
     pairs = ("dpo.py", *train, "--model", base, "--data", shapes / "pairs.json")
     run(("sft resumed", *first, "--resume"), ("dpo", *pairs), *[("rm", "rm.py", *pairs[1:])] * full_size)
-    losses = [[json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
-              for out in (base, folder / "sft")]
+    losses = [[line["loss"] for line in read_lines(out / "log.jsonl")] for out in (base, folder / "sft")]
     found.add("resume_difference", max(abs(a - b) for a, b in zip(*losses, strict=True)))
     if full_size:
         predict = ("predict.py", "--images", shapes / "images", "--model", base, "--max_new_tokens", 12,
                    "--data", shapes / "test.json")
-        run(("ppo", "ppo.py", *train, "--model", base, "--max_new_tokens", 12, "--reward_model", rm,
-             "--data", shapes / "prompts.json", "--rollout_batch", 32),
-            ("greedy.jsonl", *predict), ("best.jsonl", *predict, "--num_samples", 4, "--reward_model", rm),
+        ppo_run = ("ppo.py", *train, "--model", base, "--max_new_tokens", 12, "--reward_model", rm,
+                   "--data", shapes / "prompts.json", "--rollout_batch", 32)
+        run(("ppo", *ppo_run), ("ppo_sharded", *ppo_run, "--rollout", "sharded"), ("greedy.jsonl", *predict),
+            ("greedy_sharded.jsonl", *predict, "--sharded"),
+            ("best.jsonl", *predict, "--num_samples", 4, "--reward_model", rm),
             ("dpo_lora", *pairs, "--lora_rank", 8), ("sft_offload", *first, "--offload"))
+        shutil.copytree(folder / "sft_offload", folder / "uninterrupted")
+        shutil.rmtree(folder / "sft_offload" / "checkpoints" / "step_4")
+        run(("sft_offload resumed", *first, "--offload", "--resume"))
+        for name, (a, b), value in (
+                ("resume_difference/offload", ("uninterrupted/log.jsonl", "sft_offload/log.jsonl"), "loss"),
+                ("sharded_difference/ppo", ("ppo/log.jsonl", "ppo_sharded/log.jsonl"), "objective/scores")):
+            found.add(name, max(abs(x - y) for x, y in zip(*(
+                [line[value] for line in read_lines(folder / file)] for file in (a, b)), strict=True)))
+        answers = [read_lines(folder / f"{name}.jsonl") for name in ("greedy", "greedy_sharded")]
+        found.add("sharded_equal_answers/predict", sum(map(operator.eq, *answers)) / len(answers[0]))
     found.add("export_error", export_error(folder / "dpo", shapes))
     shutil.rmtree(folder)
 
@@ -252,6 +297,10 @@ def decode(found, args):
     draws = M.keyed_uniforms(0, 1, range(8), 8, n)
     measure("ours/8", 8, lambda examples, batch, n: G.sample(plain, batch, n))
     measure("ours/8/eager", 8, lambda examples, batch, n: G.sample(plain, batch, n, cuda_graph=False))
+    batch = G.make_batch(checkpoint, 8)[1].to(DEVICE)
+    one, nine = (profiled(lambda n=n: G.sample(plain, batch, n, cuda_graph=False)) for n in (1, 9))
+    found.add("kernels/a step of 8 prompts", kernels(
+        {name: [(a - b) / 8 for a, b in zip(nine[name], one.get(name, (0, 0)))] for name in nine}))
     measure(f"ours/{many}", many, lambda examples, batch, n: G.sample(plain, batch, n))
     measure("ours/8 prompts, 8 samples", 8, K=8, decoder=lambda examples, batch, n: G.sample(
         plain, batch, n, uniforms=draws[:, :, :n], num_samples=8))
@@ -274,6 +323,7 @@ def lora_step(found, args, script):
     trained = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     adapters = {name: fsdp.local_tensor(p.detach()).clone() for name, p in trained}
     found.add("ours", run.measure(run.step, run.losses))
+    found.add("kernels", kernels(profiled(run.step)))
     if script is sft:
         run.use(8)
         found.add("ours/8 records", run.measure(run.step, run.losses, 3))
@@ -312,6 +362,7 @@ def full(found, args):
     found.add("positions", run.batch.ids.shape[1])
     found.add("parameters", sum(p.numel() for p in run.model.parameters() if p.requires_grad))
     found.add("ours", run.measure(run.step, run.losses))
+    found.add("kernels", kernels(profiled(run.step)))
 
 
 def ppo_iteration(found, args):
@@ -327,10 +378,14 @@ def ppo_iteration(found, args):
     found.add("memory/models", torch.cuda.memory_allocated() / 1e9)
     prompts = ppo.Prompts(examples, [], {example.index: example for example in examples})
     moments = torch.tensor([0.0, 1.0])
+
+    def generate(steps):
+        batches = iter(data.loader(steps, 0, 1, 0))
+        return ppo.generate_rollouts(policy, steps, 0, 1, batches, processor, settings, world, stop)
     for iteration, count in ((1, micro_batch), (2, B)):
         steps = data.Steps(examples[:count], processor, count, micro_batch, 0, 1, drop_last=True)
-        batches, times = iter(data.loader(steps, 0, 1, 0)), [G.clock()]
-        rollouts = ppo.generate_rollouts(policy, steps, 0, 1, batches, processor, settings, world, stop)
+        times = [G.clock()]
+        rollouts = generate(steps)
         times.append(G.clock())
         scores = [scorer.score(rollout, prompts) for rollout in rollouts]
         scores = ppo.postprocess_scores(scores, rollouts, moments, settings)
@@ -349,37 +404,9 @@ def ppo_iteration(found, args):
     found.add("phases", {**seconds, "generate_share": seconds["generate"] / sum(seconds.values())})
     found.add("memory", torch.cuda.max_memory_allocated() / 1e9)
     found.add("metrics", {name: float(value) for name, value in ppo.update_metrics(results).items()})
-
-
-def kernels(function):
-    """→ {kernel: (milliseconds, calls)} of a second call; without a GPU, of operators"""
-    function()
-    G.clock()
-    activity = torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profiler:
-        function()
-        G.clock()
-    events, key = profiler.key_averages(), "self_device_time_total" if GPU else "self_cpu_time_total"
-    print(events.table(sort_by=key, row_limit=30), flush=True)
-    kind = torch.autograd.DeviceType.CUDA if GPU else torch.autograd.DeviceType.CPU
-    return {e.key: (getattr(e, key) / 1e3, e.count) for e in events if e.device_type == kind}
-
-
-def profile(found, args):
-    run = G.Training(args, sft)
-
-    def add(name, table):
-        top = sorted(table.items(), key=lambda item: -item[1][0])[:12]
-        ms, calls = (sum(values[i] for values in table.values()) for i in (0, 1))
-        found.add(name, {"kernels": calls, "ms": ms, "top": [
-            (key.removeprefix("void ").replace("at::native::", "")[:64], *values) for key, values in top]})
-    add("sft_step", kernels(run.step))
-    add("dpo_step", kernels(G.Training(args, dpo).step))
-    _, batch = G.make_batch(run.checkpoint, 8)
-    plain = fsdp.unsharded(run.model, run.settings, G.common.world())
-    plain.set_adapters(False)
-    few, more = (kernels(lambda n=n: G.sample(plain, batch, n, cuda_graph=False)) for n in (1, 9))
-    add("decode_step", {key: [(a - b) / 8 for a, b in zip(more[key], few.get(key, (0, 0)))] for key in more})
+    found.add("kernels/update of a micro-batch", kernels(profiled(lambda: ppo.ppo_step(
+        minibatch[:1], None, models, optimizers, iteration, settings, world))))
+    found.add("kernels/generate", kernels(profiled(functools.partial(generate, steps))))
 
 
 class ThroughHost:
@@ -446,7 +473,7 @@ STAGES = {  # name → function, limit in seconds
     "card": (card, 40), "parity": (parity, 60), "scripts": (scripts, 110), "decode": (decode, 120),
     "sft": (functools.partial(lora_step, script=sft), 60),
     "dpo": (functools.partial(lora_step, script=dpo), 60),
-    "full": (full, 60), "ppo": (ppo_iteration, 60), "profile": (profile, 40), "ranks": (ranks, 60)}
+    "full": (full, 60), "ppo": (ppo_iteration, 90), "ranks": (ranks, 60)}
 
 
 # ---- the parent: imports once, never initialises CUDA, and forks a process per stage ----

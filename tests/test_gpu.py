@@ -36,7 +36,7 @@ def numbers(value):
 
 def test_every_stage_ends_with_finite_findings(found):
     stages = {name: value for name, value in found.items() if isinstance(value, dict)}
-    assert [*stages] == "card parity scripts decode sft dpo full ppo profile ranks".split()
+    assert [*stages] == "card parity scripts decode sft dpo full ppo ranks".split()
     for name, stage in stages.items():
         assert stage["end"] == "done", (name, stage)
         assert len(stage) > 2 and all(map(math.isfinite, numbers(stage))), (name, stage)
