@@ -1176,6 +1176,7 @@ def unsharded(model, args, world):
     return plain
 
 
+@torch.no_grad()
 def clip_gradients(parameters, largest):
     """Scales gradients to the given global norm (0: as they are). → the norm before, over all ranks."""
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -178,7 +178,8 @@ def rope_frequencies(config):
 def rotate(x, cos, sin):
     """RoPE (Eq. 34, arXiv:2104.09864): rotates the channel pairs (c, c + C/2) of x [B, H, T, C]. cos and sin
     are [B, 1, T, C]; the first half of sin is negated."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # the halves of each channel vector
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def attention_mask(q_branch, k_branch, q_index, k_index):
@@ -209,18 +210,27 @@ def attend(q, k, v, mask):
     `mask` is added to the scores of the last Tq queries; earlier queries are causal, which is exact because
     padding is on the right. None: all are causal. Its shape is [B, 1, group · Tq, S], where the `group` query
     heads of a kv-head count as further queries of it, so that a long cache is not copied."""
-    group, outputs = q.shape[1] // k.shape[1], []
-    n_causal = q.shape[2] - (0 if mask is None else mask.shape[2] // group)
-    if n_causal:
-        keys, values = k[:, :, :n_causal], v[:, :, :n_causal]
-        if group > 1:
-            keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))  # [B, H, n_causal, C]
-        outputs.append(F.scaled_dot_product_attention(q[:, :, :n_causal], keys, values, is_causal=True))
-    if mask is not None:
-        grouped = q[:, :, n_causal:].unflatten(1, (-1, group)).flatten(2, 3)  # [B, K, group · Tq, C]
-        masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
-        outputs.append(masked.unflatten(2, (group, -1)).flatten(1, 2))  # [B, H, Tq, C]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    if mask is None:
+        return causal_attention(q, k, v)
+    T, group = q.shape[2], q.shape[1] // k.shape[1]
+    n_causal = T - mask.shape[2] // group
+    causal, masked = q.split([n_causal, T - n_causal], dim=2)
+    grouped = masked.unflatten(1, (-1, group)).flatten(2, 3)  # [B, K, group · Tq, C]
+    output = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+    output = output.unflatten(2, (group, -1)).flatten(1, 2)  # [B, H, Tq, C]
+    if not n_causal:
+        return output
+    output = causal_attention(causal, k[:, :, :n_causal], v[:, :, :n_causal]), output
+    # joined as [B, T, H, C], the layout in memory of attention's output
+    return torch.cat([part.transpose(1, 2) for part in output], dim=1).transpose(1, 2)
+
+
+def causal_attention(q, k, v):
+    """`attend` without a mask, for as many keys as queries"""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))  # [B, H, T, C]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class LlamaAttention(nn.Module):
@@ -380,8 +390,9 @@ class TokenLogProbs(torch.autograd.Function):
 
 def chunks(V, N, elements=2**22, least=1024):
     """Slices of a vocabulary of V tokens. The logits of a chunk [N, v] have at most `elements` numbers (16 MB
-    in fp32), unless v would be below `least`, where matrix products become inefficient."""
-    v = max(least, elements // max(1, N))
+    in fp32), unless v would be below `least`, where matrix products become inefficient. v is a multiple of
+    64, since a GPU's products are slow for other widths."""
+    v = max(least, elements // max(1, N) // 64 * 64)
     return [slice(start, min(start + v, V)) for start in range(0, V, v)]
 
 

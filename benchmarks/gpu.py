@@ -379,13 +379,14 @@ def ppo_iteration(found, args):
     prompts = ppo.Prompts(examples, [], {example.index: example for example in examples})
     moments = torch.tensor([0.0, 1.0])
 
-    def generate(steps):
-        batches = iter(data.loader(steps, 0, 1, 0))
+    def generate():
+        batches = iter([prompt_batches])
         return ppo.generate_rollouts(policy, steps, 0, 1, batches, processor, settings, world, stop)
     for iteration, count in ((1, micro_batch), (2, B)):
         steps = data.Steps(examples[:count], processor, count, micro_batch, 0, 1, drop_last=True)
+        prompt_batches, = data.loader(steps, 0, 1, 0)  # ppo.py loads them during the iteration before
         times = [G.clock()]
-        rollouts = generate(steps)
+        rollouts = generate()
         times.append(G.clock())
         scores = [scorer.score(rollout, prompts) for rollout in rollouts]
         scores = ppo.postprocess_scores(scores, rollouts, moments, settings)
@@ -406,7 +407,7 @@ def ppo_iteration(found, args):
     found.add("metrics", {name: float(value) for name, value in ppo.update_metrics(results).items()})
     found.add("kernels/update of a micro-batch", kernels(profiled(lambda: ppo.ppo_step(
         minibatch[:1], None, models, optimizers, iteration, settings, world))))
-    found.add("kernels/generate", kernels(profiled(functools.partial(generate, steps))))
+    found.add("kernels/generate", kernels(profiled(generate)))
 
 
 class ThroughHost:

@@ -494,17 +494,20 @@ def test_bf16_gradients_are_not_summed_in_bf16(monkeypatch):
 
 
 def test_chunks():
-    """Chunks cover the vocabulary once, in order, and hold at most `elements` logits, or `least` tokens."""
+    """Chunks cover the vocabulary once, in order, and hold at most `elements` logits, or `least` tokens. Their
+    widths are multiples of 64 (the last one's as far as V is)."""
     for V, N, elements, least in itertools.product((1, 7, 64), (0, 3, 50), (10, 100, 1000), (1, 5)):
         chunks = ours.chunks(V, N, elements, least)
         assert [i for chunk in chunks for i in range(V)[chunk]] == list(range(V))
         assert all(0 < chunk.stop - chunk.start <= max(least, elements // max(1, N)) for chunk in chunks)
+    for N in (0, 1, 408, 1200, 10**6):
+        assert not any(chunk.start % 64 or chunk.stop % 64 for chunk in ours.chunks(32064, N))
 
 
 def test_no_logits_are_saved(monkeypatch):
     """No tensor of targets × vocabulary exists at any time; forward saves only its inputs and [N] tensors."""
     N, D, V, elements = 512, 8, 2048, 2**13
-    monkeypatch.setattr(ours.chunks, "__defaults__", (elements, 1))
+    monkeypatch.setattr(ours.chunks, "__defaults__", (elements, 16))
     hidden, head, target = head_inputs(N, D, V)
     saved = []
 
