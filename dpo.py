@@ -106,7 +106,7 @@ def parse_args():
     add("--ref_model", help="checkpoint of the reference (default: the policy before its first step)")
     args = fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=3e-4,
-        warmup=10, adam_beta2=0.98, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
+        warmup=10, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
     smooth = args.label_smoothing
     if args.loss == "robust" and not smooth:
         parser.error("got --loss robust without --label_smoothing, need the share of labels that are flipped")
@@ -270,7 +270,7 @@ def main():
             groups.setdefault((lr, decay), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
                                    for (lr, decay), params in groups.items()],
-                                  betas=(0.9, args.adam_beta2), fused=True)
+                                  betas=fsdp.ADAM_BETAS, fused=True)
     parameters = [parameter for params in groups.values() for parameter in params]
     ref_model = open_ref_model(processor, args, world) if args.ref_model else model
     fsdp.begin_run(args, world, checkpoint)
@@ -305,7 +305,7 @@ def main():
             loss.backward()
             micro_metrics.append(metrics)
         metrics = sum_metrics(micro_metrics, world)
-        grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
+        grad_norm = fsdp.clip_gradients(parameters)
         fsdp.check_finite(args, step, loss=metrics["loss"], grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()

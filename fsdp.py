@@ -68,6 +68,7 @@ from model import (
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 WORLD = os.path.join(ROOT, "runs", "shapes")  # the shapes data set, used where no --model is given
+ADAM_BETAS, MAX_GRAD_NORM = (0.9, 0.95), 1.0  # LLaMA's, arXiv:2302.13971, section 2.2
 
 
 # ---- options ----
@@ -159,9 +160,7 @@ def arguments(parser, training=True):
         "next to nothing at the rate of full weights)")
     add("--warmup", type=non_negative, default=0.03,
         help="linear warm-up: steps, or below 1 a share of all steps")
-    add("--adam_beta2", type=fraction, default=0.999, help="AdamW's decay of squared gradients")
     add("--weight_decay", type=non_negative, default=0.0, help="AdamW's, not on norms and biases")
-    add("--grad_clip", type=non_negative, default=1.0, help="largest global gradient norm (0: no clipping)")
     add("--recompute", action="store_true", help="recompute activations in backward: less memory, more time")
     add("--offload", action="store_true", help="weights, gradients and AdamW's state in host memory, AdamW "
         "on the CPU: less GPU memory, slower steps")
@@ -202,7 +201,6 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "--projector_lr": "mm_projector_lr",
     "--critic_lr": "value_lr critic_learning_rate",
     "--warmup (steps, or below 1 a share of all steps)": "warmup_ratio warmup_steps num_warmup_steps",
-    "--grad_clip": "max_grad_norm gradient_clipping",
     "--recompute": "gradient_checkpointing",
     "--offload": "cpu_offload fsdp_cpu_offload fsdp_offload_params offload_params offload_param "
         "param_offload offload_optimizer optimizer_offload adam_offload zero_offload",
@@ -220,14 +218,17 @@ ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
     "--missing_eos_score (a score, not a penalty taken off)": "missing_eos_penalty",
     "--kl_coef": "init_kl_coef",
     "--ppo_epochs": "num_ppo_epochs",
-    "--clip_range": "cliprange",
-    "--value_clip": "cliprange_value",
+    "--clip_range (of ratios and values)": "cliprange cliprange_value value_clip",
     "no option: FSDP2 always shards; --replicas for hybrid sharding, --offload for host memory":
         "deepspeed fsdp fsdp_config zero_stage",
     "no option: torchrun sets it": "local_rank",
     "no option: torch.compile is not used": "compile torch_compile",
     "no option: a cosine after --warmup": "lr_scheduler_type",
-    "no option: AdamW": "optim adam_beta1 adam_epsilon",
+    "no option: AdamW with β 0.9 and 0.95": "optim adam_beta1 adam_beta2 adam_epsilon",
+    "no option: gradients are scaled to a global norm of at most 1":
+        "max_grad_norm gradient_clipping grad_clip",
+    "no option: γ is 1": "gamma",
+    "no option: the loss has no entropy term": "entropy_coef",
     "no option: β is fixed: --kl_coef": "target_kl kl_horizon adap_kl_ctrl",
     "no option: every update is taken; --ppo_epochs, --lr and --clip_range bound how far they go": "kl_stop",
     "no option: scores are not clipped; --normalize_scores scales them": "score_clip",
@@ -1177,15 +1178,15 @@ def unsharded(model, args, world):
 
 
 @torch.no_grad()
-def clip_gradients(parameters, largest):
-    """Scales gradients to the given global norm (0: as they are). → the norm before, over all ranks."""
+def clip_gradients(parameters, largest=MAX_GRAD_NORM):
+    """Scales gradients to the given global norm, if theirs is larger. → the norm before, over all ranks."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     shards, mesh = [gradient.to_local() for gradient in gradients], gradients[0].device_mesh
     squares = nn.utils.get_total_norm(shards).double().square()  # of this rank's rows
     if mesh.size(-1) > 1:  # over the ranks that share a model; with --replicas each model has the same sum
         dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
     norm = math.sqrt(squares)
-    if largest and norm > largest:
+    if norm > largest:
         torch._foreach_mul_(shards, largest / (norm + 1e-6))
     return norm
 

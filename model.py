@@ -366,17 +366,19 @@ class TokenLogProbs(torch.autograd.Function):
         entropy = entropy.float() if with_entropy else None
         ctx.save_for_backward(hidden, head, target, lse.float(), entropy)
         ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # d_entropy is None where the loss has no entropy
         return (target_logit - lse).float(), entropy
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy):
         hidden, head, target, lse, entropy = ctx.saved_tensors
+        d_logprob = torch.zeros_like(lse) if d_logprob is None else d_logprob
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         d_head = torch.empty_like(head) if ctx.needs_input_grad[1] else None
         for chunk in chunks(len(head), len(target)):
             logp = F.linear(hidden, head[chunk]).float().div_(ctx.temperature).sub_(lse[:, None])  # [N, v]
             factor = -d_logprob[:, None]  # what p_v is multiplied by
-            if entropy is not None:
+            if d_entropy is not None:
                 factor = factor - (logp + entropy[:, None]) * d_entropy[:, None]
             d_logits = logp.exp_().mul_(factor)  # [N, v]
             inside, column = in_chunk(target, chunk)

@@ -59,6 +59,7 @@ from model import generate, keyed_uniforms
 
 PARTS = {"projector": "multi_modal_projector.", "llm": "language_model."}  # --train → parameter prefix
 HELD_OUT = 0  # minibatch number in the sampling key of held-out prompts; training minibatches count from 1
+GAMMA = 1.0  # no discount: answers end (arXiv:2403.17031)
 SHOW_EVERY = 10  # iterations between printed answers; --save_rollouts writes all of them
 
 # ---- equations: tensors [A, L], one value per answer token; token_mask [A, L] marks the real tokens ----
@@ -287,7 +288,7 @@ def compute_advantages(old_outputs, scores, args, world):
     masks = [old.token_mask for old in old_outputs]
     rewards = [kl_reward(old.logprob, old.ref_logprob, score, old.token_mask, args.kl_coef)
                for old, score in zip(old_outputs, scores)]
-    estimates = [gae(reward, old.values, old.token_mask, args.gamma, args.lam)
+    estimates = [gae(reward, old.values, old.token_mask, GAMMA, args.lam)
                  for reward, old in zip(rewards, old_outputs)]
     mean, std = masked_mean_std([advantages for advantages, _ in estimates], masks, world)
     return [Targets((advantages - mean) / (std + 1e-8) * mask, returns)
@@ -303,7 +304,7 @@ def policy_gradients(rollout, old, targets, policy, count, args):
     logprob, entropy = policy(batch, rollout.features, args.temperature, entropy=True)  # [N] each
     logprob, mask = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
     loss = policy_loss(logprob, old.logprob, targets.advantages, mask, args.clip_range)
-    ((loss - args.entropy_coef * entropy.sum()) / count).backward()
+    (loss / count).backward()
     log_ratio = (logprob.detach() - old.logprob) * mask  # [A, L]
     ratio = log_ratio.exp()
     return {"loss/policy": loss, "policy/approxkl": 0.5 * log_ratio.square(), "policy/ratio": ratio * mask,
@@ -315,10 +316,10 @@ def critic_gradients(rollout, old, targets, critic, count, args):
     val/clipfrac is the share of values outside V_old ± ε, clipped or not."""
     values = critic.scores(rollout.batch, old.critic_features, rollout.batch.logit_position)  # [N]
     values, mask = data.pad_by_sequence(values, rollout.batch.answer, rollout.batch.token_shape)  # [A, L]
-    loss = value_loss(values, old.values, targets.returns, mask, args.value_clip)
+    loss = value_loss(values, old.values, targets.returns, mask, args.clip_range)
     (loss / count).backward()
     change = (values.detach() - old.values).abs() * mask  # [A, L]
-    return {"loss/value": loss, "val/clipfrac": change > args.value_clip}
+    return {"loss/value": loss, "val/clipfrac": change > args.clip_range}
 
 
 def minibatch_gradients(minibatch, policy, critic, args, world):
@@ -356,7 +357,7 @@ def ppo_step(minibatch, ptx_batches, models, optimizers, iteration, args, world)
         per_step["loss/ptx"] = ptx_gradients(ptx_batches, policy, args, world)
     for name, optimizer in optimizers.items():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        per_step[f"grad_norm/{name}"] = fsdp.clip_gradients(parameters, args.grad_clip)
+        per_step[f"grad_norm/{name}"] = fsdp.clip_gradients(parameters)
     fsdp.check_finite(args, iteration, **metrics, **per_step)
     for optimizer in optimizers.values():
         optimizer.step()
@@ -460,12 +461,9 @@ def parse_args():
     add("--missing_eos_score", type=fsdp.finite, default=-1.0, help="score of a cut answer (not normalised)")
     add("--normalize_scores", action="store_true", help="give iteration 1's scores mean 0, deviation 1")
     add("--kl_coef", type=fsdp.non_negative, default=0.05, help="β: reward lost per nat of KL")
-    add("--gamma", type=fsdp.fraction, default=1.0, help="discount per token")
     add("--lam", type=fsdp.fraction, default=0.95, help="λ of GAE")
     add("--ppo_epochs", type=fsdp.positive_int, default=4, help="passes over an iteration's answers")
-    add("--clip_range", type=fsdp.positive, default=0.2, help="ε of the policy's ratio")
-    add("--value_clip", type=fsdp.positive, default=0.2, help="ε of the critic's values")
-    add("--entropy_coef", type=fsdp.finite, default=0.0, help="weight of the entropy bonus, per nat")
+    add("--clip_range", type=fsdp.positive, default=0.2, help="ε of ratios and values")
     add("--ptx_data", nargs="+", help="files of SFT records, whose loss is added to the policy's")
     add("--ptx_coef", type=fsdp.non_negative, default=1.0, help="weight of the SFT loss per token")
     add("--critic_lr", type=fsdp.non_negative,
@@ -555,7 +553,7 @@ def adam(model, lr, args):
     groups = [{"params": [p for p in trained if (p.ndim > 1) == matrix], "weight_decay": decay}
               for matrix, decay in ((True, args.weight_decay), (False, 0.0))]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, eps=1e-5,
-                             betas=(0.9, args.adam_beta2), fused=True)
+                             betas=fsdp.ADAM_BETAS, fused=True)
 
 
 def learning_rates(iteration, total, args):

@@ -64,7 +64,7 @@ def parse_args():
         help="c: weight of the squared mean score of each record")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=7e-4,
-        warmup=60, adam_beta2=0.98, max_steps=350, **fsdp.left_by("sft")))
+        warmup=60, max_steps=350, **fsdp.left_by("sft")))
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def main():
             groups.setdefault((lr, decay), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
                                    for (lr, decay), params in groups.items()],
-                                  betas=(0.9, args.adam_beta2), fused=True)
+                                  betas=fsdp.ADAM_BETAS, fused=True)
     parameters = [parameter for params in groups.values() for parameter in params]
     fsdp.begin_run(args, world, checkpoint)
     done = fsdp.load_checkpoint(args, world, model, optimizer)
@@ -173,7 +173,7 @@ def main():
                 mean = scores.sum(-1) / answer_mask.sum(-1)
                 totals += torch.stack([loss, accuracy.sum() / count, gap.sum() / count, mean.sum() / count])
         loss, accuracy, gap, mean = world.sum(*totals)
-        grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
+        grad_norm = fsdp.clip_gradients(parameters)
         fsdp.check_finite(args, step, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -44,7 +44,7 @@ def parse_args():
         help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
     return fsdp.parse(parser, data_file="sft.json", shapes=dict(
         eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=64, micro_batch=64, lr=2e-3, warmup=40,
-        adam_beta2=0.98, max_steps=350))
+        max_steps=350))
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def main():
             groups.setdefault((lr, decay), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
                                    for (lr, decay), params in groups.items()],
-                                  betas=(0.9, args.adam_beta2), fused=True)
+                                  betas=fsdp.ADAM_BETAS, fused=True)
     parameters = [parameter for params in groups.values() for parameter in params]
     fsdp.begin_run(args, world, checkpoint)
     done = fsdp.load_checkpoint(args, world, model, optimizer)
@@ -139,7 +139,7 @@ def main():
             micro_loss.backward()
             loss += micro_loss.detach()
         loss, = world.sum(loss)
-        grad_norm = fsdp.clip_gradients(parameters, args.grad_clip)
+        grad_norm = fsdp.clip_gradients(parameters)
         fsdp.check_finite(args, step, loss=loss, grad_norm=grad_norm)
         optimizer.step()
         optimizer.zero_grad()

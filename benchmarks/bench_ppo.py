@@ -78,14 +78,14 @@ def theirs(setup):
             score = values_of(reward_model.model, reward_head, full)[:, -1]
             old_values = values_of(critic, critic_head, full)[:, -n - 1:-1]
         rewards = ppo.kl_reward(old, ref, score, mask, options.kl_coef)
-        advantages, returns = ppo.gae(rewards, old_values, mask, options.gamma, options.lam)
+        advantages, returns = ppo.gae(rewards, old_values, mask, ppo.GAMMA, options.lam)
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         with setup.autocast():
             logprob = logprobs(policy, full)
         loss = ppo.policy_loss(logprob, old, advantages, mask, options.clip_range) / mask.numel()
         loss.backward()
         values = values_of(critic, critic_head, full)[:, -n - 1:-1]
-        loss = ppo.value_loss(values, old_values, returns, mask, options.value_clip) / mask.numel()
+        loss = ppo.value_loss(values, old_values, returns, mask, options.clip_range) / mask.numel()
         loss.backward()
         for update in updates:
             update()

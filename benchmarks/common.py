@@ -193,7 +193,7 @@ def build_ours(setup, trainable=TRAINED, score=False):
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
 
     def update():
-        fsdp.clip_gradients(parameters, setup.options.grad_clip)
+        fsdp.clip_gradients(parameters)
         optimizer.step()
         optimizer.zero_grad()
     return model, update

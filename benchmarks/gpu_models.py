@@ -169,7 +169,7 @@ def train_step(parameters, clip, loss_function):
     def step():
         loss = loss_function()
         loss.backward()
-        clip(parameters, 1.0)
+        clip(parameters, fsdp.MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

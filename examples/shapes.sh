@@ -9,7 +9,7 @@ seed=${1:-0} dir=${2:-runs/chain-${1:-0}} study=${3:-} python=${PYTHON:-python}
 world="$dir/world"
 
 train() {  # SCRIPT NAME options: trains from the fine-tuned model
-  $python "$1.py" --out "$dir/$2" --images "$world/images" --seed "$seed" --overwrite --adam_beta2 0.98 "${@:3}"
+  $python "$1.py" --out "$dir/$2" --images "$world/images" --seed "$seed" --overwrite "${@:3}"
 }
 answer() {  # MODEL NAME options: answers, or scores, of the test pictures
   $python predict.py --model "$dir/$1" --data "$world/test.json" --images "$world/images" --out "$dir/$2.jsonl" \

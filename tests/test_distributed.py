@@ -610,9 +610,9 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--batch_size 0": "argument --batch_size: got 0, need a whole number of at least 1",
         "--lora_rank -1": "argument --lora_rank: got -1, need a whole number of at least 0",
         "--workers -1": "argument --workers: got -1, need a whole number of at least 0",
-        "--grad_clip nan": "argument --grad_clip: got nan, need a number of at least 0",
+        "--lr nan": "argument --lr: got nan, need a number of at least 0",
         "--epochs inf": "argument --epochs: got inf, need a number above 0",
-        "--grad_clip -1": "argument --grad_clip: got -1, need a number of at least 0"},
+        "--grad_clip 2": "unknown option --grad_clip: no option: gradients are scaled"},
     "rm": {
         "--data {}/single.json": "single.json: row 10 (id row 10): got 1 answer, need 2 or more, best first",
         "--eval_data {}/single.json": "(id row 10): got 1 answer, need 2 or more, best first",
@@ -647,7 +647,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--eval_data {}/nowhere.json": "no such file",
         "--max_new_tokens 0": "argument --max_new_tokens: got 0, need a whole number of at least 1",
         "--clip_range 0": "argument --clip_range: got 0, need a number above 0",
-        "--gamma 1.1": "argument --gamma: got 1.1, need a number from 0 to 1",
+        "--lam 1.1": "argument --lam: got 1.1, need a number from 0 to 1",
         "--missing_eos_score nan": "argument --missing_eos_score: got nan, need a finite number"},
     "predict": {
         "--out {}": "which is a folder, need a .jsonl file",
@@ -994,7 +994,7 @@ def test_sigterm_is_heard_in_evaluations_and_rollouts(case, ranks, folder, tmp_p
 def test_a_run_that_diverges(script, options, said, tmp_path):
     """It ends with exit code 1 before the next step, the log has numbers only, and nothing is exported; the
     checkpoints stay."""
-    start = f"{FILES[script]} --batch_size 4 --micro_batch 2 --max_steps 4 --warmup 0 --grad_clip 0"
+    start = f"{FILES[script]} --batch_size 4 --micro_batch 2 --max_steps 4 --warmup 0"
     done = fork(script, *f"{start} --save_every 1 {options}".split(), "--out", tmp_path / "out")
     assert done.code == 1 and said in done.error and len(done.err.splitlines()) == 1, done
     assert not (tmp_path / "out" / "config.json").exists()

@@ -494,8 +494,8 @@ def test_bf16_gradients_are_not_summed_in_bf16(monkeypatch):
 
 
 def test_chunks():
-    """Chunks cover the vocabulary once, in order, and hold at most `elements` logits, or `least` tokens. Their
-    widths are multiples of 64 (the last one's as far as V is)."""
+    """Chunks cover the vocabulary once, in order, and hold at most `elements` logits, or `least` tokens;
+    their widths are multiples of 64 (the last one's as far as V is)."""
     for V, N, elements, least in itertools.product((1, 7, 64), (0, 3, 50), (10, 100, 1000), (1, 5)):
         chunks = ours.chunks(V, N, elements, least)
         assert [i for chunk in chunks for i in range(V)[chunk]] == list(range(V))
@@ -810,7 +810,7 @@ def test_no_step_reads_from_the_device():
         return batch.to("meta")
     model = vision_llm(llava_config()).to("meta")
     args = SimpleNamespace(beta=0.1, loss="sigmoid", label_smoothing=0.1, length_norm=False, sft_coef=1.0,
-                           temperature=1.0, clip_range=0.2, value_clip=0.2, entropy_coef=0.01)
+                           temperature=1.0, clip_range=0.2)
     pairs = on_meta(make_batch([MANY[0], (ONE[0], [[9, 2], [8, 7, 2]])], [0, 1]))
     loss, _ = dpo.forward(model, pairs, [{"logps": [-1.0, -2.0]}] * 2, 2, 9, args)
     loss.backward()

@@ -210,9 +210,10 @@ def with_beta(args, beta):
     return SimpleNamespace(**{**vars(args), "kl_coef": beta})
 
 
-def test_advantages_are_whitened_over_all_answers(world):
+def test_advantages_are_whitened_over_all_answers(world, monkeypatch):
     """Mean 0 and standard deviation 1 over the tokens of all rollouts; returns come before whitening."""
-    args = arguments("--gamma", 0.9)
+    monkeypatch.setattr(ppo, "GAMMA", 0.9)
+    args = arguments()
     targets, = advantages_of([old_outputs_for(LAST, LAST, ragged(4))], args, world)
     mean, std = sum(DISCOUNTED) / 4, torch.tensor(DISCOUNTED).std()
     close(targets.advantages, [[(a - mean) / std for a in DISCOUNTED]])
@@ -262,7 +263,7 @@ def test_rollout_metrics_by_hand(world):
 
 
 @pytest.mark.skipif(not ORACLES.is_file(), reason="no ../shared/oracles.json")
-def test_the_hand_is_the_oracle(world):
+def test_the_hand_is_the_oracle(world, monkeypatch):
     """The numbers above are those of other implementations."""
     oracles = json.loads(ORACLES.read_text())
     for name in ("gae", "gae_torchtune"):
@@ -274,7 +275,8 @@ def test_the_hand_is_the_oracle(world):
             close(advantages, o["adv_raw"], 2e-6)
         else:  # whitened, with the mean added again
             old = old_outputs_for(rewards, values, torch.ones_like(values).bool())
-            targets, = advantages_of([old], arguments("--gamma", o["gamma"], "--lam", o["lam"]), world)
+            monkeypatch.setattr(ppo, "GAMMA", o["gamma"])
+            targets, = advantages_of([old], arguments("--lam", o["lam"]), world)
             close(targets.advantages + advantages.mean(), o["adv_whitened_shift_mean_true"], 2e-6)
     o = oracles["ppo_policy_loss eps=.2 adv=1"]
     old = torch.tensor([o["old"]])
@@ -330,7 +332,7 @@ def old_outputs_of(bench, rollout):
 
 @pytest.fixture(scope="module")
 def bench(place, world):
-    return prepared(place, world, "--samples_per_prompt", 3, "--entropy_coef", 0.02, "--temperature", 0.8)
+    return prepared(place, world, "--samples_per_prompt", 3, "--temperature", 0.8)
 
 
 def disturbed(bench, scores, old):
@@ -407,11 +409,10 @@ def by_definition(bench, rollout, old_outputs, targets):
         A, old, V, R = (x[a, :n] for x in (targets.advantages, old_outputs.logprob, old_outputs.values,
                                            targets.returns))
         ratio = (logprob - old).exp()
-        clipped = V + (values - V).clamp(-args.value_clip, args.value_clip)
+        clipped = V + (values - V).clamp(-args.clip_range, args.clip_range)
         bounded = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
         loss = loss - torch.minimum(A * ratio, A * bounded).sum() / count
         loss = loss + 0.5 * torch.maximum((values - R) ** 2, (clipped - R) ** 2).sum() / count
-        loss = loss - args.entropy_coef * entropy.sum() / count
     return loss, found
 
 
