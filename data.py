@@ -89,7 +89,7 @@ class Records:
         return [*self] == [*others]
 
 
-def load_rows(path):
+def load_records(path):
     """The Records of a .json, .jsonl or .txt file: a JSON list, or one JSON object per line. UserError names
     the file and where in it."""
     if not os.path.isfile(path):
@@ -108,9 +108,9 @@ def load_rows(path):
                     texts.append(one.encode())
     except (ValueError, RecursionError) as error:  # of the decoder or of json
         where = f" in line {line}" if line else ""
-        raise UserError(f"{path}: not JSON{where} ({error}): need a list, or one row a line") from error
+        raise UserError(f"{path}: not JSON{where} ({error}): need a list, or one record per line") from error
     if not texts:
-        raise UserError(f"{path}: got no rows, need at least one")
+        raise UserError(f"{path}: got no records, need at least one")
     return Records(texts)
 
 
@@ -154,7 +154,7 @@ class Conversation:
     contents: list
     answers: list
     images: list  # paths below the image folder
-    margin: float = 0.0  # by how much the first of two answers is better, where the row says so
+    margin: float = 0.0  # by how much the first of two answers is better, where the record says so
     file: tuple = ("", 0)  # it comes from: path, and the index of that file's first record
 
 
@@ -240,23 +240,23 @@ def check_fields(fields, read, answers=1, image=None):
                             f"{', '.join(f'`{one}`' for one in read)} are read: {where}; {CONVERT}")
 
 
-def read_row(row, images_dir, need_answers=1):
+def read_record(record, images_dir, need_answers=1):
     """Record → Conversation. UserError says what is wrong; the caller adds which record it is."""
-    turns = row.get("conversations") if isinstance(row, dict) else None
+    turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
-        got = f"the fields {shown(', '.join(row))}" if isinstance(row, dict) else f"'{shown(row)}'"
+        got = f"the fields {shown(', '.join(record))}" if isinstance(record, dict) else f"'{shown(record)}'"
         raise UserError(f'got {got}, need {{"id", "image", "conversations": [{{"from", "value"}}, …]}} with '
                         f"a turn or more; {CONVERT}")
     last = turns[-1].get("value") if isinstance(turns[-1], dict) else None
-    check_fields(row, RECORD_FIELDS, len(last) if isinstance(last, list) else 1, row.get("image"))
-    if type(row.get("id")) not in (str, int, type(None)):
-        raise UserError(f"got the id {BRIEF.repr(row['id'])}, need a text or a whole number")
+    check_fields(record, RECORD_FIELDS, len(last) if isinstance(last, list) else 1, record.get("image"))
+    if type(record.get("id")) not in (str, int, type(None)):
+        raise UserError(f"got the id {BRIEF.repr(record['id'])}, need a text or a whole number")
     roles, contents = [], []
     for turn in turns:
         if not isinstance(turn, dict) or "value" not in turn:
             raise UserError(f"got the turn '{shown(turn)}'" f', need {{"from", "value"}}; {CONVERT}')
         if len(turn) > 2:
-            check_fields(turn, TURN_FIELDS, image=row.get("image"))
+            check_fields(turn, TURN_FIELDS, image=record.get("image"))
         roles.append(turn.get("from"))
         contents.append(turn["value"])
     body = roles[1:] if roles[0] == "system" else roles
@@ -275,7 +275,7 @@ def read_row(row, images_dir, need_answers=1):
     if len(answers) < need_answers:
         raise UserError(f"got {len(answers)} answer, need {need_answers} or more, best first, as the last "
                          "gpt turn's value")
-    margin = 0.0 if row.get("margin") is None else row["margin"]
+    margin = 0.0 if record.get("margin") is None else record["margin"]
     in_range = type(margin) in (int, float) and 0 <= margin <= sys.float_info.max
     if not in_range or margin and len(answers) != 2:
         raise UserError(f"got the margin {BRIEF.repr(margin)}, {len(answers)} answers; need a number from "
@@ -285,7 +285,7 @@ def read_row(row, images_dir, need_answers=1):
                         f"; {CONVERT}")
     if not all(c.strip() for role, c in zip(roles, contents) if role == "gpt"):
         raise UserError("got an empty gpt turn, need text")
-    images = shared_list(tuple(image_list(row.get("image"), images_dir)))
+    images = shared_list(tuple(image_list(record.get("image"), images_dir)))
     said = "\n".join(c for role, c in zip(roles, contents) if role == "human")
     if other := OTHER_PLACEHOLDER.search(said):
         raise UserError(f"got '{shown(other[0])}' in a human turn, need {IMAGE} there, and "
@@ -297,7 +297,7 @@ def read_row(row, images_dir, need_answers=1):
     first = roles.index("human")
     contents[first] = f"{IMAGE}\n" * (len(images) - asked) + contents[first]
     contents, answers = [*map(str.strip, contents)], [*map(str.strip, answers)]
-    id = str(row.get("id"))
+    id = str(record.get("id"))
     "".join([id, *contents, *answers]).encode()  # UnicodeEncodeError for half a surrogate pair
     return Conversation(id, shared_list(tuple(roles)), contents, answers, images, float(margin))
 
@@ -653,8 +653,8 @@ class Template:
         for i, (role, content, (before, end)) in enumerate(turns):
             pieces += [(piece, False) for piece in before]
             if role == "gpt":
-                keep = all_turns or i == len(roles) - 1
-                pieces += [(piece, keep) for piece in (content, *end)]
+                supervised = all_turns or i == len(roles) - 1
+                pieces += [(piece, supervised) for piece in (content, *end)]
             elif role == "human":
                 content = IMAGE * content.count(IMAGE) if self.plain else content
                 said = re.split(f"({IMAGE})", content) if IMAGE in content else [content]
@@ -664,11 +664,11 @@ class Template:
         return self.tokenise(pieces)
 
     def tokenise(self, pieces):
-        ids, kept, first, space = [], [], True, ""
-        for (piece, keep), (after, _) in zip(pieces, [*pieces[1:], (None, None)]):
+        ids, mask, first, space = [], [], True, ""
+        for (piece, supervised), (after, _) in zip(pieces, [*pieces[1:], (None, None)]):
             if isinstance(piece, int):
                 ids.append(piece)
-                kept.append(keep)
+                mask.append(supervised)
                 first = True
                 continue
             piece, space = space + piece, ""
@@ -677,8 +677,8 @@ class Template:
             if piece:
                 new, first = self.piece_ids(piece, first), False
                 ids += new
-                kept += [keep] * len(new)
-        return ids, kept
+                mask += [supervised] * len(new)
+        return ids, mask
 
     def render(self, conversation):
         """The prompt as text, with one <image> per image."""
@@ -791,15 +791,15 @@ def resample_axis(pixels, start, total, resized, count, resample, background):
     for output in range(count):
         center = ((resized - count) // 2 + output + 0.5) * scale
         low, high = int(center - reach * stretch + 0.5), int(center + reach * stretch + 0.5)
-        at = np.arange(max(0, low), min(total, high))
-        x = abs(at - center + 0.5) * (1 / stretch)
+        positions = np.arange(max(0, low), min(total, high))
+        x = abs(positions - center + 0.5) * (1 / stretch)
         weight = np.where(x < reach, weight_at(x), 0)
         weight /= weight.cumsum()[-1]
         weight = np.trunc(weight * 2**22 + np.copysign(0.5, weight))  # Pillow computes in fixed point
-        inside = (at >= start) & (at < start + len(pixels))
+        inside = (positions >= start) & (positions < start + len(pixels))
         fixed = weight[~inside].sum() * np.asarray(background) + 2**21
         if inside.any():
-            fixed = fixed + np.tensordot(weight[inside], pixels[at[inside] - start].astype(float), 1)
+            fixed = fixed + np.tensordot(weight[inside], pixels[positions[inside] - start].astype(float), 1)
         outputs[output] = np.floor(fixed / 2**22).clip(0, 255)
     return outputs
 
@@ -817,7 +817,7 @@ def levels(mean, std):
 class Example:
     """A tokenised record. Ids are int32 arrays with one image token per image. Without answers it is a
     prompt."""
-    index: int  # of its row in the files that an option names, one behind another
+    index: int  # of its record in the files that an option names, one behind another
     id: str
     prompt: np.ndarray  # [P]
     answers: list  # of [n]
@@ -830,7 +830,7 @@ class Example:
     def name(self):
         """Data file, record and id, for messages."""
         path, first = self.file
-        return f"{path}{': ' if path else ''}row {self.index - first} (id {shown(self.id)})"
+        return f"{path}{': ' if path else ''}record {self.index - first} (id {shown(self.id)})"
 
 
 @dataclasses.dataclass
@@ -865,16 +865,16 @@ class Processor:
         room, shown = self.max_len - self.length(prompt), prompt.count(self.image_token)
         if room <= 0:
             return None, False
-        for ids, kept in coded[:len(answers)]:
-            ids, kept = ids[P:], kept[P:]
+        for ids, mask in coded[:len(answers)]:
+            ids, mask = ids[P:], mask[P:]
             end = len(ids)
             if self.length(ids) > room:
                 end = int(np.searchsorted(self.lengths(np.array(ids)).cumsum(), room, side="right"))
-            while end and not kept[end - 1]:  # the last supervised token that fits
+            while end and not mask[end - 1]:  # the last supervised token that fits
                 end -= 1
-            cut |= any(kept[end:])
+            cut |= any(mask[end:])
             example.answers.append(np.array(ids[:end], dtype=np.int32))
-            example.token_masks.append(np.array(kept[:end], dtype=bool))
+            example.token_masks.append(np.array(mask[:end], dtype=bool))
             shown += ids[:end].count(self.image_token)
         if shown < len(conversation.images):
             example.images = conversation.images[:shown]
@@ -934,13 +934,13 @@ def load_processor(folder, config, args, rendered=(), tower=None):
     if config.image_token_index not in (-1, image_token):
         raise UserError(f"{source}: {IMAGE} is token {image_token}, but config.json's image_token_index is "
                          f"{config.image_token_index}: the tokenizer is of another checkpoint")
-    config.image_token_index, grown = image_token, None
+    config.image_token_index, resized_vocab = image_token, None
     if len(tokenizer) > text.vocab_size:
         if len(tokenizer) - len(new) > text.vocab_size:
             raise UserError(f"{source}: the tokenizer has {len(tokenizer) - len(new)} tokens, the model "
                              f"{text.vocab_size}: the tokenizer is of another checkpoint")
-        grown = text.vocab_size, -(-len(tokenizer) // 64) * 64
-        text.vocab_size = grown[1]
+        resized_vocab = text.vocab_size, -(-len(tokenizer) // 64) * 64
+        text.vocab_size = resized_vocab[1]
     template = Template(args.template, tokenizer, image_token, rendered)
     stop = template.stop_ids() | {tokenizer.eos_token_id}
     if args.template == "auto":
@@ -955,7 +955,7 @@ def load_processor(folder, config, args, rendered=(), tower=None):
     pixel_settings = image_settings(folder, tower or folder, size, args.image_mode)
     return Processor(
         tokenizer, template, image_token, config.image_seq_length, size, *pixel_settings,
-        tokenizer.pad_token_id, frozenset(stop - {None}), frozenset(banned), args.max_len), grown
+        tokenizer.pad_token_id, frozenset(stop - {None}), frozenset(banned), args.max_len), resized_vocab
 
 
 # transformers' image processors that take the same steps with the same defaults
@@ -1088,7 +1088,8 @@ def save_processor(processor, config, folder):
             json.dump(content, f, indent=2)
 
 
-def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, world=None, unreadable=None):
+def check_records(records, images_dir, source, need_answers=1, skip_bad_rows=False, world=None,
+                  unreadable=None):
     """Records → [(index, Conversation)] of the valid ones, the number of bad ones, and {path: error} of the
     images that cannot be decoded. That result can be passed to another call, which then decodes no image.
 
@@ -1097,11 +1098,11 @@ def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, wo
     good, errors = {}, {}
 
     def note(index, error):
-        id = rows[index].get("id") if isinstance(rows[index], dict) else None
-        errors[index] = f"{source}: row {index} (id {shown(id)}): {shown(str(error), 2000)}"
-    for index, row in enumerate(progress(rows, f"{source}: rows checked")):
+        id = records[index].get("id") if isinstance(records[index], dict) else None
+        errors[index] = f"{source}: record {index} (id {shown(id)}): {shown(str(error), 2000)}"
+    for index, record in enumerate(progress(records, f"{source}: records checked")):
         try:
-            good[index] = read_row(row, images_dir, need_answers)
+            good[index] = read_record(record, images_dir, need_answers)
         except (UserError, UnicodeError) as error:
             note(index, error)
             if not skip_bad_rows:
@@ -1109,7 +1110,7 @@ def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, wo
     for found in reversed(world.gather(errors) if world else []):
         errors.update(found)  # the lowest rank's words last: every rank says the same
     if not skip_bad_rows:  # an unreadable image before the first of them may still be named
-        good = {index: c for index, c in good.items() if index < min(errors, default=len(rows))}
+        good = {index: c for index, c in good.items() if index < min(errors, default=len(records))}
     good = {index: c for index, c in good.items() if index not in errors}
     paths = sorted({path for conversation in good.values() for path in conversation.images})
     if unreadable is None:
@@ -1120,12 +1121,12 @@ def check_rows(rows, images_dir, source, need_answers=1, skip_bad_rows=False, wo
                 note(index, unreadable[path])
     for index in sorted(errors):
         if not skip_bad_rows:
-            raise UserError(errors[index] + "; --skip_bad_rows leaves such rows out")
+            raise UserError(errors[index] + "; --skip_bad_rows leaves such records out")
         if os.environ.get("RANK", "0") == "0":
             print(f"skipped {errors[index]}", flush=True)
     good = [(index, conversation) for index, conversation in good.items() if index not in errors]
     if not good:
-        raise UserError(f"{source}: all {len(rows)} rows are bad, need at least one good row")
+        raise UserError(f"{source}: all {len(records)} records are bad, need at least one good one")
     return good, len(errors), unreadable
 
 
@@ -1154,7 +1155,7 @@ def digest(conversations, images_dir=""):
     return seen.hexdigest()
 
 
-ANSWERS_NEEDED = {"prompt": 0, "turns": 1, "answers": 1, "ranked": 2}  # by a row of each kind of examples
+ANSWERS_NEEDED = {"prompt": 0, "turns": 1, "answers": 1, "ranked": 2}  # of a record, by the kind of example
 
 
 def build_examples(conversations, processor, which):
@@ -1163,7 +1164,7 @@ def build_examples(conversations, processor, which):
     answers of the last turn), `ranked` (the same, of records with at least two) or `prompt`."""
     examples, counts = [], {"too_long": 0, "cut": 0}
     most, all_turns = {"turns": 1, "prompt": 0}.get(which), which == "turns"
-    for done, (index, conversation) in enumerate(progress(conversations, "rows tokenised")):
+    for done, (index, conversation) in enumerate(progress(conversations, "records tokenised")):
         if done % 2000 == 0:
             processor.template.prepare([
                 (c.roles, c.contents, answer)
@@ -1175,7 +1176,7 @@ def build_examples(conversations, processor, which):
         else:
             examples.append(example)
     if not examples:
-        raise UserError(f"none of {len(conversations)} rows fits --max_len {processor.max_len}: raise it "
+        raise UserError(f"none of {len(conversations)} records fits --max_len {processor.max_len}: raise it "
                          f"(an image takes {processor.image_tokens} tokens)")
     return examples, counts
 
@@ -1192,10 +1193,10 @@ class Batch:
     image: torch.Tensor  # [R] which of the M images each image slot shows, in the order of the sequences
     image_position: torch.Tensor  # [R · I] flat positions of the image tokens
     target: torch.Tensor  # [N] ids to predict
-    logit_position: torch.Tensor  # [N] flat position (row · T + column) whose state predicts it
+    logit_position: torch.Tensor  # [N] flat position whose hidden state predicts it
     answer: torch.Tensor  # [N] which of the A answers it belongs to
     last_token: torch.Tensor  # [A] flat position of each answer's last target
-    sequence: torch.Tensor  # [A] the row it stands in
+    sequence: torch.Tensor  # [A] the sequence it stands in
     causal_prefix: int  # leading positions with causal attention: T, or the shortest prompt that branches
     token_shape: tuple  # (A, targets of the longest answer)
     answer_shape: tuple  # (B, answers of the sequence with most), or (0, 0) if there is no answer
@@ -1205,13 +1206,14 @@ class Batch:
                        for value in (getattr(self, field.name) for field in dataclasses.fields(self))))
 
 
-def pad_by_sequence(values, row, shape):
-    """Values [N] and the row of each [N], in ascending order → (padded with 0, mask), both of the given shape
-    (rows, values of the longest row). The shape is not read from the tensors: a GPU would be waited for."""
-    column = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)  # 0, 1, … in each row
-    mask = torch.zeros(shape, dtype=torch.bool, device=row.device)
-    mask = mask.index_put((row, column), torch.ones_like(row, dtype=torch.bool))
-    return values.new_zeros(shape).index_put((row, column), values), mask
+def pad_by_sequence(values, owner, shape):
+    """Values [N] and the sequence (or answer) that each belongs to [N], in ascending order → (padded with 0,
+    mask), both of the given shape [owners, values of the longest]. The shape is not read from the tensors: a
+    GPU would be waited for."""
+    index = torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)
+    mask = torch.zeros(shape, dtype=torch.bool, device=owner.device)
+    mask = mask.index_put((owner, index), torch.ones_like(owner, dtype=torch.bool))
+    return values.new_zeros(shape).index_put((owner, index), values), mask
 
 
 def pack(example, processor):
@@ -1220,13 +1222,13 @@ def pack(example, processor):
     prompt = processor.expand(example.prompt)
     P = start = len(prompt)
     parts = [np.stack([prompt, np.arange(P), *np.zeros((3, P))])]
-    for a, (answer, kept) in enumerate(zip(example.answers, example.token_masks), 1):
-        kept = np.repeat(kept, processor.lengths(answer))
+    for a, (answer, token_mask) in enumerate(zip(example.answers, example.token_masks), 1):
+        token_mask = np.repeat(token_mask, processor.lengths(answer))
         answer = processor.expand(answer)
         n = len(answer)
-        source = np.arange(start, start + n) - 1
-        source[0] = P - 1  # an answer's first token is predicted by the prompt's last
-        parts.append(np.stack([answer, np.arange(P, P + n), np.full(n, a), source, kept]))
+        predicted_from = np.arange(start, start + n) - 1
+        predicted_from[0] = P - 1  # an answer's first token is predicted by the prompt's last
+        parts.append(np.stack([answer, np.arange(P, P + n), np.full(n, a), predicted_from, token_mask]))
         start += n
     return np.concatenate(parts, axis=1).astype(np.int64)
 
@@ -1237,16 +1239,17 @@ def collate(examples, processor, pixels=None):
 
     It uses numpy because it runs in the loader's threads, where torch would start a thread pool in each."""
     padding = np.array([[processor.pad], [0], [-1], [0], [0]])
-    rows = [pack(example, processor) for example in examples] or [padding]
-    T = max(row.shape[1] for row in rows)
-    rows = [np.concatenate([row, padding.repeat(T - row.shape[1], axis=1)], axis=1) for row in rows]
-    ids, position, branch, source, kept = np.stack(rows, axis=1)  # [B, T] each
-    at = np.flatnonzero(kept)  # [N] flat positions of the targets
-    row = at // T
+    packed = [pack(example, processor) for example in examples] or [padding]
+    T = max(sequence.shape[1] for sequence in packed)
+    packed = [np.concatenate([sequence, padding.repeat(T - sequence.shape[1], axis=1)], axis=1)
+              for sequence in packed]
+    ids, position, branch, predicted_from, token_mask = np.stack(packed, axis=1)  # [B, T] each
+    targets = np.flatnonzero(token_mask)  # [N] flat positions
+    sequence = targets // T  # [N]
     answers = np.array([len(example.answers) for example in examples] or [0])  # [B]
-    answer = (answers.cumsum() - answers)[row] + branch.flatten()[at] - 1
-    last = np.zeros(answers.sum(), dtype=np.int64)
-    last[answer] = at  # positions rise, so an answer's last one stays
+    answer = (answers.cumsum() - answers)[sequence] + branch.flatten()[targets] - 1  # [N]
+    last_token = np.zeros(answers.sum(), dtype=np.int64)
+    last_token[answer] = targets  # positions rise, so an answer's last one stays
 
     paths = [path for example in examples for path in example.images]
     distinct = {path: m for m, path in enumerate(dict.fromkeys(paths))}
@@ -1266,10 +1269,12 @@ def collate(examples, processor, pixels=None):
     branching = (branch[answers > 1] == 0).sum(1).tolist()
     longest = int(np.bincount(answer).max(initial=0))
     fields = {"ids": ids, "position": position, "branch": branch, "image": image,
-              "image_position": np.flatnonzero(ids == processor.image_token), "target": ids.flatten()[at],
-              "logit_position": row * T + source.flatten()[at], "answer": answer, "last_token": last,
+              "image_position": np.flatnonzero(ids == processor.image_token),
+              "target": ids.flatten()[targets],
+              "logit_position": sequence * T + predicted_from.flatten()[targets], "answer": answer,
+              "last_token": last_token,
               "sequence": np.arange(len(answers)).repeat(answers)}
-    return Batch(pixels=pixels, causal_prefix=min([T, *branching]), token_shape=(len(last), longest),
+    return Batch(pixels=pixels, causal_prefix=min([T, *branching]), token_shape=(len(last_token), longest),
                  answer_shape=(len(answers), int(answers.max())) if answers.any() else (0, 0),
                  **{name: torch.from_numpy(values) for name, values in fields.items()})
 
@@ -1277,14 +1282,14 @@ def collate(examples, processor, pixels=None):
 def join_prompts(batches):
     """Batches of prompts without answers → one Batch of all their sequences, padded to the longest, without
     pixels. Its images are numbered in the order of the batches."""
-    T, joined, images, rows = max(batch.ids.shape[1] for batch in batches), [], 0, 0
+    T, joined, images, sequences = max(batch.ids.shape[1] for batch in batches), [], 0, 0
     for batch in batches:
         B, own = batch.ids.shape
         padded = [torch.nn.functional.pad(getattr(batch, name), (0, T - own), value=value)
                   for name, value in (("ids", 0), ("position", 0), ("branch", -1))]
-        row, column = batch.image_position // own, batch.image_position % own
-        joined.append((*padded, batch.image + images, (rows + row) * T + column))
-        images, rows = images + len(batch.pixels), rows + B
+        sequence, index = batch.image_position // own, batch.image_position % own
+        joined.append((*padded, batch.image + images, (sequences + sequence) * T + index))
+        images, sequences = images + len(batch.pixels), sequences + B
     ids, position, branch, image, image_position = (torch.cat(parts) for parts in zip(*joined))
     return dataclasses.replace(batches[0], ids=ids, position=position, branch=branch, pixels=None,
                                image=image, image_position=image_position, causal_prefix=T)
@@ -1305,12 +1310,13 @@ class Steps:
     micro-batch (by_length). shuffle: the order of an epoch is keyed by (seed, epoch); else it is that of the
     file. drop_last: an epoch has full steps only; its last examples are left out."""
 
-    def __init__(self, examples, processor, batch_size, micro_batch, rank, world, seed=0, shuffle=True,
+    def __init__(self, examples, processor, batch_size, micro_batch, rank, world_size, seed=0, shuffle=True,
                  by_length=True, drop_last=False):
         self.examples, self.processor = examples, processor
-        self.batch_size, self.micro_batch, self.rank, self.world = batch_size, micro_batch, rank, world
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle, self.by_length, self.drop_last = seed, shuffle, by_length, drop_last
-        self.columns = np.array([sum(map(processor.length, (e.prompt, *e.answers))) for e in examples])
+        self.lengths = np.array([sum(map(processor.length, (e.prompt, *e.answers))) for e in examples])
 
     def __len__(self):
         """Steps per epoch."""
@@ -1325,12 +1331,12 @@ class Steps:
     def groups(self, step):
         """This rank's micro-batches as lists of indices of examples."""
         epoch, k = divmod(step, len(self))
-        rows = self.order(epoch)[k * self.batch_size:(k + 1) * self.batch_size]
+        indices = self.order(epoch)[k * self.batch_size:(k + 1) * self.batch_size]
         if self.by_length:
-            rows = rows[np.argsort(self.columns[rows], kind="stable")]
-        rounds = -(-len(rows) // (self.micro_batch * self.world))
-        starts = [(i * self.world + self.rank) * self.micro_batch for i in range(rounds)]
-        return [rows[start:start + self.micro_batch].tolist() for start in starts]
+            indices = indices[np.argsort(self.lengths[indices], kind="stable")]
+        rounds = -(-len(indices) // (self.micro_batch * self.world_size))
+        starts = [(i * self.world_size + self.rank) * self.micro_batch for i in range(rounds)]
+        return [indices[start:start + self.micro_batch].tolist() for start in starts]
 
     def __getitem__(self, step):
         return [collate([self.examples[i] for i in group], self.processor) for group in self.groups(step)]
@@ -1364,8 +1370,3 @@ class Loader:
                 yield ahead.popleft().result()
         finally:  # also where the consumer stops early: a step being decoded is not waited for
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def loader(steps, first, last, workers):
-    """Iterates over steps first … last − 1, which `workers` threads prepare ahead."""
-    return Loader(steps, first, last, workers)

@@ -105,7 +105,7 @@ def parse_args():
         help="weight of the SFT loss of the chosen answers")
     add("--ref_model", help="checkpoint of the reference (default: the policy before its first step)")
     args = fsdp.parse(parser, data_file="pairs.json", shapes=dict(
-        eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=3e-4,
+        eval_data=[os.path.join(fsdp.SHAPES_DIR, "test_pairs.json")], batch_size=64, micro_batch=64, lr=3e-4,
         warmup=10, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
     smooth = args.label_smoothing
     if args.loss == "robust" and not smooth:
@@ -133,7 +133,7 @@ def reference_pass(model, steps, world, args):
     """The reference's log-probabilities of every record, on every rank. Its batches are those of the first
     epoch, so that the policy's first step computes exactly the same numbers."""
     results = {}
-    batches = data.loader(steps, 0, len(steps), args.workers)
+    batches = data.Loader(steps, 0, len(steps), args.workers)
     for step, micro_batches in enumerate(data.progress(batches, "reference: steps")):
         for indices, batch in zip(steps.groups(step), micro_batches):
             logps, _ = sequence_logprobs(model, batch.to(world.device))  # [A]
@@ -225,7 +225,7 @@ def sum_metrics(micro_batches, world):
 def evaluate(model, steps, reference, world, args, stop):
     """{"eval_" + name: mean over the held-out records}; {} if SIGTERM interrupts it."""
     count, tokens, micro_metrics = len(steps.examples), chosen_tokens(steps.examples), []
-    batches = data.loader(steps, 0, len(steps), args.workers)
+    batches = data.Loader(steps, 0, len(steps), args.workers)
     for step, micro_batches in enumerate(stop.until(batches, world)):
         for indices, batch in zip(steps.groups(step), micro_batches):
             ref_logps = [reference[i] for i in indices]
@@ -289,7 +289,7 @@ def main():
             return fsdp.STOPPED
 
     # loop
-    for step, micro_batches in enumerate(data.loader(steps, done, total, args.workers), done + 1):
+    for step, micro_batches in enumerate(data.Loader(steps, done, total, args.workers), done + 1):
         factor = fsdp.schedule(step - 1, total, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]

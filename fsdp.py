@@ -67,7 +67,7 @@ from model import (
 )
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-WORLD = os.path.join(ROOT, "runs", "shapes")  # the shapes data set, used where no --model is given
+SHAPES_DIR = os.path.join(ROOT, "runs", "shapes")  # the shapes data set, used where no --model is given
 ADAM_BETAS, MAX_GRAD_NORM = (0.9, 0.95), 1.0  # LLaMA's, arXiv:2302.13971, section 2.2
 
 
@@ -282,12 +282,12 @@ def parse(parser, data_file, shapes, argv=None):
     lora = getattr(args, "lora_rank", 0)
     full = parser.get_default("lr")
     if not (args.model or args.llm):
-        parser.set_defaults(**{"model": os.path.join(WORLD, "model"),
-                               "data": [os.path.join(WORLD, data_file)], **shapes})
+        parser.set_defaults(**{"model": os.path.join(SHAPES_DIR, "model"),
+                               "data": [os.path.join(SHAPES_DIR, data_file)], **shapes})
     elif lora:
         parser.set_defaults(lr=None)
     args = parser.parse_args(argv)
-    if getattr(args, "train", "") is None:  # a fresh projector is always trained
+    if getattr(args, "train", "") is None:  # a new projector is always trained
         args.train = "llm" if lora and not args.llm else "projector,llm"
     if lora and args.lr is None:
         args.lr = round(10 * full, 12)
@@ -307,11 +307,11 @@ def parse(parser, data_file, shapes, argv=None):
     if args.resume and args.overwrite:
         parser.error("got --resume and --overwrite: give one (--resume starts afresh where nothing is left)")
     if bool(args.llm) != bool(args.clip) and not args.model:
-        parser.error("--llm and --clip go together: a LLaMA and the CLIP tower for its fresh projector")
+        parser.error("--llm and --clip go together: a LLaMA and the CLIP tower for its new projector")
     if args.model and args.llm:
         parser.error("got --model and --llm: give a whole LLaVA, or a LLaMA with --clip")
     if not args.data:
-        parser.error("--data is needed with --model: a file of rows (README: data format)")
+        parser.error("--data is needed with --model: a file of records (README: data format)")
     if args.template != "auto":
         data.template_text(args.template)  # raises where there is none
     name = os.path.splitext(os.path.basename(parser.prog))[0]
@@ -395,7 +395,7 @@ def launch(args):
         git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
         commit = git.stdout.strip() or None
     paths = [getattr(args, "model", None), *(getattr(args, "data", None) or [])]
-    if os.environ.get("RANK", "0") == "0" and any(path and folder_of(path) == WORLD for path in paths):
+    if os.environ.get("RANK", "0") == "0" and any(path and folder_of(path) == SHAPES_DIR for path in paths):
         make_shapes()
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and offloads(args):  # AdamW runs on the CPU, where torchrun gives each rank one thread
@@ -434,9 +434,9 @@ def folder_of(path):
 
 
 def make_shapes():
-    if not os.path.isdir(WORLD):
+    if not os.path.isdir(SHAPES_DIR):
         script = os.path.join(ROOT, "examples", "shapes.py")
-        subprocess.run([sys.executable, script, "--out", WORLD], check=True)
+        subprocess.run([sys.executable, script, "--out", SHAPES_DIR], check=True)
 
 
 # ---- the end of a run: failures, signals ----
@@ -763,7 +763,7 @@ def read_config_file(folder, world):
     if "mm_projector.bin" in names and not weights:
         base = (raw or {}).get("_name_or_path")
         raise UserError(f"{folder}: holds a projector alone (mm_projector.bin), of {base!r}; need full "
-                        "weights, or --llm and --clip for a fresh projector")
+                        "weights, or --llm and --clip for a new projector")
     if "quantize_config.json" in names:
         raise UserError(f"{folder}: its weights are quantised (quantize_config.json), need those they were "
                         "made from")
@@ -872,7 +872,7 @@ def equal_tensors(a, b, rows=4096):
 
 
 @torch.no_grad()
-def load_weights(model, tensors, grown, seed):
+def load_weights(model, tensors, resized_vocab, seed):
     """Loads every parameter; each rank reads only its own rows. New rows of a resized vocabulary are the mean
     of the old ones. Parameters without a tensor are drawn at random, keyed by (seed, name)."""
     for name, parameter in data.progress([*model.named_parameters()], "tensors read"):
@@ -889,7 +889,7 @@ def load_weights(model, tensors, grown, seed):
             whole.normal_(0, initial_std(name, whole.shape), generator=torch.Generator().manual_seed(key))
             local.copy_(whole[start:stop])
             continue
-        old = grown[0] if grown and name in VOCABULARY else n
+        old = resized_vocab[0] if resized_vocab and name in VOCABULARY else n
         local[:max(0, min(stop, old) - start)] = tensors[name][start:min(stop, old)].to(local)
         if stop > max(start, old):
             steps = range(0, old, 4096)
@@ -902,40 +902,40 @@ def load_weights(model, tensors, grown, seed):
 def images_folder(path, args):
     """→ the folder that a data file's image paths are relative to"""
     folder = folder_of(path)
-    return args.images or (os.path.join(WORLD, "images") if folder == WORLD else folder)
+    return args.images or (os.path.join(SHAPES_DIR, "images") if folder == SHAPES_DIR else folder)
 
 
 def read_conversations(paths, args, world, need_answers):
     """Data files → the records of all files in their order, and the (index, Conversation) pairs of the good
     ones. Every image is decoded once, but not again when a run is resumed."""
-    rows, conversations = data.Records([]), []
+    all_records, conversations = data.Records([]), []
     for path in paths:
-        records, first, images = data.load_rows(path), len(rows), images_folder(path, args)
+        records, first, images = data.load_records(path), len(all_records), images_folder(path, args)
         read = f"{path} (records with {need_answers} or more answers)"
         what = f"which images can be read of {read}"
-        good, bad, unreadable = data.check_rows(
+        good, bad, unreadable = data.check_records(
             records, images, path, need_answers, args.skip_bad_rows, world, world.earlier.get(what))
         world.depends_on(read, data.digest(good, images))
         world.depends_on(what, unreadable)
         if world.rank == 0 and bad:
-            print(f"{path}: {bad} of {len(records)} rows are bad and left out", flush=True)
+            print(f"{path}: {bad} of {len(records)} records are bad and left out", flush=True)
         file = path, first
         for index, conversation in good:
             conversation.file = file
             conversations.append((first + index, conversation))
-        rows.texts += records.texts
-    return rows, conversations
+        all_records.texts += records.texts
+    return all_records, conversations
 
 
 def read_examples(paths, which, processor, args, world):
     """Data files → Examples (see data.build_examples). Prints how many records were left out or cut."""
-    rows, conversations = read_conversations(paths, args, world, data.ANSWERS_NEEDED[which])
-    total = len(rows)
-    del rows  # before the examples need memory
+    all_records, conversations = read_conversations(paths, args, world, data.ANSWERS_NEEDED[which])
+    total = len(all_records)
+    del all_records  # before the examples need memory
     examples, counts = data.build_examples(conversations, processor, which)
     if world.rank == 0 and any(counts.values()):
         print(f"{', '.join(paths)}: --max_len {args.max_len} leaves out {counts['too_long']} of {total} "
-              f"rows, whose prompt alone is longer, and cuts the answers of {counts['cut']}", flush=True)
+              f"records, whose prompt alone is longer, and cuts the answers of {counts['cut']}", flush=True)
     return examples
 
 
@@ -949,8 +949,8 @@ class Checkpoint:
     folders: list  # the folders that hold its tensors
     tensors: dict  # our name → object that reads a slice of rows when indexed
     processor: data.Processor
-    grown: tuple  # (old, new) embedding rows, or None
-    fresh: tuple  # substrings of parameter names that are drawn at random if there is no tensor
+    resized_vocab: tuple  # (old, new) embedding rows, or None
+    newly_initialised: tuple  # substrings of parameter names that are drawn at random if there is no tensor
 
 
 def open_checkpoint(args, world, option="model"):
@@ -968,15 +968,15 @@ def open_checkpoint(args, world, option="model"):
     sources = [*folders, args.tokenizer] if args.tokenizer else folders
     world.depends_on(f"the checkpoint of --{option}", world.on_rank0(fingerprint, sources))
     rendered = world.earlier.get(f"what the chat template of --{option} renders", [])
-    processor, grown = data.load_processor(folder, config, args, rendered, tower)
-    fresh = ("multi_modal_projector.", ".lora_") if args.llm else (".lora_",)
+    processor, resized_vocab = data.load_processor(folder, config, args, rendered, tower)
+    newly_initialised = ("multi_modal_projector.", ".lora_") if args.llm else (".lora_",)
     try:  # before any data is read
         with torch.device("meta"):
             model = VisionLLM(config)
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
-    check_names(model, tensors, grown, fresh, folders)
-    return Checkpoint(option, config, folders, tensors, processor, grown, fresh)
+    check_names(model, tensors, resized_vocab, newly_initialised, folders)
+    return Checkpoint(option, config, folders, tensors, processor, resized_vocab, newly_initialised)
 
 
 def fingerprint(folders):
@@ -1023,18 +1023,18 @@ SCORE = "score.safetensors"  # a reward model's scalar head, which transformers 
 def build(checkpoint, args, world, trainable=(), score=False):
     """The checkpoint's model, sharded, with its weights loaded; for the parameters see build_sharded. Build
     optimisers before the first forward pass."""
-    tensors, fresh = dict(checkpoint.tensors), checkpoint.fresh
+    tensors, newly_initialised = dict(checkpoint.tensors), checkpoint.newly_initialised
     if score:  # the scalar head is drawn where the checkpoint has none
-        fresh += ("score.",)
+        newly_initialised += ("score.",)
         for file in (os.path.join(folder, SCORE) for folder in checkpoint.folders):
             if os.path.isfile(file):
                 tensors.update({f"score.{key}": rows for key, rows in slices(file).items()})
     model = build_sharded(checkpoint.config, args, world, trainable, score)
-    check_names(model, tensors, checkpoint.grown, fresh, checkpoint.folders)
+    check_names(model, tensors, checkpoint.resized_vocab, newly_initialised, checkpoint.folders)
     model.to_empty(device="cpu" if offloads(args) else world.device)
     if not isinstance(model.language_model.lm_head.weight, DTensor):  # FSDP itself keeps tied weights so
         model.language_model.tie()
-    load_weights(model, tensors, checkpoint.grown, args.seed)
+    load_weights(model, tensors, checkpoint.resized_vocab, args.seed)
     return model
 
 
@@ -1100,12 +1100,9 @@ def shard(model, world, dtype, offload=False):
         policy = MixedPrecisionPolicy(param_dtype=unit_dtype, reduce_dtype=torch.float32)
         fully_shard(unit, mesh=world.mesh, mp_policy=policy, offload_policy=offloading, ignored_params=plain)
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # these settings do not reach child units by themselves
-            if world.size > 1:  # a world of one would make a copy to divide by the 1
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
-            elif world.device.type == "cpu":
-                module.set_custom_reduce_scatter(OneBuffer())
+        if isinstance(module, FSDPModule) and world.size > 1:  # a world of one would copy to divide by 1
+            module.set_gradient_divide_factor(1.0)  # these settings do not reach child units by themselves
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def local_tensor(parameter):
@@ -1131,22 +1128,6 @@ def memory_line(args, *models):
     """What a run's first lines say of bytes_per_rank, on rank 0, which has the most."""
     sizes = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in bytes_per_rank(*models).items())
     return f"memory per rank: {sizes}{' (in host memory)' if offloads(args) else ''}"
-
-
-class OneBuffer:
-    """FSDP (torch 2.13) allocates what it reduces gradients from, then what it reduces them into; in a world
-    of one it copies between them and calls no collective. Given the same memory twice it copies nothing. (Not
-    on a GPU: there the two belong to different streams.)"""
-
-    def __init__(self):
-        self.buffer = None
-
-    def allocate(self, size, *, dtype, device):
-        buffer, self.buffer = self.buffer, None
-        if buffer is None:
-            buffer = self.buffer = torch.empty(size, dtype=dtype, device=device)
-        assert (buffer.shape, buffer.dtype) == (torch.Size(size), dtype), (buffer.shape, size, dtype)
-        return buffer
 
 
 def reshard(*models):

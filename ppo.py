@@ -422,7 +422,7 @@ def evaluate_rollouts(policy, reference, scorer, prompts, steps, processor, scor
                       stop):
     """Samples and scores answers to the held-out prompts → rollout_metrics as eval_…; {} once SIGTERM stops
     it."""
-    batches = iter(data.loader(steps, 0, len(steps), args.workers))
+    batches = iter(data.Loader(steps, 0, len(steps), args.workers))
     rollouts = generate_rollouts(policy, steps, 0, len(steps), batches, processor, args, world, stop, True)
     scores, old_outputs = [], []
     for rollout in stop.until(rollouts, world):
@@ -472,9 +472,9 @@ def parse_args():
         help="first iterations, in which only the critic is trained")
     add("--save_rollouts", action="store_true", help="write sampled answers to OUT/rollouts/ITERATION.jsonl")
     args = fsdp.parse(parser, data_file="prompts.json", shapes=dict(
-        eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=128, micro_batch=128, rollout_batch=128,
-        max_steps=40, max_new_tokens=28, lr=2e-4, critic_lr=3e-4, ppo_epochs=2, critic_warmup=2,
-        missing_eos_score=-3.0, normalize_scores=True, **fsdp.left_by("sft"),
+        eval_data=[os.path.join(fsdp.SHAPES_DIR, "test.json")], batch_size=128, micro_batch=128,
+        rollout_batch=128, max_steps=40, max_new_tokens=28, lr=2e-4, critic_lr=3e-4, ppo_epochs=2,
+        critic_warmup=2, missing_eos_score=-3.0, normalize_scores=True, **fsdp.left_by("sft"),
         **fsdp.left_by("rm", "reward_model")))
     if not args.reward_model:
         parser.error("--reward_model is needed: what rm.py leaves, or FILE.py:FUNCTION")
@@ -635,7 +635,7 @@ def main():
             return fsdp.STOPPED
 
     # loop
-    batches = iter(data.loader(steps, done * minibatches, total * minibatches, args.workers))
+    batches = iter(data.Loader(steps, done * minibatches, total * minibatches, args.workers))
     for iteration in range(done + 1, total + 1):
         rates, seconds = learning_rates(iteration, total, args), {}
         for name, rate in rates.items():
@@ -680,7 +680,7 @@ def main():
         ptx_batches = [None] * len(order)
         if ptx_examples and train_policy:
             start = (iteration - 1 - args.critic_warmup) * len(order)
-            ptx_batches = data.loader(ptx_steps, start, start + len(order), args.workers)
+            ptx_batches = data.Loader(ptx_steps, start, start + len(order), args.workers)
         trained = optimizers if train_policy else {"critic": optimizers["critic"]}
         micro_batches = list(zip(rollouts, old_outputs, targets))
         n = len(micro_batches) // minibatches  # the same in every minibatch and on every rank

@@ -206,7 +206,7 @@ def main():
     any_rank = world.any if args.sharded else torch.any  # with sharded weights all ranks decode in step
 
     # loop: each rank answers its records of the step, rank 0 writes those of all ranks
-    batches = data.loader(steps, 0, len(steps), args.workers)
+    batches = data.Loader(steps, 0, len(steps), args.workers)
     with torch.no_grad():
         for step, (batch,) in enumerate(data.progress(batches, "answers: steps")):
             if stop.asked(world):

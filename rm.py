@@ -63,7 +63,7 @@ def parse_args():
     add("--center_coef", type=fsdp.non_negative, default=0.0,
         help="c: weight of the squared mean score of each record")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(
-        eval_data=[os.path.join(fsdp.WORLD, "test_pairs.json")], batch_size=64, micro_batch=64, lr=7e-4,
+        eval_data=[os.path.join(fsdp.SHAPES_DIR, "test_pairs.json")], batch_size=64, micro_batch=64, lr=7e-4,
         warmup=60, max_steps=350, **fsdp.left_by("sft")))
 
 
@@ -72,7 +72,7 @@ def score_records(model, steps, end, world, args, stop):
     """{index of a record: [score of each answer]} for steps 0 … end − 1, on every rank; {} if SIGTERM
     interrupts it."""
     results = {}
-    for step, micro_batches in enumerate(stop.until(data.loader(steps, 0, end, args.workers), world)):
+    for step, micro_batches in enumerate(stop.until(data.Loader(steps, 0, end, args.workers), world)):
         for indices, batch in zip(steps.groups(step), micro_batches):
             batch = batch.to(world.device)
             scores = model.scores(batch, model.vision_tower(batch.pixels), batch.last_token)  # [A]
@@ -152,7 +152,7 @@ def main():
             return fsdp.STOPPED
 
     # loop
-    for step, micro_batches in enumerate(data.loader(steps, done, total, args.workers), done + 1):
+    for step, micro_batches in enumerate(data.Loader(steps, done, total, args.workers), done + 1):
         factor = fsdp.schedule(step - 1, total, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]

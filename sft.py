@@ -43,15 +43,15 @@ def parse_args():
     add("--projector_lr", type=fsdp.non_negative,
         help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
     return fsdp.parse(parser, data_file="sft.json", shapes=dict(
-        eval_data=[os.path.join(fsdp.WORLD, "test.json")], batch_size=64, micro_batch=64, lr=2e-3, warmup=40,
-        max_steps=350))
+        eval_data=[os.path.join(fsdp.SHAPES_DIR, "test.json")], batch_size=64, micro_batch=64, lr=2e-3,
+        warmup=40, max_steps=350))
 
 
 @torch.no_grad()
 def evaluate(model, steps, world, args, stop):
     """{"eval_loss": mean over the held-out tokens, in nats per token}; {} if SIGTERM interrupts it."""
     total = count = 0
-    for micro_batches in stop.until(data.loader(steps, 0, len(steps), args.workers), world):
+    for micro_batches in stop.until(data.Loader(steps, 0, len(steps), args.workers), world):
         for batch in micro_batches:
             batch = batch.to(world.device)
             total += model(batch, model.vision_tower(batch.pixels)).sum()
@@ -124,7 +124,7 @@ def main():
             return fsdp.STOPPED
 
     # loop
-    for step, micro_batches in enumerate(data.loader(steps, done, total, args.workers), done + 1):
+    for step, micro_batches in enumerate(data.Loader(steps, done, total, args.workers), done + 1):
         factor = fsdp.schedule(step - 1, total, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]

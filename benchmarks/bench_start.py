@@ -60,8 +60,8 @@ def measure(folder, tokenizer):
         wall, cpu = seconds[name]
         print(f"{name:<12} {wall:7.1f} s   CPU {cpu:7.1f} s   peak so far {peak:.2f} GB", flush=True)
         return result
-    rows = timed("reading", data.load_rows, path)
-    conversations = timed("checking", data.check_rows, rows, folder, path)[0]
+    rows = timed("reading", data.load_records, path)
+    conversations = timed("checking", data.check_records, rows, folder, path)[0]
     del rows
     examples, _ = timed("tokenising", data.build_examples, conversations, processor, "turns")
     steps = timed("steps", data.Steps, examples, processor, 128, 4, 0, 1)

@@ -385,7 +385,7 @@ def ppo_iteration(found, args):
         return ppo.generate_rollouts(policy, steps, 0, 1, batches, processor, settings, world, stop)
     for iteration, count in ((1, micro_batch), (2, B)):
         steps = data.Steps(examples[:count], processor, count, micro_batch, 0, 1, drop_last=True)
-        prompt_batches, = data.loader(steps, 0, 1, 0)  # ppo.py loads them during the iteration before
+        prompt_batches, = data.Loader(steps, 0, 1, 0)  # ppo.py loads them during the iteration before
         times = [G.clock()]
         rollouts = generate()
         times.append(G.clock())

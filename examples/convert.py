@@ -396,7 +396,7 @@ def convert_record(record, index, folder, root, drop=()):
         names = [write_image(*file, folder, written) for file in files]
         image = {} if not names else {"image": names[0] if len(names) == 1 else names}
         ours = {"id": id, **image, "conversations": turns, **others}
-        data.read_row(ours, str(folder), need_answers=0)
+        data.read_record(ours, str(folder), need_answers=0)
         return json.dumps(ours, ensure_ascii=False).encode()  # UnicodeEncodeError too
     except ValueError:
         for path in written:
@@ -412,7 +412,7 @@ def text_records(path):
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         start = next(filter(str.strip, file), "[").strip()
     if start.startswith(("[", "{")):
-        return data.load_rows(str(path))
+        return data.load_records(str(path))
     separator = max("\t,;", key=start.count)
     if "\0" in start or separator not in start and path.suffix not in (".csv", ".tsv"):
         raise ValueError(f"got {path}, which begins with {short(start)}, need a JSON list, one JSON object a "

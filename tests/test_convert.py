@@ -175,7 +175,7 @@ def test_every_layout_becomes_ours(tmp_path, record, turns, others):
     (converted,) = read(tmp_path / "out")
     assert converted == {"id": "000000000", "conversations": turns, **others}
     assert not others.get("image") or (tmp_path / "out" / others["image"]).read_bytes() == RED
-    data.read_row(converted, str(tmp_path / "out"), need_answers=0)  # as the trainer reads it
+    data.read_record(converted, str(tmp_path / "out"), need_answers=0)  # as the trainer reads it
 
 
 def test_the_trainer_reads_every_record_and_finds_its_image(tmp_path):
@@ -191,8 +191,8 @@ def test_the_trainer_reads_every_record_and_finds_its_image(tmp_path):
     records[4]["image"] = {"bytes": RED64, "path": records[4]["image"]}
     out = tmp_path / "out"
     assert convert.convert(write_json(tmp_path, records), out) == (len(records), 0)
-    loaded = data.load_rows(str(out / "data.json"))
-    conversations, bad, _ = data.check_rows(loaded, images_dir=str(out), source="data.json")
+    loaded = data.load_records(str(out / "data.json"))
+    conversations, bad, _ = data.check_records(loaded, images_dir=str(out), source="data.json")
     assert [bad, len(conversations)] == [0, len(records)]
     names = ["sub/blue.png", "red.png", "other/red.png", "red.png", "x.png", "sub/blue.png"]
     assert [c.images for _, c in conversations] == [[f"{out}/images/{name}"] for name in names] + [[]]
@@ -426,8 +426,8 @@ def test_a_table_keeps_its_columns_and_names_its_bad_lines(tmp_path):
     ("lines.jsonl", "lines.jsonl: not JSON in line 3 ("),
     ("broken.json", "broken.json: not JSON ("),
     ("latin.jsonl", "latin.jsonl: not JSON ('utf-8' codec"),
-    ("empty.json", "got no rows, need at least one"),
-    ("nothing.json", "got no rows, need at least one"),
+    ("empty.json", "got no records, need at least one"),
+    ("nothing.json", "got no records, need at least one"),
     ("bad.json", "got no good record from"),
     ("story.txt", "which begins with 'Once upon a time.', need a JSON list, one JSON object a line, or CSV"),
     ("utf16.csv", "or CSV with a header line, all of it UTF-8: convert it"),

@@ -427,7 +427,7 @@ def test_a_prompt_is_what_precedes_the_answer(loaded, tmp_path, template, name):
             {"from": "gpt", "value": ["A cat", "A dog", "7", "(x)"]},
         ],
     }
-    processor, conversation = loaded(name, template), data.read_row(row, tmp_path)
+    processor, conversation = loaded(name, template), data.read_record(row, tmp_path)
     examples = [
         data.build_examples([(0, conversation)], processor, which)[0][0]
         for which in ("prompt", "turns", "answers")
@@ -886,7 +886,7 @@ def test_length_counts(loaded, which):
     assert counts == {"too_long": 2, "cut": int(which != "prompt")}
     with pytest.raises(
         ValueError,
-        match=rf"none of 1 rows fits --max_len {P + 3}: raise it \(an image takes {TOKENS} tokens",
+        match=rf"none of 1 records fits --max_len {P + 3}: raise it \(an image takes {TOKENS} tokens",
     ):
         data.build_examples([(3, picture)], processor, which)
 
@@ -1295,10 +1295,10 @@ def test_an_image_that_is_lost_during_the_run(tmp_path, pictures):
     for path in lost:
         examples = [data.Example(i, f"record\x1b{i}", prompt, [], [], [image])
                     for i, image in enumerate([pictures[0], path])]
-        words = rf"row 1 \(id record\\x1b1\): cannot read the image {path}: .*readable when the run"
+        words = rf"record 1 \(id record\\x1b1\): cannot read the image {path}: .*readable when the run"
         for workers in (0, 1):
             with pytest.raises(data.UserError, match=words):
-                list(data.loader(make_steps(examples), 0, 1, workers))
+                list(data.Loader(make_steps(examples), 0, 1, workers))
 
 
 def test_collate_counts_pictures(pictures):
@@ -1432,7 +1432,7 @@ def test_steps_by_length(pictures):
 def test_loader(pictures, workers):
     """The batches of the steps asked for, in order, in every pass; without records, padding only."""
     steps = make_steps(make_examples(11, pictures), 4, 1, rank=1, world=2)
-    loader = data.loader(steps, 1, 4, workers)  # the last is of the second epoch
+    loader = data.Loader(steps, 1, 4, workers)  # the last is of the second epoch
     assert len(loader) == 3
     for _ in range(2):
         got = list(loader)
@@ -1468,7 +1468,7 @@ def test_loader_keeps_the_order_and_a_bound(monkeypatch):
     they are asked for; threads decode, and no process is forked."""
     monkeypatch.setattr(os, "fork", None)
     steps = RecordedSteps(lambda step: 0.02 * (step % 3))
-    for step, got in enumerate(data.loader(steps, 0, 20, 2)):
+    for step, got in enumerate(data.Loader(steps, 0, 20, 2)):
         assert got == step
         time.sleep(0.03)
         assert max(steps.begun) <= step + 4
@@ -1476,13 +1476,13 @@ def test_loader_keeps_the_order_and_a_bound(monkeypatch):
     assert len(steps.threads) == 2 and threading.main_thread() not in steps.threads
     assert not multiprocessing.active_children()
     steps = RecordedSteps()
-    assert list(data.loader(steps, 3, 6, 0)) == [3, 4, 5] and steps.threads == {threading.main_thread()}
+    assert list(data.Loader(steps, 3, 6, 0)) == [3, 4, 5] and steps.threads == {threading.main_thread()}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_raises_where_the_step_is_due(workers):
     """A step's exception comes after the steps before it, although it was decoded ahead of them."""
-    loader, got = data.loader(RecordedSteps(lambda step: 0.1 * (step == 1), broken=[2]), 0, 9, workers), []
+    loader, got = data.Loader(RecordedSteps(lambda step: 0.1 * (step == 1), broken=[2]), 0, 9, workers), []
     with pytest.raises(RuntimeError, match="step 2 is broken"):
         got.extend(loader)  # extend keeps what came before an exception
     assert got == [0, 1]
@@ -1493,7 +1493,7 @@ def test_loader_stops_early():
     thread stays."""
     release = threading.Event()
     steps = RecordedSteps(lambda step: release.wait(20) * 0.0 if step else 0.0)
-    passing = iter(data.loader(steps, 0, 100, 2))
+    passing = iter(data.Loader(steps, 0, 100, 2))
     assert next(passing) == 0
     start = time.time()
     del passing
@@ -1510,7 +1510,7 @@ def test_progress_over_a_loader(monkeypatch, capsys, workers):
     """A pass that takes over ten seconds says how far it is, with a loader as with a list."""
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr(data.time, "time", lambda: next(clock))
-    assert list(data.progress(data.loader(RecordedSteps(), 2, 8, workers), "steps")) == list(range(2, 8))
+    assert list(data.progress(data.Loader(RecordedSteps(), 2, 8, workers), "steps")) == list(range(2, 8))
     assert capsys.readouterr().out.splitlines()[0] == "steps: 3/6, 16 s left"
 
 
@@ -1555,7 +1555,7 @@ def test_read_row(images):
         image="a.png",
         id=12,
     )
-    got = data.read_row(row, images)
+    got = data.read_record(row, images)
     assert got == data.Conversation(
         "12",
         ["system", "human", "gpt", "human"],
@@ -1563,8 +1563,8 @@ def test_read_row(images):
         ["best", "worst"],
         [f"{images}/a.png"],
     )
-    assert data.read_row(make_row(("human", "Hi"), ("gpt", "Yo")), images).answers == ["Yo"]
-    prompt = data.read_row(make_row(("human", "Hi")), images, need_answers=0)
+    assert data.read_record(make_row(("human", "Hi"), ("gpt", "Yo")), images).answers == ["Yo"]
+    prompt = data.read_record(make_row(("human", "Hi")), images, need_answers=0)
     assert (prompt.roles, prompt.contents, prompt.answers) == (["human"], ["Hi"], [])
 
 
@@ -1610,7 +1610,7 @@ def test_absent_image(images):
     """A row without the key has no picture."""
     row = make_row(("human", "Hi"), ("gpt", "Hello"))
     del row["image"]
-    assert data.read_row(row, images).images == []
+    assert data.read_record(row, images).images == []
 
 
 @pytest.mark.parametrize(
@@ -1626,7 +1626,7 @@ def test_absent_image(images):
 )
 def test_placeholders(images, image, human, content):
     """Placeholders stay where they are; the missing ones go first."""
-    assert data.read_row(make_row(("human", human), ("gpt", "Yes"), image=image), images).contents == [
+    assert data.read_record(make_row(("human", human), ("gpt", "Yes"), image=image), images).contents == [
         content
     ]
 
@@ -1641,7 +1641,8 @@ def test_placeholders_of_turns(images):
         ("gpt", "Yes"),
         image=["a.png", "b.png"],
     )
-    assert data.read_row(row, images).contents == ["See <image>", "<image>\nOne", "An <image>", "<image> two"]
+    expected = ["See <image>", "<image>\nOne", "An <image>", "<image> two"]
+    assert data.read_record(row, images).contents == expected
 
 
 @pytest.mark.parametrize(
@@ -1659,7 +1660,7 @@ def test_placeholders_of_turns(images):
 def test_load_rows(tmp_path, name, text):
     """A JSON list or one object a line, by content and not by name."""
     (tmp_path / name).write_text(text)
-    assert data.load_rows(str(tmp_path / name)) == [GOOD, GOOD]
+    assert data.load_records(str(tmp_path / name)) == [GOOD, GOOD]
 
 
 def test_a_list_is_read_item_by_item():
@@ -1678,13 +1679,13 @@ def test_load_rows_keeps_line_separators(tmp_path):
     """U+2028 and U+0085 inside a string do not end a line of JSON."""
     row = make_row(("human", "a\u2028b\u0085c"), ("gpt", "é"))
     (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert data.load_rows(str(tmp_path / "rows.jsonl")) == [row]
+    assert data.load_records(str(tmp_path / "rows.jsonl")) == [row]
 
 
 BAD_FILES = {
     "no such file": (None, "no such file"),
-    "empty": (b"", "got no rows"),
-    "empty list": (b"[]", "got no rows"),
+    "empty": (b"", "got no records"),
+    "empty list": (b"[]", "got no records"),
     "not JSON": (b"id,image\n1,a.png\n", "not JSON"),
     "torn list": (b'[{"id": 1},', "not JSON"),
     "torn line": (b'{"id": 1}\n{"id": 2}\n{"id": \n', "not JSON.*line 3"),
@@ -1703,7 +1704,7 @@ def test_bad_files(tmp_path, case):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=f"(?s){re.escape(str(path))}.*(?:{words})"):
-        data.load_rows(str(path))
+        data.load_records(str(path))
 
 
 DEEP = json.loads("[" * 900 + "]" * 900)
@@ -1806,17 +1807,17 @@ def test_bad_rows(images, capsys, case):
     """A bad row is an error naming file, row, id and fault; --skip_bad_rows skips, counts and reports it."""
     row, words = BAD_ROWS[case]
     rows = [GOOD, row, GOOD, row]
-    name = r"rows\.json: row 1 \(id %s\): " % (None if isinstance(row, list) else r"\[?7.{,6}")
-    with pytest.raises(ValueError, match=f"(?s){name}.*{words}.*; --skip_bad_rows leaves such rows out"):
-        data.check_rows(rows, images, "rows.json")
-    good, bad, _ = data.check_rows(rows, images, "rows.json", skip_bad_rows=True)
+    name = r"rows\.json: record 1 \(id %s\): " % (None if isinstance(row, list) else r"\[?7.{,6}")
+    with pytest.raises(ValueError, match=f"(?s){name}.*{words}.*; --skip_bad_rows leaves such records out"):
+        data.check_records(rows, images, "rows.json")
+    good, bad, _ = data.check_records(rows, images, "rows.json", skip_bad_rows=True)
     assert [(index, c.id) for index, c in good] == [(0, "good"), (2, "good")] and bad == 2
     said = capsys.readouterr().out.splitlines()
     assert all(map(str.isprintable, said)) and max(map(len, said)) < 600
     assert len(said) == 2 and all(re.search(f"skipped .*{words}", line) for line in said)
     assert "row 1 " in said[0] and "row 3 " in said[1]
-    with pytest.raises(ValueError, match=r"rows\.json: all 1 rows are bad, need at least one good row"):
-        data.check_rows([row], images, "rows.json", skip_bad_rows=True)
+    with pytest.raises(ValueError, match=r"rows\.json: all 1 records are bad, need at least one good one"):
+        data.check_records([row], images, "rows.json", skip_bad_rows=True)
 
 
 IMAGES, SYSTEM, RANKING = "record's `image`", 'a first turn from "system"', "a list of answers, best first"
@@ -1853,7 +1854,7 @@ def test_fields_of_other_layouts_are_refused(images, fields, where):
     for place, row in {"image": make_row(HUMAN, GPT, image="sub/c.png", **fields),
                        "value": {"conversations": turns}}.items():
         with pytest.raises(data.UserError) as error:
-            data.read_row(row, images)
+            data.read_record(row, images)
         assert f"got the field '{name}'" in str(error.value) and f"`{place}`" in str(error.value)
         assert where in str(error.value) and CONVERTS in str(error.value) and len(str(error.value)) < 400
 
@@ -1861,11 +1862,11 @@ def test_fields_of_other_layouts_are_refused(images, fields, where):
 def test_a_list_beside_as_many_answers_is_their_ranking(images):
     """Scores in another order than best first would be ignored."""
     with pytest.raises(data.UserError, match=RANKING):
-        data.read_row(make_row(HUMAN, ("gpt", ["a", "b"]), gpt4_scores=[1, 2]), images)
+        data.read_record(make_row(HUMAN, ("gpt", ["a", "b"]), gpt4_scores=[1, 2]), images)
     with pytest.raises(data.UserError, match=RANKING):  # the index of the better one
-        data.read_row(make_row(HUMAN, ("gpt", ["a", "b"]), label=1), images)
+        data.read_record(make_row(HUMAN, ("gpt", ["a", "b"]), label=1), images)
     for scores, answers in ([1, 2], ["a", "b", "c"]), ([1], "a"):
-        data.read_row(make_row(HUMAN, ("gpt", answers), gpt4_scores=scores), images)
+        data.read_record(make_row(HUMAN, ("gpt", answers), gpt4_scores=scores), images)
 
 
 COLUMNS = {
@@ -1883,36 +1884,37 @@ def test_other_columns_are_allowed(images, name):
     """Of records and of turns."""
     row = make_row(HUMAN, GPT, image="sub/c.png", **{name: COLUMNS[name]})
     row["conversations"][0][name] = COLUMNS[name]
-    assert data.read_row(row, images) == data.read_row(make_row(HUMAN, GPT, image="sub/c.png"), images)
+    assert data.read_record(row, images) == data.read_record(make_row(HUMAN, GPT, image="sub/c.png"), images)
 
 
 @pytest.mark.parametrize("name", ["image_path", "images", "column"])
 def test_the_same_image_once_more_is_allowed(images, name):
     """Nothing is lost then; another image is an error."""
     for value in ("sub/c.png", ["sub/c.png"], "c"):
-        data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **{name: value}), images)
-    data.read_row(make_row(HUMAN, GPT, image="a.png,b.png", **{name: ["a.png", "b.png"]}), images)
+        data.read_record(make_row(HUMAN, GPT, image="sub/c.png", **{name: value}), images)
+    data.read_record(make_row(HUMAN, GPT, image="a.png,b.png", **{name: ["a.png", "b.png"]}), images)
     for source in (("url", "https://x.org/b.jpg?w=9"), ("image_url", ["https://x.org/b"]),
                    ("image_id", 42), ("video_id", "v1")):
-        data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **dict([source])), images)  # where it is from,
-        with pytest.raises(data.UserError, match=f"got the field '{source[0]}'"):  # but not in its place
-            data.read_row(make_row(HUMAN, GPT, **dict([source])), images)
+        # where the image is from, but not in its place
+        data.read_record(make_row(HUMAN, GPT, image="sub/c.png", **dict([source])), images)
+        with pytest.raises(data.UserError, match=f"got the field '{source[0]}'"):
+            data.read_record(make_row(HUMAN, GPT, **dict([source])), images)
     for value in ("b.png", "masks/sub/c.png", ["sub/c.png", "b.png"], "c.jpg"):
         with pytest.raises(data.UserError, match=f"got the field '{name}'"):
-            data.read_row(make_row(HUMAN, GPT, image="sub/c.png", **{name: value}), images)
+            data.read_record(make_row(HUMAN, GPT, image="sub/c.png", **{name: value}), images)
 
 
 def test_rows_without_answer(images):
     """Prediction takes rows without an answer, and keeps the answers of those that have one."""
-    good, bad, _ = data.check_rows([make_row(HUMAN), GOOD], images, "rows.json", need_answers=0)
+    good, bad, _ = data.check_records([make_row(HUMAN), GOOD], images, "rows.json", need_answers=0)
     assert [c.answers for _, c in good] == [[], ["Hello"]] and bad == 0
 
 
 def test_the_first_bad_row_is_named(images):
     """A torn picture in an earlier row goes before a malformed later row."""
     torn = make_row(HUMAN, GPT, image="torn.jpg", id="torn")
-    with pytest.raises(ValueError, match=r"row 1 \(id torn\).*cannot read"):
-        data.check_rows([GOOD, torn, make_row(GPT)], images, "rows.json")
+    with pytest.raises(ValueError, match=r"record 1 \(id torn\).*cannot read"):
+        data.check_records([GOOD, torn, make_row(GPT)], images, "rows.json")
 
 
 def test_pictures_are_looked_at_once(images):
@@ -1927,7 +1929,7 @@ def test_pictures_are_looked_at_once(images):
     rows = [
         make_row(HUMAN, GPT, image=image, id=image) for image in ("a.png", "b.png,a.png", "torn.jpg", "a.png")
     ]
-    good, bad, _ = data.check_rows(
+    good, bad, _ = data.check_records(
         rows, images, "rows.json", skip_bad_rows=True, world=world
     )
     assert sorted(looked) == [f"{images}/{name}" for name in ("a.png", "b.png", "torn.jpg")]
@@ -1937,13 +1939,13 @@ def test_pictures_are_looked_at_once(images):
 def test_known_unreadable_images_are_not_decoded_again(images, monkeypatch):
     """What a first check returns makes a second one skip the same records without a look at any image."""
     rows = [make_row(HUMAN, GPT, image=image, id=image) for image in ("a.png", "torn.jpg", "b.png")]
-    good, bad, unreadable = data.check_rows(rows, images, "rows.json", skip_bad_rows=True)
+    good, bad, unreadable = data.check_records(rows, images, "rows.json", skip_bad_rows=True)
     assert list(unreadable) == [f"{images}/torn.jpg"] and bad == 1
     monkeypatch.setattr(data, "image_error", None)
-    assert data.check_rows(rows, images, "rows.json", skip_bad_rows=True, unreadable=unreadable) == (
+    assert data.check_records(rows, images, "rows.json", skip_bad_rows=True, unreadable=unreadable) == (
         good, bad, unreadable)
-    with pytest.raises(ValueError, match=r"row 1 \(id torn.jpg\): cannot read the image"):
-        data.check_rows(rows, images, "rows.json", unreadable=unreadable)
+    with pytest.raises(ValueError, match=r"record 1 \(id torn.jpg\): cannot read the image"):
+        data.check_records(rows, images, "rows.json", unreadable=unreadable)
 
 
 class ThreadRank:
@@ -1994,21 +1996,21 @@ def test_an_image_missing_on_one_rank(images, tmp_path):
 
     def check(rows, **options):
         return on_ranks(
-            lambda world, folder: data.check_rows(rows, folder, "rows.json", world=world, **options),
+            lambda world, folder: data.check_records(rows, folder, "rows.json", world=world, **options),
             images, str(tmp_path / "copy"))
-    words = f"rows.json: row 2 (id b.png): no such image: {tmp_path}/copy/b.png (see --images); --skip"
+    words = f"rows.json: record 2 (id b.png): no such image: {tmp_path}/copy/b.png (see --images); --skip"
     assert [str(error)[:len(words)] for error in check(rows)] == [words] * 2
     both = check(rows, skip_bad_rows=True)
     assert [([index for index, _ in good], bad) for good, bad, _ in both] == [([0, 1, 3, 4], 1)] * 2
     rows[1]["image"] = "torn.jpg"
-    assert all("row 1 (id x,y.png): cannot read the image" in str(error) for error in check(rows))
+    assert all("record 1 (id x,y.png): cannot read the image" in str(error) for error in check(rows))
 
 
 def test_other_records_on_another_rank(images):
     """A rank with fewer records or others does not break the check of the images; the digests differ."""
     rows = [make_row(HUMAN, GPT, image=image) for image in ("a.png", "b.png", "x,y.png", None)]
     for other in (rows[:1], rows[3:], rows[:2] + rows[3:]):
-        results = on_ranks(lambda world, rows: data.check_rows(rows, images, "rows.json", world=world),
+        results = on_ranks(lambda world, rows: data.check_records(rows, images, "rows.json", world=world),
                            rows, other)
         assert [len(good) for good, _, _ in results] == [4, len(other)]
         assert len({data.digest(good, images) for good, _, _ in results}) == 2
@@ -2020,7 +2022,7 @@ def test_digest(images, tmp_path):
     row = make_row(HUMAN, GPT, ("human", "Go"), ("gpt", ["a", "b"]), image="a.png", margin=1)
 
     def digest(*rows, folder=images):
-        return data.digest(data.check_rows(rows, folder, "rows.json")[0], folder)
+        return data.digest(data.check_records(rows, folder, "rows.json")[0], folder)
     last = row["conversations"][:-1]
     others = [{**row, "id": 8}, {**row, "image": "b.png"}, {**row, "margin": 2},
               {**row, "conversations": [*last, {"from": "gpt", "value": ["b", "a"]}]},
@@ -2283,7 +2285,7 @@ def test_transformers_reads_the_export(folders, tmp_path, template, name, mode):
     picture = noise(23, 11)
     picture.save(tmp_path / "a.png")
     words = "" if template == "plain" else "What is it?"
-    conversation = data.read_row(make_row(("human", words), image="a.png"), tmp_path, need_answers=0)
+    conversation = data.read_record(make_row(("human", words), image="a.png"), tmp_path, need_answers=0)
     batch = data.collate(data.build_examples([(0, conversation)], processor, "prompt")[0], processor)
     peer = AutoProcessor.from_pretrained(tmp_path / "out")
     assert isinstance(peer, LlavaProcessor)
@@ -2364,12 +2366,12 @@ MARGINS = [(None, 0.0), (0, 0.0), (2, 2.0), (0.25, 0.25), (1, 1.0)]
 def test_a_margin_is_read(loaded, images, margin, want):
     """A row's margin reaches its Conversation and its Example as a float; absent, null or 0 is none."""
     rows = [make_row(HUMAN, ("gpt", ["Yo", "Hello"]), margin=margin), make_row(HUMAN, ("gpt", ["Yo", "Ho"]))]
-    good, bad, _ = data.check_rows(rows, images, "rows.json", data.ANSWERS_NEEDED["ranked"])
+    good, bad, _ = data.check_records(rows, images, "rows.json", data.ANSWERS_NEEDED["ranked"])
     assert [type(c.margin) for _, c in good] == [float, float] and bad == 0
     assert [c.margin for _, c in good] == [want, 0.0]
     examples, _ = data.build_examples(good, loaded("tiny2", "vicuna"), "ranked")
     assert [e.margin for e in examples] == [want, 0.0]
-    data.read_row(make_row(HUMAN, ("gpt", ["a", "b", "c"]), margin=0), images)  # 0 is none: any answers
+    data.read_record(make_row(HUMAN, ("gpt", ["a", "b", "c"]), margin=0), images)  # 0 is none: any answers
 
 
 BAD_RANKED = {  # case: (row, essential words of the error), where two answers are needed
@@ -2390,9 +2392,9 @@ def test_bad_ranked_rows(images, case):
     """Rows that cannot be ranked are errors naming file, row, id and fault; skipped when asked."""
     row, words = BAD_RANKED[case]
     good = make_row(HUMAN, ("gpt", ["Hello", "Yo"]), id="good")
-    with pytest.raises(ValueError, match=rf"rows\.json: row 1 \(id 7\): {words}"):
-        data.check_rows([good, row], images, "rows.json", data.ANSWERS_NEEDED["ranked"])
-    left, bad, _ = data.check_rows([good, row], images, "rows.json", 2, skip_bad_rows=True)
+    with pytest.raises(ValueError, match=rf"rows\.json: record 1 \(id 7\): {words}"):
+        data.check_records([good, row], images, "rows.json", data.ANSWERS_NEEDED["ranked"])
+    left, bad, _ = data.check_records([good, row], images, "rows.json", 2, skip_bad_rows=True)
     assert [c.id for _, c in left] == ["good"] and bad == 1
 
 
@@ -2401,13 +2403,13 @@ def test_a_margin_that_is_no_number(images, margin):
     """JSON as Python reads it knows NaN and Infinity: as a margin they would make every weight NaN."""
     row = json.loads(json.dumps(make_row(HUMAN, ("gpt", ["a", "b"]), margin=margin)))
     with pytest.raises(ValueError, match="got the margin"):
-        data.read_row(row, images, 2)
+        data.read_record(row, images, 2)
 
 
 def test_ranked_examples_hold_every_answer(loaded, images):
     """`ranked` is `answers`: all of them, best first, only the last turn supervised."""
     row = make_row(HUMAN, GPT, ("human", "Go"), ("gpt", ["best", "middle one", "worst"]))
-    good = [(0, data.read_row(row, images, 2))]
+    good = [(0, data.read_record(row, images, 2))]
     processor = loaded("tiny2", "vicuna")
     (ranked,), _ = data.build_examples(good, processor, "ranked")
     (same,), _ = data.build_examples(good, processor, "answers")

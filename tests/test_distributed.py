@@ -598,8 +598,8 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--data {}/not.json": "not.json: not JSON",
         "--data {}/cut.json --images {}/images": "(id row 10): cannot read the ",
         "--data {}/prompt.json": "(id row 10): got no answer",
-        "--data rows.json {}/prompt.json": "prompt.json: row 10 (id row 10): got no answer",
-        "--eval_data rows.json {}/prompt.json": "prompt.json: row 10 (id row 10): got no answer",
+        "--data rows.json {}/prompt.json": "prompt.json: record 10 (id row 10): got no answer",
+        "--eval_data rows.json {}/prompt.json": "prompt.json: record 10 (id row 10): got no answer",
         "--max_len 20": "fits --max_len 20: raise it",
         "--train projector,llama": "argument --train: got projector,llama, need any of projector,llm,vision",
         "--train=": "need any of projector,llm,vision",
@@ -614,7 +614,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--epochs inf": "argument --epochs: got inf, need a number above 0",
         "--grad_clip 2": "unknown option --grad_clip: no option: gradients are scaled"},
     "rm": {
-        "--data {}/single.json": "single.json: row 10 (id row 10): got 1 answer, need 2 or more, best first",
+        "--data {}/single.json": "single.json: record 10 (id row 10): got 1 answer, need 2 or more, best",
         "--eval_data {}/single.json": "(id row 10): got 1 answer, need 2 or more, best first",
         "--train projector,head": "argument --train: got projector,head, need any of projector,llm,vision",
         "--train llm --projector_lr 1": "but --train llm has no projector"},
@@ -1009,10 +1009,10 @@ def differ_on_rank_1(how):
     """What rank 1 alone reads: another copy on another node."""
     if os.environ["RANK"] != "1":
         return
-    load_rows, is_file = data.load_rows, os.path.isfile
+    load_records, is_file = data.load_records, os.path.isfile
     if how in ("reversed", "shorter"):
         part = slice(None, None, -1) if how == "reversed" else slice(-1)
-        data.load_rows = lambda path: data.Records(load_rows(path).texts[part])
+        data.load_records = lambda path: data.Records(load_records(path).texts[part])
     if how == "image missing":
         os.path.isfile = lambda path: not str(path).endswith("p3.png") and is_file(path)
     if how == "weights cut":
@@ -1054,7 +1054,7 @@ def test_an_image_that_vanishes_is_named(workers, ranks, folder, tmp_path):
     prepare = in_update(3, functools.partial(remove, tmp_path / "images"))
     more = "--images", tmp_path / "images", "--workers", workers
     done = long_run("sft", ranks, "", tmp_path / "out", *more, prepare=prepare)
-    assert re.match(r"\S*rows.json: row \d \(id row \d\): cannot read .*/p\d\.png", done.error), done
+    assert re.match(r"\S*rows.json: record \d \(id row \d\): cannot read .*/p\d\.png", done.error), done
     assert done.code == 2 and len(done.err.splitlines()) == 1
     assert fsdp.checkpoint_steps(tmp_path / "out")
 

@@ -948,13 +948,13 @@ def test_critic_warmup(place, world, tmp_path, monkeypatch):
     def watched(rollout, policy, reference, critic, args):
         seen.append((tiny.state(policy), tiny.state(critic)))
         return look(rollout, policy, reference, critic, args)
-    asked, loader = [], data.loader
+    asked, loader = [], data.Loader
 
     def recorded(steps, first, last, workers):
         asked.append(first)
         return loader(steps, first, last, workers)
     monkeypatch.setattr(ppo, "logprobs_and_values", watched)
-    monkeypatch.setattr(data, "loader", recorded)
+    monkeypatch.setattr(data, "Loader", recorded)
     inside("ppo", *files(place), *SMALL, "--batch_size", 10, "--micro_batch", 10, "--critic_warmup", 1,
            "--max_steps", 2, "--out", tmp_path / "out", "--ptx_data", place / "turns.json")
     (policy, critic), (policy_then, critic_then) = seen

@@ -270,7 +270,7 @@ def test_numbers_that_are_not_finite_are_no_answer(options, place, tmp_path):
     done = fork("predict", "--model", tmp_path / "model", "--data", place / "rows.json", "--images",
                 place / "images", "--out", tmp_path / "answers.jsonl", "--max_new_tokens", 4, *options)
     assert done.code == 1, done.err
-    assert "row 0 (id row 0): got the logprob nan, need a finite number" in done.error
+    assert "record 0 (id row 0): got the logprob nan, need a finite number" in done.error
     assert not (tmp_path / "answers.jsonl").exists()
 
 

@@ -27,7 +27,7 @@ PARTS = {"projector": "multi_modal_projector.", "llm": "language_model.model.", 
 
 
 def read(place, processor, records=MARGINS):
-    conversations = [(i, data.read_row(one, str(place / "images"), 2)) for i, one in enumerate(records)]
+    conversations = [(i, data.read_record(one, str(place / "images"), 2)) for i, one in enumerate(records)]
     return data.build_examples(conversations, processor, "ranked")[0]
 
 
