@@ -29,7 +29,6 @@ import torch.nn.functional as F
 import transformers as hf
 from safetensors.torch import load_file
 from tiny import HUB, MEMORY, MIXED, NEW, ORIGINAL, named, options, reload, write
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 import data
 import fsdp
