@@ -173,84 +173,12 @@ def arguments(parser, training=True):
 NEEDED = {  # options that do nothing without another one
     "lora_alpha": "lora_rank", "eval_every": "eval_data", "ptx_coef": "ptx_data"}
 
-ELSEWHERE = {  # ours: the names in transformers, TRL, PEFT, DeepSpeed and LLaVA
-    "--model": "model_name_or_path model_path model_name sft_model_path base_model",
-    "--clip, with --llm": "vision_tower",
-    "--tokenizer": "tokenizer_name tokenizer_name_or_path",
-    "--template": "chat_template chat_template_path conv_mode version",
-    "--image_mode": "image_aspect_ratio",
-    "--dtype bf16 or --dtype fp32": "bf16 fp16 tf32 torch_dtype mixed_precision",
-    "--data": "dataset_name dataset dataset_path data_path train_file train_data",
-    "--images": "image_folder image_dir",
-    "--eval_data": "eval_dataset eval_data_path validation_file",
-    "--max_len (prompt, image and answer together)":
-        "max_length model_max_length max_seq_length max_prompt_length cutoff_len",
-    "--workers": "dataloader_num_workers num_workers",
-    "--out": "output_dir output save_dir",
-    "--overwrite": "overwrite_output_dir",
-    "--resume (it finds the last checkpoint in --out)": "resume_from_checkpoint",
-    "--save_every": "save_steps save_strategy",
-    "--eval_every": "eval_steps eval_strategy evaluation_strategy",
-    "--wandb PROJECT": "report_to wandb_project run_name",
-    "--batch_size (records per optimiser step, over all ranks and accumulation; not per device)":
-        "per_device_train_batch_size train_batch_size global_batch_size",
-    "--micro_batch (records per forward pass on one rank; accumulation follows from it and --batch_size)":
-        "gradient_accumulation_steps per_device_eval_batch_size eval_batch_size micro_batch_size",
-    "--epochs": "num_train_epochs num_epochs",
-    "--lr": "learning_rate",
-    "--projector_lr": "mm_projector_lr",
-    "--critic_lr": "value_lr critic_learning_rate",
-    "--warmup (steps, or below 1 a share of all steps)": "warmup_ratio warmup_steps num_warmup_steps",
-    "--recompute": "gradient_checkpointing",
-    "--offload": "cpu_offload fsdp_cpu_offload fsdp_offload_params offload_params offload_param "
-        "param_offload offload_optimizer optimizer_offload adam_offload zero_offload",
-    "--lora_rank": "lora_r lora_enable use_peft use_lora",
-    "--train": "tune_mm_mlp_adapter freeze_backbone freeze_vision_tower unfreeze_mm_vision_tower",
-    "--loss": "loss_type pref_loss",
-    "--sft_coef": "rpo_alpha",
-    "--ref_model": "ref_model_name_or_path ref_model_path reference_model",
-    "--center_coef": "center_rewards_coefficient",
-    "--reward_model": "reward_model_path reward_model_name_or_path reward_funcs",
-    "--rollout_batch (prompts per iteration, over all ranks)": "rollout_batch_size",
-    "--samples_per_prompt": "num_generations rloo_k",
-    "--num_samples": "num_return_sequences best_of",
-    "--max_new_tokens": "max_new max_completion_length response_length generation_max_length",
-    "--missing_eos_score (a score, not a penalty taken off)": "missing_eos_penalty",
-    "--kl_coef": "init_kl_coef",
-    "--ppo_epochs": "num_ppo_epochs",
-    "--clip_range (of ratios and values)": "cliprange cliprange_value value_clip",
-    "no option: FSDP2 always shards; --replicas for hybrid sharding, --offload for host memory":
-        "deepspeed fsdp fsdp_config zero_stage",
-    "no option: torchrun sets it": "local_rank",
-    "no option: torch.compile is not used": "compile torch_compile",
-    "no option: a cosine after --warmup": "lr_scheduler_type",
-    "no option: AdamW with β 0.9 and 0.95": "optim adam_beta1 adam_beta2 adam_epsilon",
-    "no option: gradients are scaled to a global norm of at most 1":
-        "max_grad_norm gradient_clipping grad_clip",
-    "no option: γ is 1": "gamma",
-    "no option: the loss has no entropy term": "entropy_coef",
-    "no option: β is fixed: --kl_coef": "target_kl kl_horizon adap_kl_ctrl",
-    "no option: every update is taken; --ppo_epochs, --lr and --clip_range bound how far they go": "kl_stop",
-    "no option: scores are not clipped; --normalize_scores scales them": "score_clip",
-    "no option: advantages are whitened, rewards are not": "whiten_rewards",
-    "no option: three answers every 10 iterations; --save_rollouts writes all": "show_every",
-    "no option: records of similar length share a forward pass": "group_by_length group_by_modality_length",
-    "no option: OUT/adapter is written where adapters alone are trained, on a --model": "save_adapter",
-    "no option: the mean reward of 2048 training records becomes 0": "center_rows",
-    "no option: weights are not quantised": "bits load_in_4bit load_in_8bit quantization_bit",
-    "no option: as in the checkpoint": "mm_vision_select_layer mm_use_im_start_end mm_use_im_patch_token",
-    "no option: a new projector is mlp2x_gelu": "projector mm_projector_type",
-    "no option: stage 2's --model is what stage 1 left": "pretrain_mm_mlp_adapter",
-    "no option: every step is logged": "logging_steps logging_strategy",
-    "no option: the last two checkpoints are kept": "save_total_limit",
-    "no option: adapters are on every linear layer of the LLaMA, without dropout":
-        "lora_dropout lora_target lora_target_modules target_modules"}
-
-
 def hint(word, names):
-    """What to say of an option that argparse does not know. names: the script's own options."""
+    """What to say of an option that argparse does not know. names: the script's own options.
+    option_names.json has names of transformers, TRL, PEFT, DeepSpeed and LLaVA, and earlier ones of ours."""
     name = word.partition("=")[0].lstrip("-").replace("-", "_")
-    ours = next((ours for ours, theirs in ELSEWHERE.items() if name in theirs.split()), f"--{name}")
+    table = data.read_json(ROOT, "option_names.json")
+    ours = next((ours for ours, others in table.items() if name in others.split()), f"--{name}")
     if ours.startswith("no option"):
         return ours
     option = re.match(r"-+(\w*)", ours)[1]
