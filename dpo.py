@@ -1,21 +1,26 @@
 r"""Direct preference optimisation (DPO): a vision-LLM learns from ranked answers without a reward model.
 
-    loss = mean over records of  − log σ(β h)  +  c · SFT loss of the chosen answers
+    loss = (mean over records of  − log σ(β h))  +  c · SFT loss
 
     h = (log π(y_w) − log π_ref(y_w)) − (log π(y_l) − log π_ref(y_l))        y_w chosen, y_l rejected
 
-DPO, arXiv:2305.18290, Eq. 7; for more than two ranked answers Eq. 20. The SFT loss is − log π per token of
-the chosen answers (--sft_coef is c; after arXiv:2404.19733, Eq. 1). The reference π_ref is the policy before
-its first step, or --ref_model. Departures from the paper:
+log π(y) is the sum over the answer's target tokens of log π(y_t | x, y_1 … y_{t−1}), in nats. DPO:
+arXiv:2305.18290, Eq. 7; for more than two ranked answers Eq. 20. The SFT loss is the mean of − log π(y_t)
+over all target tokens of the step's chosen answers, and c is --sft_coef (after arXiv:2404.19733, Eq. 1, which
+takes the mean of each answer). The reference π_ref is the policy before its first step, or --ref_model.
+Departures from the DPO paper:
 - The reference's log-probabilities are computed once, before training, and no second model stays in memory.
-- The optimiser is AdamW with a cosine schedule; the paper uses RMSprop.
-- The SFT loss is a mean over all chosen tokens of the step.
+- The optimiser is AdamW, with linear warm-up and a cosine schedule; the paper uses RMSprop.
+- Gradients are clipped to a global norm of 1.
+- The projector and the LLaMA are trained and the vision tower is frozen, unless --train says otherwise.
 
     python dpo.py                                       # on the shapes data set
     torchrun --nproc_per_node=8 dpo.py --model runs/sft-7b --data pairs.json --images images --sft_coef 1 \
         --out out
 
-Legend: N target tokens, A answers of a micro-batch, B records, K most answers per record.
+Legend: N target tokens, A answers of a micro-batch, L target tokens of the longest answer, B records, K most
+answers per record, M images, I features per image. A rank that has no records left in a step gets a
+micro-batch of padding, as all ranks take part in every pass: B = K = 0 there.
 """
 import argparse
 import hashlib
@@ -30,6 +35,7 @@ import fsdp
 from data import UserError
 from model import plackett_luce, ranking_accuracy
 
+# --train → prefix of parameter names; all other parameters are frozen
 PARTS = {"projector": "multi_modal_projector.", "llm": "language_model.", "vision": "vision_tower."}
 
 
@@ -40,31 +46,32 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # [B]
     if loss == "sigmoid" and not label_smoothing:
         return -F.logsigmoid(beta * h)  # DPO, Eq. 7, arXiv:2305.18290
-    if loss == "hinge":  # SLiC, Eq. 1, arXiv:2305.10425, with the margin of arXiv:2309.06657
+    if loss == "hinge":  # RSO's hinge-norm, arXiv:2309.06657: SLiC (Eq. 1, arXiv:2305.10425) of log-ratios
         return torch.relu(1 - beta * h)
     if loss == "ipo":  # IPO, Eq. 17, arXiv:2310.12036
         return (h - 1 / (2 * beta)).square()
-    label_correct, label_flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
-    expected = (1 - label_smoothing) * label_correct
-    if loss == "robust":  # unbiased if labels are flipped with this probability: Eq. 12, arXiv:2403.00409
-        return (expected - label_smoothing * label_flipped) / (1 - 2 * label_smoothing)
-    return expected + label_smoothing * label_flipped  # conservative DPO, ericmitchell.ai/cdpo.pdf
+    p, correct, flipped = label_smoothing, -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+    if loss == "robust":  # unbiased if labels are flipped with probability p: Eq. 12, arXiv:2403.00409
+        return ((1 - p) * correct - p * flipped) / (1 - 2 * p)
+    return (1 - p) * correct + p * flipped  # conservative DPO, ericmitchell.ai/cdpo.pdf
 
 
 def listwise_dpo_loss(policy_logps, ref_logps, answer_mask, beta):
-    """Loss of each record's ranking [B] (Plackett-Luce, Eq. 20, arXiv:2305.18290); for two answers it equals
-    dpo_loss. Log-probabilities [B, K], best answer first; answer_mask [B, K] is False for padding."""
+    """Loss of each record's ranking [B] (Plackett-Luce, Eq. 20, arXiv:2305.18290), from log-probabilities
+    [B, K], best answer first; answer_mask [B, K] is False for padding. For two answers it equals dpo_loss
+    with its default loss."""
     return plackett_luce(beta * (policy_logps - ref_logps), answer_mask)
 
 
 @torch.no_grad()
-def dpo_metrics(losses, rewards, policy_logps, logratio, answer_mask):
+def dpo_metrics(losses, rewards, policy_logps, logratio_per_token, answer_mask):
     """→ {name: sum over records}. losses [B]; the other arguments [B, K], best answer first.
 
-    rewards are beta · (log π − log π_ref), policy_logps log π in nats per answer, and logratio is
-    log π − log π_ref in nats per token. `chosen` is the best answer, `rejected` the mean of the others."""
+    rewards are beta · (log π − log π_ref) and policy_logps log π, in nats per answer; logratio_per_token is
+    log π − log π_ref in nats per token. `chosen` is the best answer, `rejected` the mean of the others;
+    accuracies is the share of correctly ordered pairs, where a tie counts 1/2."""
     def chosen(values):
-        return values[:, :1].sum(-1)  # [B]; a slice because K = 0 in a micro-batch of padding
+        return values[:, :1].sum(-1)  # [B]; a slice, as K may be 0
 
     def rejected(values):
         return (values * answer_mask)[:, 1:].sum(-1) / (answer_mask.sum(-1) - 1)  # [B]
@@ -77,8 +84,8 @@ def dpo_metrics(losses, rewards, policy_logps, logratio, answer_mask):
         "rewards/margins": chosen(rewards) - rejected(rewards),
         "logps/chosen": chosen(policy_logps),
         "logps/rejected": rejected(policy_logps),
-        "logratio/chosen": chosen(logratio),
-        "logratio/rejected": rejected(logratio),
+        "logratio/chosen": chosen(logratio_per_token),
+        "logratio/rejected": rejected(logratio_per_token),
     }
     return {name: values.sum() for name, values in metrics.items()}
 
@@ -92,11 +99,11 @@ def parse_args():
     add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
         help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
     add("--projector_lr", type=fsdp.non_negative,
-        help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
+        help="peak rate of the projector (default: --lr; a tenth of the adapters' default)")
     add("--beta", type=fsdp.positive, default=0.1,
-        help="strength of the penalty for leaving the reference, per nat")
+        help="β: implicit reward per nat of log-ratio to the reference (IPO's τ)")
     add("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid",
-        help="sigmoid: DPO; hinge: SLiC; robust: for labels that may be flipped (equations: dpo_loss)")
+        help="sigmoid: DPO; ipo: IPO; hinge: SLiC; robust: DPO for labels that may be flipped (see dpo_loss)")
     add("--label_smoothing", type=fsdp.fraction, default=0.0,
         help="fraction of labels assumed to be flipped, for --loss sigmoid or robust")
     add("--length_norm", action="store_true",
@@ -116,10 +123,11 @@ def parse_args():
     return args
 
 
-# ---- the reference: {split: [{"logps": [log-probability of each answer, in nats]} for each record]} ----
+# ---- the reference: {"training" or "held_out": one {"logps": [nats of each answer]} per record} ----
 
 def get_reference(model, splits, world, args):
-    """splits: {"training": Steps, "held_out": Steps}. A resumed run reads OUT/reference.json."""
+    """→ the reference's log-probabilities of every answer, in the form above. splits: {"training": Steps,
+    "held_out": Steps}. They are computed once and written to OUT/reference.json; a resumed run reads that."""
     path = os.path.join(args.out, "reference.json")
     if world.on_rank0(os.path.isfile, path):
         return world.on_rank0(read_reference, path, splits)
@@ -138,9 +146,9 @@ def reference_pass(model, steps, world, args):
         for indices, batch in zip(steps.groups(step), micro_batches):
             logps, _ = sequence_logprobs(model, batch.to(world.device))  # [A]
             counts = [len(steps.examples[i].answers) for i in indices]
-            results |= {i: {"logps": answers.tolist()} for i, answers in zip(indices, logps.split(counts))}
-    fsdp.reshard(model)
-    all_results = {i: record for results in world.gather(results) for i, record in results.items()}
+            results |= {i: {"logps": values.tolist()} for i, values in zip(indices, logps.split(counts))}
+    fsdp.reshard(model)  # as after every pass without gradients
+    all_results = {i: record for part in world.gather(results) for i, record in part.items()}
     return [all_results[i] for i in range(len(all_results))]
 
 
@@ -182,15 +190,15 @@ def sequence_logprobs(model, batch):
 
 
 def chosen_tokens(examples):
-    """Number of supervised tokens in the chosen answers."""
+    """Number of target tokens in the chosen answers."""
     return sum(int(example.token_masks[0].sum()) for example in examples)
 
 
-def forward(model, batch, reference, count, tokens, args):
+def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, args):
     """→ a micro-batch's term of the step's loss (a scalar), and its terms of the metrics {name: scalar}.
 
-    reference: one {"logps": [...]} per record. count: records of the step, and tokens: supervised tokens of
-    their chosen answers, both over all micro-batches and ranks."""
+    reference: one {"logps": [...]} per record of the micro-batch. Both counts are of the step, over all
+    micro-batches and ranks."""
     ref_logps = [logp for record in reference for logp in record["logps"]]
     ref_logps = torch.tensor(ref_logps, dtype=torch.float32, device=batch.ids.device)  # [A]
     policy_logps, length = sequence_logprobs(model, batch)  # [A] each
@@ -198,21 +206,21 @@ def forward(model, batch, reference, count, tokens, args):
         data.pad_by_sequence(values, batch.sequence, batch.answer_shape)  # [B, K] each
         for values in (policy_logps, ref_logps, length))
     length = length.clamp(min=1)
-    sft_loss = -policy_logps[:, :1].sum() / tokens  # a slice because K = 0 in a micro-batch of padding
+    sft_loss = -policy_logps[:, :1].sum() / chosen_token_count  # a slice, as K may be 0
 
     unit = length if args.length_norm else 1  # per token: length-normalised DPO of Tülu 3, arXiv:2411.15124
     policy, ref = policy_logps / unit, ref_logps / unit
     if policy.shape[1] == 2:
         losses = dpo_loss(policy[:, 0], policy[:, 1], ref[:, 0], ref[:, 1], args.beta, args.loss,
                           args.label_smoothing)  # [B]
-    else:  # some record has more than two answers; or K = 0, a micro-batch of padding
+    else:  # some record has more than two answers; or K = 0
         losses = listwise_dpo_loss(policy, ref, answer_mask, args.beta)  # [B]
-    loss = losses.sum() / count + args.sft_coef * sft_loss
+    loss = losses.sum() / record_count + args.sft_coef * sft_loss
 
     logratio = (policy_logps - ref_logps).detach()
     metrics = dpo_metrics(losses, args.beta * logratio, policy_logps, logratio / length, answer_mask)
     return loss, {"loss": loss.detach(), "loss/sft": sft_loss.detach(),
-                  **{name: total / count for name, total in metrics.items()}}
+                  **{name: total / record_count for name, total in metrics.items()}}
 
 
 def sum_metrics(micro_batches, world):
@@ -223,13 +231,14 @@ def sum_metrics(micro_batches, world):
 
 @torch.no_grad()
 def evaluate(model, steps, reference, world, args, stop):
-    """{"eval_" + name: mean over the held-out records}; {} if SIGTERM interrupts it."""
-    count, tokens, micro_metrics = len(steps.examples), chosen_tokens(steps.examples), []
+    """→ {"eval_" + name: the metric over all held-out records, as in training}; {} if SIGTERM interrupts
+    it."""
+    counts, micro_metrics = (len(steps.examples), chosen_tokens(steps.examples)), []
     batches = data.Loader(steps, 0, len(steps), args.workers)
     for step, micro_batches in enumerate(stop.until(batches, world)):
         for indices, batch in zip(steps.groups(step), micro_batches):
-            ref_logps = [reference[i] for i in indices]
-            _, metrics = forward(model, batch.to(world.device), ref_logps, count, tokens, args)
+            ref_records = [reference[i] for i in indices]
+            _, metrics = micro_batch_loss(model, batch.to(world.device), ref_records, *counts, args)
             micro_metrics.append(metrics)
     fsdp.reshard(model)
     if stop.asked(world):
@@ -261,7 +270,7 @@ def main():
     # model and optimiser
     model = fsdp.build(checkpoint, args, world, trainable=[PARTS[part] for part in args.train.split(",")])
     model.set_recompute(args.recompute)
-    groups = {}  # weight decay for matrices only; the projector may have its own learning rate
+    groups = {}  # of parameters: weight decay for matrices only; the projector may have its own learning rate
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own_rate = args.projector_lr is not None and name.startswith(PARTS["projector"])
@@ -274,6 +283,7 @@ def main():
     parameters = [parameter for params in groups.values() for parameter in params]
     ref_model = open_ref_model(processor, args, world) if args.ref_model else model
     fsdp.begin_run(args, world, checkpoint)
+    # before load_checkpoint: π_ref has the initial weights, also in a resumed run
     reference = get_reference(ref_model, {"training": steps, "held_out": eval_steps}, world, args)
     del ref_model  # no second model stays in memory
     done = fsdp.load_checkpoint(args, world, model, optimizer)
@@ -295,14 +305,15 @@ def main():
             group["lr"] = factor * group["peak"]
         micro_indices = steps.groups(step - 1)  # indices of the records, per micro-batch
         records = [examples[i] for indices in micro_indices for i in indices]
-        count, answer_tokens, tokens = world.sum(
+        record_count, chosen_token_count, tokens = world.sum(
             len(records), chosen_tokens(records),
-            sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
+            sum(int((batch.branch >= 0).sum()) for batch in micro_batches))  # all but padding, for tokens/s
         micro_metrics = []
         for indices, batch in zip(micro_indices, micro_batches):
-            ref_logps = [reference["training"][i] for i in indices]
-            loss, metrics = forward(model, batch.to(world.device), ref_logps, count, answer_tokens, args)
-            loss.backward()
+            ref_records = [reference["training"][i] for i in indices]
+            loss, metrics = micro_batch_loss(model, batch.to(world.device), ref_records, record_count,
+                                             chosen_token_count, args)
+            loss.backward()  # FSDP sums gradients over ranks: this is the micro-batch's share of the mean
             micro_metrics.append(metrics)
         metrics = sum_metrics(micro_metrics, world)
         grad_norm = fsdp.clip_gradients(parameters)
@@ -320,7 +331,7 @@ def main():
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:
             fsdp.save_checkpoint(args, world, step, model, optimizer)
-        log.seconds()
+        log.seconds()  # what evaluating and saving took is not part of the next step
         if stopped:
             log.say(f"stopped by SIGTERM after step {step}; --resume continues from there")
             return fsdp.STOPPED

@@ -722,11 +722,11 @@ class Cache:
         return [stored[:, :, :self.visible] for stored in self.store[layer]]
 
 
-def keyed_uniforms(seed, iteration, prompts, num_samples, num_steps):
+def keyed_uniforms(seed, minibatch, prompts, num_samples, num_steps):
     """Uniforms in [0, 1) [B, num_samples, num_steps] (fp64), for B integers that identify the prompts. Each
-    depends only on (seed, iteration, prompt, sample, step), not on the batch, the rank or earlier draws."""
+    depends only on (seed, minibatch, prompt, sample, step), not on the batch, the rank or earlier draws."""
     return torch.from_numpy(np.stack([
-        [np.random.default_rng([seed, iteration, prompt, k]).random(num_steps) for k in range(num_samples)]
+        [np.random.default_rng([seed, minibatch, prompt, k]).random(num_steps) for k in range(num_samples)]
         for prompt in prompts]))
 
 

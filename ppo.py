@@ -1,32 +1,36 @@
-r"""Proximal policy optimisation of a vision-LLM against a learned reward model.
+r"""Proximal policy optimisation (PPO) of a vision-LLM against a reward model or a function FILE.py:FUNCTION.
 
-Four models: the policy π, the reference π_ref (the policy before training, frozen), the reward model (frozen)
-and the critic V. Policy and reference start from --model, the critic from --reward_model. Each iteration
-samples answers y to --rollout_batch prompts x, then takes --ppo_epochs passes over them. A pass takes one
-optimizer step per minibatch of --batch_size prompts; a minibatch is one or more micro-batches, one forward
-pass each.
+Four models: the policy π, the reference π_ref (the policy before training, frozen), the scorer (the reward
+model, frozen, or a function) and the critic V. Policy and reference start from --model, the critic from
+--reward_model, or with --critic policy from --model, with V = 0. Each iteration samples answers y to
+--rollout_batch prompts x, then takes --ppo_epochs passes over them. A pass takes one optimiser step per
+minibatch of --batch_size prompts; a minibatch is one or more micro-batches, one forward pass each.
 
     reward      r_t = − β (log π(y_t) − log π_ref(y_t)) + [t is the last token] · score(x, y)
     advantage   A_t = Σ_l (γ λ)^l δ_{t+l},   δ_t = r_t + γ V_{t+1} − V_t,   return R_t = A_t + V_t
     policy      mean over tokens of max(− A_t ρ_t, − A_t clip(ρ_t, 1 ± ε)),   ρ_t = π(y_t) / π_old(y_t)
     critic      mean over tokens of ½ max((V_t − R_t)², (clip(V_t, V_old,t ± ε) − R_t)²)
 
-V_t is read one position before token t: it is the value of the prompt and y_1 … y_{t−1}. After an answer's
-last token the value is 0, also where --max_new_tokens cut the answer.
+V_t is read at the position that predicts token t: it is the value of the prompt and y_1 … y_{t−1}. After an
+answer's last token the value is 0, even if --max_new_tokens cut the answer.
 
 PPO: arXiv:1707.06347, Eq. 7. GAE: arXiv:1506.02438, Eq. 16. The reward: arXiv:1909.08593, Eq. 2. The critic
-starts from the reward model as in arXiv:2009.01325. The defaults (γ = 1, λ = 0.95, ε = 0.2, β = 0.05, four
-epochs, Adam's ε = 1e-5, advantages whitened after R_t is computed, a fixed score for answers without an end
-token) are those of arXiv:2403.17031; --normalize_scores is its score normalisation. The clipped value loss is
-OpenAI Baselines'. --ptx_data follows InstructGPT, arXiv:2203.02155, Eq. 2.
+starts from the reward model as in arXiv:2009.01325. These defaults are those of arXiv:2403.17031: γ = 1,
+λ = 0.95, clip range ε = 0.2, β = 0.05, four epochs, Adam's epsilon of 1e-5, advantages whitened after R_t is
+computed, a score of −1 for answers without their end token. --normalize_scores is the score normalisation of
+arXiv:1909.08593, fitted to the complete answers of iteration 1. The clipped value loss is that of ppo2 in
+OpenAI Baselines. --ptx_data follows InstructGPT, arXiv:2203.02155, Eq. 2.
 
 Departures:
-- The critic has its own optimizer and learning rate.
-- A loss is a mean over all tokens of a minibatch, and whitening is over all tokens of an iteration, on all
-  ranks.
-- Tokens are sampled by inverse CDF from uniforms keyed by (seed, minibatch, prompt, sample, step).
+- The critic has its own optimiser and learning rate, and its gradients are clipped apart from the policy's.
+- Both losses are means over all tokens of a minibatch on all ranks. Whitening is over all tokens of an
+  iteration on all ranks. Rewards are not whitened.
+- The prompts of a minibatch stay the same in all epochs of an iteration; the order of minibatches changes.
+- The uniform number behind each sampled token depends only on (seed, minibatch, prompt, sample, token index),
+  so samples do not depend on the number of ranks or on batching.
 - The samples of a prompt share one packed sequence.
-- The learning rate follows a cosine over iterations, not a line; the policy's starts after --critic_warmup.
+- The learning rates follow a cosine over iterations, not a linear decay. The policy's schedule starts after
+  --critic_warmup iterations.
 - Prompts that do not fill a minibatch at the end of a data epoch are left out of that epoch.
 - The vision tower is frozen. --ptx_data holds SFT records, not pre-training text.
 - Ratios and KL use the full softmax, but padding and image ids are never sampled.
@@ -37,7 +41,7 @@ Departures:
 
 Legend: B prompts, K samples per prompt, A = B · K answers, L tokens of the longest answer, N tokens of all
 answers, T positions of a packed sequence (a prompt and its K answers), M images, I features per image,
-D width.
+D width of the vision tower, S edge of an image in pixels.
 """
 import argparse
 import dataclasses
@@ -92,13 +96,14 @@ def policy_loss(logprob, old_logprob, advantages, token_mask, clip):
 
 
 def value_loss(values, old_values, returns, token_mask, clip):
-    """Sum over tokens of ½ max((V − R)², (clip(V, V_old ± ε) − R)²) (OpenAI Baselines' ppo2)."""
+    """Sum over tokens of ½ max((V − R)², (clip(V, V_old ± ε) − R)²) (ppo2 in OpenAI Baselines)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return (0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * token_mask).sum()
 
 
 def masked_mean_std(tensors, masks, world):
-    """Mean and sample standard deviation (n − 1) over the unmasked elements of all tensors on all ranks."""
+    """Mean and sample standard deviation (n − 1) of the elements whose mask is True, over all tensors and
+    ranks."""
     values = torch.cat([tensor[mask].double() for tensor, mask in zip(tensors, masks)])
     n, total, squares = world.sum(len(values), values.sum(), values.square().sum())
     mean = total / n
@@ -195,13 +200,13 @@ def generate_rollouts(policy, steps, first, count, batches, processor, args, wor
         if sharded:  # all ranks decode in step
             return not stop.asked(world) and world.any(running)
         return not stop.heard and running.any()
-    prompts = ((batch, [steps.examples[i] for i in indices], HELD_OUT if held_out else step + 1)
-               for step in range(first, first + count)
-               for batch, indices in zip(next(batches), steps.groups(step)))
+    prompt_batches = ((batch, [steps.examples[i] for i in indices], HELD_OUT if held_out else step + 1)
+                      for step in range(first, first + count)
+                      for batch, indices in zip(next(batches), steps.groups(step)))
     # Decoding reads all weights once per token, for however many prompts: micro-batches are decoded together.
     at_once = args.decode_batch or -(-args.rollout_batch // world.size)
     rollouts, together = [], max(1, at_once // args.micro_batch)
-    while group := list(itertools.islice(prompts, together)):
+    while group := list(itertools.islice(prompt_batches, together)):
         rollouts += sample_answers(model, group, processor, args, world, any_running)
         if stop.asked(world) if sharded else stop.heard:
             break
@@ -212,15 +217,16 @@ def generate_rollouts(policy, steps, first, count, batches, processor, args, wor
 def sample_answers(model, group, processor, args, world, any_running=torch.any):
     """Samples K answers per prompt. group: per micro-batch its Batch of prompts, their examples and its
     minibatch's number → Rollouts, one per micro-batch. The draws do not depend on the grouping."""
-    K, L = args.samples_per_prompt, args.max_new_tokens
+    K, max_new_tokens = args.samples_per_prompt, args.max_new_tokens
     batches = [batch.to(world.device) for batch, *_ in group]
     features = [model.vision_tower(batch.pixels) for batch in batches]
     uniforms = torch.cat([  # a micro-batch of padding has one sequence, which gets no answer
-        keyed_uniforms(args.seed, number, [example.index for example in examples] or [0], K, L)
+        keyed_uniforms(args.seed, number, [example.index for example in examples] or [0], K, max_new_tokens)
         for _, examples, number in group])
     all_answers, _ = generate(
-        model, data.join_prompts(batches), torch.cat(features), L, processor.stop, processor.banned, uniforms,
-        K, args.temperature, any_running=any_running, cuda_graph=args.rollout == "gathered")
+        model, data.join_prompts(batches), torch.cat(features), max_new_tokens, processor.stop,
+        processor.banned, uniforms, K, args.temperature, any_running=any_running,
+        cuda_graph=args.rollout == "gathered")
     rollouts, answers = [], iter(all_answers)
     for (batch, examples, _), image_features in zip(group, features):
         samples = [[np.array(ids, dtype=np.int32) for ids in next(answers)] for _ in batch.ids]
@@ -255,10 +261,10 @@ def rescale_head(head, mean, std):
     head.bias.copy_((head.bias - mean) / std)
 
 
-def postprocess_scores(scores, rollouts, score_moments, args):
-    """→ scores [A] per rollout, normalised (--normalize_scores); an answer without its end token gets
-    --missing_eos_score instead."""
-    mean, std = score_moments.tolist()
+def postprocess_scores(scores, rollouts, score_mean_std, args):
+    """→ scores [A] per rollout: (score − mean) / std, with mean 0 and std 1 unless --normalize_scores; an
+    answer without its end token gets --missing_eos_score instead."""
+    mean, std = score_mean_std.tolist()
     return [torch.where(rollout.ended, (score - mean) / std, args.missing_eos_score)
             for rollout, score in zip(rollouts, scores)]
 
@@ -270,7 +276,7 @@ def logprobs_and_values(rollout, policy, reference, critic, args):
     batch, features = rollout.batch, rollout.features
     logprob = policy(batch, features, args.temperature)  # [N]
     logprob, token_mask = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
-    policy.set_adapters(False)
+    policy.set_adapters(False)  # without a reference, this is it
     ref_logprob = (reference or policy)(batch, features, args.temperature)
     ref_logprob, _ = data.pad_by_sequence(ref_logprob, batch.answer, batch.token_shape)
     policy.set_adapters(True)
@@ -295,11 +301,13 @@ def compute_advantages(old_outputs, scores, args, world):
             for (advantages, returns), mask in zip(estimates, masks)]
 
 
-def policy_gradients(rollout, old, targets, policy, count, args):
-    """Backward pass of a micro-batch's policy loss / count → metrics, which are logged as means per token.
+def policy_backward(rollout, old, targets, policy, count, args):
+    """Backward pass of a micro-batch's policy loss / count; count: the minibatch's tokens on all ranks.
+    → metrics: tensors whose sums, divided by count, are means per token.
 
     policy/entropy is exact (nats, full softmax). policy/approxkl is ½ (log ρ)² at the sampled token, an
-    estimate in nats of KL(π_old, π). policy/clipfrac is the share of ratios outside 1 ± ε, clipped or not."""
+    estimate in nats of KL(π_old, π). policy/clipfrac is the share of ratios outside 1 ± ε, even where the
+    loss takes the other term."""
     batch = rollout.batch
     logprob, entropy = policy(batch, rollout.features, args.temperature, entropy=True)  # [N] each
     logprob, mask = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
@@ -311,9 +319,9 @@ def policy_gradients(rollout, old, targets, policy, count, args):
             "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/entropy": entropy}
 
 
-def critic_gradients(rollout, old, targets, critic, count, args):
-    """Backward pass of a micro-batch's value loss / count → metrics, which are logged as means per token.
-    val/clipfrac is the share of values outside V_old ± ε, clipped or not."""
+def critic_backward(rollout, old, targets, critic, count, args):
+    """Backward pass of a micro-batch's value loss / count → metrics, as in policy_backward. val/clipfrac is
+    the share of values outside V_old ± ε, even where the loss takes the other term."""
     values = critic.scores(rollout.batch, old.critic_features, rollout.batch.logit_position)  # [N]
     values, mask = data.pad_by_sequence(values, rollout.batch.answer, rollout.batch.token_shape)  # [A, L]
     loss = value_loss(values, old.values, targets.returns, mask, args.clip_range)
@@ -322,20 +330,20 @@ def critic_gradients(rollout, old, targets, critic, count, args):
     return {"loss/value": loss, "val/clipfrac": change > args.clip_range}
 
 
-def minibatch_gradients(minibatch, policy, critic, args, world):
-    """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Targets). policy None: only the
-    critic's. → metrics, means over the minibatch's tokens on all ranks, and the number of these tokens"""
+def minibatch_backward(minibatch, policy, critic, args, world):
+    """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Targets). policy None: only the critic
+    is trained. → metrics, means over the minibatch's tokens on all ranks, and the number of these tokens"""
     count, = world.sum(sum(len(rollout.batch.target) for rollout, *_ in minibatch))
     sums = {}
     for micro_batch in minibatch:
-        metrics = policy_gradients(*micro_batch, policy, count, args) if policy else {}
-        metrics |= critic_gradients(*micro_batch, critic, count, args)
+        metrics = policy_backward(*micro_batch, policy, count, args) if policy else {}
+        metrics |= critic_backward(*micro_batch, critic, count, args)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value.detach().sum() / count
     return dict(zip(sums, world.sum(*sums.values()))), count
 
 
-def ptx_gradients(micro_batches, policy, args, world):
+def ptx_backward(micro_batches, policy, args, world):
     """Backward passes of sft.py's loss on one step's records of --ptx_data, times --ptx_coef (Eq. 2,
     arXiv:2203.02155) → the loss, nats per token"""
     count, = world.sum(sum(len(batch.target) for batch in micro_batches))
@@ -349,12 +357,12 @@ def ptx_gradients(micro_batches, policy, args, world):
 
 
 def ppo_step(minibatch, ptx_batches, models, optimizers, iteration, args, world):
-    """One step of each optimizer → metrics per token, the number of tokens, metrics per step."""
+    """One step of each optimiser → metrics per token, the number of tokens, metrics per step."""
     policy = models["policy"] if "policy" in optimizers else None  # None: critic warm-up
-    metrics, count = minibatch_gradients(minibatch, policy, models["critic"], args, world)
+    metrics, count = minibatch_backward(minibatch, policy, models["critic"], args, world)
     per_step = {}
     if ptx_batches:
-        per_step["loss/ptx"] = ptx_gradients(ptx_batches, policy, args, world)
+        per_step["loss/ptx"] = ptx_backward(ptx_batches, policy, args, world)
     for name, optimizer in optimizers.items():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         per_step[f"grad_norm/{name}"] = fsdp.clip_gradients(parameters)
@@ -367,19 +375,19 @@ def ppo_step(minibatch, ptx_batches, models, optimizers, iteration, args, world)
 
 # ---- what is logged ----
 
-def update_metrics(steps):
+def update_metrics(results):
     """Results of ppo_step → means over the iteration's steps, and first/* of its first step alone. In the
     first step π is still π_old: a ratio other than 1 or an approxkl other than 0 reveals a bug."""
-    metrics, tokens, per_step = zip(*steps)
+    metrics, tokens, per_step = zip(*results)
     means = {name: np.average([step[name] for step in metrics], weights=tokens) for name in metrics[0]}
     means |= {f"first/{name}": value for name, value in metrics[0].items()}
     return means | {name: np.mean([step[name] for step in per_step]) for name in per_step[0]}
 
 
 def rollout_metrics(rollouts, scores, old_outputs, beta, world):
-    """→ means per answer. objective/kl, that of π_old to π_ref, and objective/entropy are estimates from the
-    sampled tokens, in nats; the scores are those of postprocess_scores; non_score_reward is − β kl.
-    answer/length is in tokens; answer/no_eos is the share of answers that --max_new_tokens cut."""
+    """→ means per answer. objective/kl (from π_old to π_ref) and objective/entropy are one-sample estimates
+    in nats per answer; scores are those of postprocess_scores; non_score_reward is − β kl. answer/length is
+    in tokens; answer/no_eos is the share of answers that --max_new_tokens cut."""
     sums = torch.zeros(6, device=world.device)
     for rollout, score, old in zip(rollouts, scores, old_outputs):
         sums += torch.stack([values.sum() for values in (
@@ -418,12 +426,13 @@ def save_rollouts(records, iteration, args, world):
     world.on_rank0(fsdp.write_text, os.path.join(args.out, "rollouts", f"{iteration}.jsonl"), text)
 
 
-def evaluate_rollouts(policy, reference, scorer, prompts, steps, processor, score_moments, args, world,
+def evaluate_rollouts(policy, reference, scorer, prompts, steps, processor, score_mean_std, args, world,
                       stop):
     """Samples and scores answers to the held-out prompts → rollout_metrics as eval_…; {} once SIGTERM stops
     it."""
     batches = iter(data.Loader(steps, 0, len(steps), args.workers))
-    rollouts = generate_rollouts(policy, steps, 0, len(steps), batches, processor, args, world, stop, True)
+    rollouts = generate_rollouts(policy, steps, 0, len(steps), batches, processor, args, world, stop,
+                                 held_out=True)
     scores, old_outputs = [], []
     for rollout in stop.until(rollouts, world):
         scores.append(scorer.score(rollout, prompts))
@@ -431,7 +440,7 @@ def evaluate_rollouts(policy, reference, scorer, prompts, steps, processor, scor
     fsdp.reshard(*[model for model in (policy, reference, getattr(scorer, "model", None)) if model])
     if stop.asked(world):
         return {}
-    scores = postprocess_scores(scores, rollouts, score_moments, args)
+    scores = postprocess_scores(scores, rollouts, score_mean_std, args)
     metrics = rollout_metrics(rollouts, scores, old_outputs, args.kl_coef, world)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
@@ -443,23 +452,28 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     fsdp.arguments(parser)
     parser.set_defaults(lr=1e-6, save_every=10, eval_every=10)
-    add = parser.add_argument_group("PPO (steps of the options above are iterations)").add_argument
+    add = parser.add_argument_group("PPO (--max_steps, --warmup, --save_every and --eval_every count "
+                                    "iterations; --batch_size: prompts per minibatch)").add_argument
     add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
         help="projector, llm or both (default: projector,llm; with --lora_rank llm)")
     add("--reward_model", help="output folder of rm.py, or FILE.py:FUNCTION of (record, texts) → scores")
-    add("--critic", choices=["reward", "policy"], default="reward", help="critic's start (policy: V = 0)")
+    add("--critic", choices=["reward", "policy"], default="reward",
+        help="weights that the critic starts from (policy: with a scalar head of zeros, so V = 0)")
     add("--rollout_batch", type=fsdp.positive_int, default=512, help="prompts per iteration, over all ranks")
     add("--samples_per_prompt", type=fsdp.positive_int, default=1, help="answers sampled per prompt")
     add("--max_new_tokens", type=fsdp.positive_int, default=256,
-        help="tokens per answer, at most; --max_len excludes them")
-    add("--temperature", type=fsdp.positive, default=1.0, help="of sampling and of all log-probabilities")
+        help="most tokens per answer; --max_len limits the prompt alone")
+    add("--temperature", type=fsdp.positive, default=1.0,
+        help="of sampling and of all log-probabilities but those of --ptx_data")
     add("--decode_batch", type=fsdp.non_negative_int, default=0,
-        help="prompts that a rank decodes at once, in full micro-batches: more are faster and take memory "
-        "(0: all of an iteration)")
-    add("--rollout", choices=["gathered", "sharded"], default="gathered", help="weights while "
-        "decoding (sharded: less memory, slower)")
-    add("--missing_eos_score", type=fsdp.finite, default=-1.0, help="score of a cut answer (not normalised)")
-    add("--normalize_scores", action="store_true", help="give iteration 1's scores mean 0, deviation 1")
+        help="prompts that a rank decodes together, in full micro-batches (0: all of an iteration); more is "
+        "faster and takes more memory")
+    add("--rollout", choices=["gathered", "sharded"], default="gathered",
+        help="full weights on every rank while decoding, or sharded ones: less memory, slower")
+    add("--missing_eos_score", type=fsdp.finite, default=-1.0,
+        help="score of an answer without its end token, in place of the scorer's; never normalised")
+    add("--normalize_scores", action="store_true",
+        help="shift and scale scores so that iteration 1's complete answers have mean 0, deviation 1")
     add("--kl_coef", type=fsdp.non_negative, default=0.05, help="β: reward lost per nat of KL")
     add("--lam", type=fsdp.fraction, default=0.95, help="λ of GAE")
     add("--ppo_epochs", type=fsdp.positive_int, default=4, help="passes over an iteration's answers")
@@ -469,7 +483,7 @@ def parse_args():
     add("--critic_lr", type=fsdp.non_negative,
         help="the critic's peak rate, often 5 to 10 times --lr (default: --lr)")
     add("--critic_warmup", type=fsdp.non_negative_int, default=0,
-        help="first iterations, in which only the critic is trained")
+        help="number of first iterations that train the critic alone")
     add("--save_rollouts", action="store_true", help="write sampled answers to OUT/rollouts/ITERATION.jsonl")
     args = fsdp.parse(parser, data_file="prompts.json", shapes=dict(
         eval_data=[os.path.join(fsdp.SHAPES_DIR, "test.json")], batch_size=128, micro_batch=128,
@@ -504,7 +518,7 @@ def read_prompts(paths, processor, scorer_processor, args, world):
     """Data files → Prompts. scorer_processor None: a reward function scores, which reads the records."""
     if not paths:
         return Prompts([], [], {})
-    records, conversations = fsdp.read_conversations(paths, args, world, 0)
+    records, conversations = fsdp.read_conversations(paths, args, world, need_answers=0)
     examples, _ = data.build_examples(conversations, processor, "prompt")
     scorer_examples = {}
     if scorer_processor:
@@ -518,8 +532,9 @@ def read_prompts(paths, processor, scorer_processor, args, world):
 
 
 def build_models(checkpoint, reward_checkpoint, args, world):
-    """→ policy, reference (None with LoRA alone: it is the policy without its adapters), RewardModel (None: a
-    function scores), critic. Models whose frozen vision towers are equal share one."""
+    """→ policy, reference, scorer, critic. reference is None if adapters alone are trained: π_ref is then
+    the policy without them. scorer is a RewardModel, or None if a function scores. Models with equal frozen
+    vision towers share one."""
     train = args.train.split(",")
     trainable = [PARTS[part] for part in train]
     policy = fsdp.build(checkpoint, args, world, trainable)
@@ -557,8 +572,8 @@ def adam(model, lr, args):
 
 
 def learning_rates(iteration, total, args):
-    """{"policy", "critic"} → learning rate; iteration counts from 1, the policy's schedule after
-    --critic_warmup."""
+    """→ {"policy": rate, "critic": rate}. iteration counts from 1. The policy's schedule starts after
+    --critic_warmup iterations."""
     warmup = args.critic_warmup
     policy = fsdp.schedule(max(0, iteration - 1 - warmup), max(1, total - warmup), args.warmup)
     return {"policy": args.lr * policy,
@@ -598,17 +613,17 @@ def main():
     policy, reference, scorer, critic = build_models(checkpoint, reward_checkpoint, args, world)
     scorer = scorer or RewardFunction(function, processor)
     models = [model for model in (policy, reference, critic, getattr(scorer, "model", None)) if model]
-    # One optimizer each: the value loss has another scale and usually takes a higher rate.
+    # One optimiser each: the value loss has another scale and usually takes a higher rate.
     optimizers = {"policy": adam(policy, args.lr, args), "critic": adam(critic, args.critic_lr, args)}
     # What a checkpoint holds. The scores' mean and standard deviation (--normalize_scores) are those of
     # iteration 1, so they are a buffer, which a resumed run loads.
-    training = nn.ModuleDict({"policy": policy, "critic": critic})
-    training.register_buffer("score_moments", torch.tensor([0.0, 1.0], dtype=torch.float64))
+    trained_models = nn.ModuleDict({"policy": policy, "critic": critic})
+    trained_models.register_buffer("score_mean_std", torch.tensor([0.0, 1.0], dtype=torch.float64))
     if function:  # it may read any field of a record
         for path in (args.reward_model.rpartition(":")[0], *args.data, *(args.eval_data or [])):
             world.depends_on(f"the file {path}", world.on_rank0(fsdp.file_digest, path))
     fsdp.begin_run(args, world, checkpoint, *([reward_checkpoint] if reward_checkpoint else []))
-    done = fsdp.load_checkpoint(args, world, training, *optimizers.values())
+    done = fsdp.load_checkpoint(args, world, trained_models, *optimizers.values())
     log = fsdp.Log(args, world, total, done, shown=("objective/scores", "objective/kl", "policy/clipfrac",
                                                     "val/explained_variance", "answer/length"))
     stop = fsdp.Stop()
@@ -616,25 +631,26 @@ def main():
     log.say(fsdp.memory_line(args, *models))
 
     def save(iteration):
-        fsdp.save_checkpoint(args, world, iteration, training, *optimizers.values())
+        fsdp.save_checkpoint(args, world, iteration, trained_models, *optimizers.values())
 
     def evaluate():
         return evaluate_rollouts(policy, reference, scorer, eval_prompts, eval_steps, processor,
-                                 training.score_moments, args, world, stop)
+                                 trained_models.score_mean_std, args, world, stop)
 
-    def abandon(iteration):  # the weights are still those after the iteration before
+    def abandon(iteration):  # no update of this iteration was made: the weights are those of the last one
         fsdp.reshard(*models)
         if iteration > 1 and iteration - 1 not in world.on_rank0(fsdp.checkpoint_steps, args.out):
             save(iteration - 1)
         log.say(f"stopped by SIGTERM in iteration {iteration}; --resume starts it again")
         return fsdp.STOPPED
 
-    if eval_prompts.examples and log.owes_evaluation():  # SIGTERM cut short that of the last iteration
+    if eval_prompts.examples and log.owes_evaluation():  # SIGTERM interrupted that of the last iteration
         log.add_evaluation(evaluate())
         if stop.asked(world):
             return fsdp.STOPPED
 
-    # loop
+    # loop. A step of data.Steps is a minibatch of prompts here; each gets --ppo_epochs optimiser steps. A
+    # phase ends early when a rank gets SIGTERM: the iteration is abandoned, and --resume repeats it.
     batches = iter(data.Loader(steps, done * minibatches, total * minibatches, args.workers))
     for iteration in range(done + 1, total + 1):
         rates, seconds = learning_rates(iteration, total, args), {}
@@ -655,10 +671,10 @@ def main():
             return abandon(iteration)
         if args.normalize_scores and iteration == 1:
             mean, std = fit_score_scale(scores, rollouts, world)
-            training.score_moments.copy_(torch.tensor([mean, std], dtype=torch.float64))
+            trained_models.score_mean_std.copy_(torch.tensor([mean, std], dtype=torch.float64))
             if args.critic == "reward":
                 rescale_head(critic.score, mean, std)
-        scores = postprocess_scores(scores, rollouts, training.score_moments, args)
+        scores = postprocess_scores(scores, rollouts, trained_models.score_mean_std, args)
         fsdp.check_finite(args, iteration, scores=world.sum(sum(score.sum() for score in scores))[0])
         seconds["score"] = log.seconds()
 
@@ -681,18 +697,18 @@ def main():
         if ptx_examples and train_policy:
             start = (iteration - 1 - args.critic_warmup) * len(order)
             ptx_batches = data.Loader(ptx_steps, start, start + len(order), args.workers)
-        trained = optimizers if train_policy else {"critic": optimizers["critic"]}
+        active = optimizers if train_policy else {"critic": optimizers["critic"]}
         micro_batches = list(zip(rollouts, old_outputs, targets))
-        n = len(micro_batches) // minibatches  # the same in every minibatch and on every rank
-        results = [ppo_step(micro_batches[m * n:(m + 1) * n], ptx_batch, training, trained, iteration, args,
-                            world) for m, ptx_batch in zip(order, ptx_batches)]
+        n = len(micro_batches) // minibatches  # micro-batches per minibatch, the same on every rank
+        results = [ppo_step(micro_batches[m * n:(m + 1) * n], ptx_batch, trained_models, active, iteration,
+                            args, world) for m, ptx_batch in zip(order, ptx_batches)]
         seconds["update"] = log.seconds()
 
         # log, evaluate, save
         line = rollout_metrics(rollouts, scores, old_outputs, args.kl_coef, world) | update_metrics(results)
         line["val/explained_variance"] = explained_variance(old_outputs, targets, world)
         line |= {f"seconds/{name}": value for name, value in seconds.items()}
-        line |= {"lr": rates["policy"], "critic_lr": rates["critic"]}
+        line |= {"lr": rates["policy"] if train_policy else 0.0, "critic_lr": rates["critic"]}
         tokens, = world.sum(sum(int((rollout.batch.branch >= 0).sum()) for rollout in rollouts))
         records = rollout_records(rollouts, scores, old_outputs, processor, args.kl_coef)
         if iteration % SHOW_EVERY == 0:

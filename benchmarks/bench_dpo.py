@@ -25,7 +25,7 @@ def ours(setup):
         fsdp.reshard(model)
         if not reference:
             reference.extend({"logps": record} for record in logps.view(count, -1).tolist())
-        loss, _ = dpo.forward(model, batch, reference, count, tokens, setup.options)
+        loss, _ = dpo.micro_batch_loss(model, batch, reference, count, tokens, setup.options)
         loss.backward()
         update()
         return [loss.item()]

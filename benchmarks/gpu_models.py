@@ -208,7 +208,7 @@ class Training:
         if not self.reference:
             return sft_loss(self.model, self.batch, len(self.batch.target))
         B = len(self.examples)
-        return dpo.forward(self.model, self.batch, self.reference, B, B * self.n, self.settings)[0]
+        return dpo.micro_batch_loss(self.model, self.batch, self.reference, B, B * self.n, self.settings)[0]
 
     def measure(self, step, losses, rounds=5):
         """→ what a step costs, and its first losses"""

@@ -135,7 +135,7 @@ def test_a_micro_batch_by_hand(name, records, processor, place):
     vars(args).update(options)
     batch, token_logps = batch_of_pairs(processor, records)
     reference = [{"logps": logps} for logps in REFERENCE[records].tolist()]
-    loss, metrics = dpo.forward(Recorded(token_logps), batch, reference, 2, 10, args)
+    loss, metrics = dpo.micro_batch_loss(Recorded(token_logps), batch, reference, 2, 10, args)
     assert float(loss) == metrics.pop("loss")
     assert float(loss) == pytest.approx(float(metrics["loss/dpo"] + 0.5 * metrics["loss/sft"]))
     values = {
@@ -294,7 +294,7 @@ def test_a_shared_prompt_equals_separate_sequences(records, place, world):
     model.set_recompute(True)
     args = tiny.arguments("dpo", *files(place), "--beta", 0.05, "--sft_coef", 0.5)
     ref_logps = [{"logps": logps} for logps in reference]
-    loss, _ = dpo.forward(model, batch, ref_logps, len(examples), tokens, args)
+    loss, _ = dpo.micro_batch_loss(model, batch, ref_logps, len(examples), tokens, args)
     loss.backward()
     shared = gathered_gradients(model)
     assert seen == [max(1, len({path for example in examples for path in example.images}))]
@@ -480,7 +480,7 @@ def measure(folder):
     assert len(batch.target) == 800
 
     def step():
-        loss, _ = dpo.forward(model, batch, [{"logps": [0.0, 0.0]}] * 4, 1, 400, args)
+        loss, _ = dpo.micro_batch_loss(model, batch, [{"logps": [0.0, 0.0]}] * 4, 1, 400, args)
         loss.backward()
         return loss
     peak, loss = peak_of(step)

@@ -812,7 +812,7 @@ def test_no_step_reads_from_the_device():
     args = SimpleNamespace(beta=0.1, loss="sigmoid", label_smoothing=0.1, length_norm=False, sft_coef=1.0,
                            temperature=1.0, clip_range=0.2)
     pairs = on_meta(make_batch([MANY[0], (ONE[0], [[9, 2], [8, 7, 2]])], [0, 1]))
-    loss, _ = dpo.forward(model, pairs, [{"logps": [-1.0, -2.0]}] * 2, 2, 9, args)
+    loss, _ = dpo.micro_batch_loss(model, pairs, [{"logps": [-1.0, -2.0]}] * 2, 2, 9, args)
     loss.backward()
     mixed = on_meta(make_batch([ONE, TEXT, TWO], [0, 1, 2]))
     features = model.vision_tower(mixed.pixels)
@@ -823,7 +823,7 @@ def test_no_step_reads_from_the_device():
     advantages, returns = ppo.gae(rewards, value, mask, 1.0, 0.95)
     rollout = ppo.Rollout([], mixed, None, features.detach(), None)
     old = ppo.OldOutputs(mask, value, value, value, features.detach())
-    ppo.policy_gradients(rollout, old, ppo.Targets(advantages, returns), model, 9, args)
+    ppo.policy_backward(rollout, old, ppo.Targets(advantages, returns), model, 9, args)
     prompts = on_meta(all_prompts())
     uniforms = torch.empty(len(PROMPTS), 2, 4, dtype=torch.float64, device="meta")
     for sampling in ((1.0, 0, 1.0), (0.7, 5, 0.9), (0, 0, 1.0)):

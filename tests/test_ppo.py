@@ -237,7 +237,7 @@ def step_of(logprob, world):
                    ppo.Targets(zeros, zeros))
     critic = SimpleNamespace(scores=lambda *_: torch.zeros(len(now), requires_grad=True))
     policy = lambda *_, entropy: (now, now)  # noqa: E731
-    return ppo.minibatch_gradients([micro_batch], policy, critic, arguments(), world)[0]
+    return ppo.minibatch_backward([micro_batch], policy, critic, arguments(), world)[0]
 
 
 def test_rollout_metrics_by_hand(world):
@@ -348,7 +348,7 @@ def disturbed(bench, scores, old):
 def gradients(bench, minibatch):
     """→ the gradients of policy and critic, and the metrics"""
     b = bench
-    metrics, count = ppo.minibatch_gradients(minibatch, b.policy, b.critic, b.args, b.world)
+    metrics, count = ppo.minibatch_backward(minibatch, b.policy, b.critic, b.args, b.world)
     assert count == sum(int(old.token_mask.sum()) for _, old, _ in minibatch)
     return taken(b), metrics
 
@@ -800,7 +800,7 @@ def test_minibatches_in_orders_of_their_own(place, world, tmp_path, monkeypatch,
     """Ten prompts in minibatches of three, four per iteration: each is full and comes once per epoch, in an
     order keyed by (seed, iteration, epoch); metrics are means over their unequal numbers of tokens,
     grad_norm/* means over steps; the answers shown stand a third of the iteration apart."""
-    seen, steps = watch(monkeypatch), recorded(monkeypatch, ppo, "minibatch_gradients")
+    seen, steps = watch(monkeypatch), recorded(monkeypatch, ppo, "minibatch_backward")
     norms = recorded(monkeypatch, fsdp, "clip_gradients")
     monkeypatch.setattr(ppo, "SHOW_EVERY", 1)
     inside("ppo", *files(place), *SMALL, "--batch_size", 3, "--rollout_batch", 12, "--ppo_epochs", 3,
@@ -1026,7 +1026,7 @@ def test_ptx_gradients_are_sfts(bench, place, world):
     parts = [data.collate(examples[:2], bench.processor), data.collate(examples[2:5], bench.processor)]
     for coefficient in (1, 1.5):
         args = arguments("--ptx_data", "turns.json", "--ptx_coef", coefficient)
-        found = ppo.ptx_gradients(parts, bench.policy, args, world)
+        found = ppo.ptx_backward(parts, bench.policy, args, world)
     assert found == pytest.approx(loss.item(), rel=1e-5)
     assert_same_gradients(taken(bench), expected)
 
