@@ -4,10 +4,10 @@ r"""Direct preference optimisation (DPO): a vision-LLM learns from ranked answer
 
     h = (log π(y_w) − log π_ref(y_w)) − (log π(y_l) − log π_ref(y_l))        y_w chosen, y_l rejected
 
-log π(y) is the sum over the answer's target tokens of log π(y_t | x, y_1 … y_{t−1}), in nats. DPO:
-arXiv:2305.18290, Eq. 7; for more than two ranked answers Eq. 20. The SFT loss is the mean of − log π(y_t)
-over all target tokens of the step's chosen answers, and c is --sft_coef (after arXiv:2404.19733, Eq. 1, which
-takes the mean of each answer). The reference π_ref is the policy before its first step, or --ref_model.
+log π(y) is the sum over the answer's target tokens, its text and end token, of log π(y_t | x, y_1 … y_{t−1}),
+in nats. DPO: arXiv:2305.18290, Eq. 7; for more than two ranked answers Eq. 20. The SFT loss is the mean of
+− log π(y_t) over all target tokens of the step's chosen answers, and c is --sft_coef (after arXiv:2404.19733,
+Eq. 1, which takes the mean of each answer). The reference π_ref is the policy before its first step, or --ref_model.
 Departures from the DPO paper:
 - The reference's log-probabilities are computed once, before training, and no second model stays in memory.
 - The optimiser is AdamW, with linear warm-up and a cosine schedule; the paper uses RMSprop.
@@ -97,9 +97,10 @@ def parse_args():
     parser.set_defaults(lr=5e-7)
     add = parser.add_argument_group("direct preference optimisation").add_argument
     add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
-        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
+        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA "
+        "but no --llm: llm)")
     add("--projector_lr", type=fsdp.non_negative,
-        help="peak rate of the projector (default: --lr; a tenth of the adapters' default)")
+        help="peak rate of the projector (default: --lr; with --lora_rank and without --lr, a tenth of it)")
     add("--beta", type=fsdp.positive, default=0.1,
         help="β: implicit reward per nat of log-ratio to the reference (IPO's τ)")
     add("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid",
@@ -118,8 +119,8 @@ def parse_args():
     if args.loss == "robust" and not smooth:
         parser.error("got --loss robust without --label_smoothing, need the share of labels that are flipped")
     if smooth and (args.loss not in ("sigmoid", "robust") or not 0 < smooth < 0.5):
-        parser.error(f"got --label_smoothing {smooth} with --loss {args.loss}, need 0 … 0.5 with sigmoid "
-                     "or robust")
+        parser.error(f"got --label_smoothing {smooth} with --loss {args.loss}, need less than 0.5, and "
+                     "--loss sigmoid or robust")
     return args
 
 
@@ -139,7 +140,7 @@ def get_reference(model, splits, world, args):
 @torch.no_grad()
 def reference_pass(model, steps, world, args):
     """The reference's log-probabilities of every record, on every rank. Its batches are those of the first
-    epoch, so that the policy's first step computes exactly the same numbers."""
+    epoch, so that without --ref_model the policy's first step computes exactly the same numbers."""
     results = {}
     batches = data.Loader(steps, 0, len(steps), args.workers)
     for step, micro_batches in enumerate(data.progress(batches, "reference: steps")):
@@ -233,7 +234,8 @@ def sum_metrics(micro_batches, world):
 def evaluate(model, steps, reference, world, args, stop):
     """→ {"eval_" + name: the metric over all held-out records, as in training}; {} if SIGTERM interrupts
     it."""
-    counts, micro_metrics = (len(steps.examples), chosen_tokens(steps.examples)), []
+    counts = len(steps.examples), chosen_tokens(steps.examples)
+    micro_metrics = []
     batches = data.Loader(steps, 0, len(steps), args.workers)
     for step, micro_batches in enumerate(stop.until(batches, world)):
         for indices, batch in zip(steps.groups(step), micro_batches):
@@ -270,7 +272,8 @@ def main():
     # model and optimiser
     model = fsdp.build(checkpoint, args, world, trainable=[PARTS[part] for part in args.train.split(",")])
     model.set_recompute(args.recompute)
-    groups = {}  # of parameters: weight decay for matrices only; the projector may have its own learning rate
+    # (learning rate, weight decay) → parameters: only matrices decay; the projector may have its own rate
+    groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own_rate = args.projector_lr is not None and name.startswith(PARTS["projector"])

@@ -6,13 +6,14 @@ model, frozen, or a function) and the critic V. Policy and reference start from 
 --rollout_batch prompts x, then takes --ppo_epochs passes over them. A pass takes one optimiser step per
 minibatch of --batch_size prompts; a minibatch is one or more micro-batches, one forward pass each.
 
-    reward      r_t = − β (log π(y_t) − log π_ref(y_t)) + [t is the last token] · score(x, y)
-    advantage   A_t = Σ_l (γ λ)^l δ_{t+l},   δ_t = r_t + γ V_{t+1} − V_t,   return R_t = A_t + V_t
+    reward      r_t = − β (log π_old(y_t) − log π_ref(y_t)) + [t is the last token] · score(x, y)
+    advantage   A_t = Σ_l (γ λ)^l δ_{t+l},   δ_t = r_t + γ V_old,t+1 − V_old,t,   return R_t = A_t + V_old,t
     policy      mean over tokens of max(− A_t ρ_t, − A_t clip(ρ_t, 1 ± ε)),   ρ_t = π(y_t) / π_old(y_t)
     critic      mean over tokens of ½ max((V_t − R_t)², (clip(V_t, V_old,t ± ε) − R_t)²)
 
-V_t is read at the position that predicts token t: it is the value of the prompt and y_1 … y_{t−1}. After an
-answer's last token the value is 0, even if --max_new_tokens cut the answer.
+π_old and V_old are the policy and the critic before the iteration's first step. V_t is read at the position
+that predicts token t: it is the value of the prompt and y_1 … y_{t−1}. After an answer's last token the value
+is 0, even if --max_new_tokens cut the answer.
 
 PPO: arXiv:1707.06347, Eq. 7. GAE: arXiv:1506.02438, Eq. 16. The reward: arXiv:1909.08593, Eq. 2. The critic
 starts from the reward model as in arXiv:2009.01325. These defaults are those of arXiv:2403.17031: γ = 1,
@@ -21,7 +22,7 @@ computed, a score of −1 for answers without their end token. --normalize_score
 arXiv:1909.08593, fitted to the complete answers of iteration 1. The clipped value loss is that of ppo2 in
 OpenAI Baselines. --ptx_data follows InstructGPT, arXiv:2203.02155, Eq. 2.
 
-Departures:
+Departures from these papers, and other choices:
 - The critic has its own optimiser and learning rate, and its gradients are clipped apart from the policy's.
 - Both losses are means over all tokens of a minibatch on all ranks. Whitening is over all tokens of an
   iteration on all ranks. Rewards are not whitened.
@@ -33,7 +34,8 @@ Departures:
   --critic_warmup iterations.
 - Prompts that do not fill a minibatch at the end of a data epoch are left out of that epoch.
 - The vision tower is frozen. --ptx_data holds SFT records, not pre-training text.
-- Ratios and KL use the full softmax, but padding and image ids are never sampled.
+- Ratios and KL use the full softmax, but padding, image and unused ids are never sampled (except a padding id
+  that is also an end token).
 
     python ppo.py                                       # on the shapes data set, after sft.py and rm.py
     torchrun --nproc_per_node=8 ppo.py --model runs/sft-7b --reward_model runs/rm-7b --data prompts.json \
@@ -70,7 +72,7 @@ SHOW_EVERY = 10  # iterations between printed answers; --save_rollouts writes al
 
 
 def kl_reward(logprob, ref_logprob, score, token_mask, beta):
-    """r_t = − β (log π − log π_ref), plus the score [A] at each answer's last token (Eq. 2,
+    """r_t = − β (log π_old − log π_ref), plus the score [A] at each answer's last token (Eq. 2,
     arXiv:1909.08593)."""
     last_token = token_mask & ~nn.functional.pad(token_mask, (0, 1))[:, 1:]
     return (-beta * (logprob - ref_logprob) + last_token * score[:, None]) * token_mask
@@ -111,8 +113,9 @@ def masked_mean_std(tensors, masks, world):
 
 
 # ---- an iteration: rollouts → scores → log-probabilities and values → advantages → optimizer steps ----
-# Each phase returns one item per micro-batch. All of them stay in device memory until the iteration ends, as
-# every epoch reads them: ids, image features and [A, L] tensors. Pixels wait in host memory.
+# Each phase before the steps returns one item per micro-batch. All of them stay in device memory until the
+# iteration ends, as every epoch reads them: ids, image features and [A, L] tensors. Pixels wait in host
+# memory.
 
 class Rollout(NamedTuple):
     """A micro-batch of B prompts with K sampled answers each."""
@@ -190,9 +193,10 @@ class RewardModel:
 
 
 def generate_rollouts(policy, steps, first, count, batches, processor, args, world, stop, held_out=False):
-    """Samples answers to `count` minibatches, from step `first` on → Rollouts, one per micro-batch; [] once
-    SIGTERM stops it on any rank. With --rollout gathered each rank holds the full weights and decodes at its
-    own pace."""
+    """Samples answers to `count` minibatches, which are steps of `steps`, from number `first` on → Rollouts,
+    one per micro-batch; [] once SIGTERM stops it on any rank. batches: an iterator, whose next item is the
+    list of the next minibatch's micro-batches. With --rollout gathered each rank holds the full weights and
+    decodes at its own pace."""
     sharded = args.rollout == "sharded"
     model = policy if sharded else fsdp.unsharded(policy, args, world)
 
@@ -208,7 +212,7 @@ def generate_rollouts(policy, steps, first, count, batches, processor, args, wor
     rollouts, together = [], max(1, at_once // args.micro_batch)
     while group := list(itertools.islice(prompt_batches, together)):
         rollouts += sample_answers(model, group, processor, args, world, any_running)
-        if stop.asked(world) if sharded else stop.heard:
+        if (stop.asked(world) if sharded else stop.heard):
             break
     return [] if stop.asked(world) else rollouts
 
@@ -231,8 +235,8 @@ def sample_answers(model, group, processor, args, world, any_running=torch.any):
     for (batch, examples, _), image_features in zip(group, features):
         samples = [[np.array(ids, dtype=np.int32) for ids in next(answers)] for _ in batch.ids]
         examples = [
-            dataclasses.replace(example, answers=ids, token_masks=[np.ones(len(i), bool) for i in ids])
-            for example, ids in zip(examples, samples)]
+            dataclasses.replace(example, answers=own, token_masks=[np.ones(len(ids), bool) for ids in own])
+            for example, own in zip(examples, samples)]
         packed = dataclasses.replace(data.collate(examples, processor, batch.pixels), pixels=None)
         ended = [int(ids[-1]) in processor.stop for example in examples for ids in example.answers]
         ended = torch.tensor(ended, dtype=torch.bool, device=world.device)
@@ -276,7 +280,7 @@ def logprobs_and_values(rollout, policy, reference, critic, args):
     batch, features = rollout.batch, rollout.features
     logprob = policy(batch, features, args.temperature)  # [N]
     logprob, token_mask = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
-    policy.set_adapters(False)  # without a reference, this is it
+    policy.set_adapters(False)  # if reference is None, π_ref is the policy without its adapters
     ref_logprob = (reference or policy)(batch, features, args.temperature)
     ref_logprob, _ = data.pad_by_sequence(ref_logprob, batch.answer, batch.token_shape)
     policy.set_adapters(True)
@@ -356,13 +360,14 @@ def ptx_backward(micro_batches, policy, args, world):
     return world.sum(total)[0]
 
 
-def ppo_step(minibatch, ptx_batches, models, optimizers, iteration, args, world):
-    """One step of each optimiser → metrics per token, the number of tokens, metrics per step."""
+def ppo_step(minibatch, ptx_micro_batches, models, optimizers, iteration, args, world):
+    """One step of each optimiser → {name: mean over tokens}, the number of tokens, {name: number} per step
+    (gradient norms, loss/ptx)."""
     policy = models["policy"] if "policy" in optimizers else None  # None: critic warm-up
     metrics, count = minibatch_backward(minibatch, policy, models["critic"], args, world)
     per_step = {}
-    if ptx_batches:
-        per_step["loss/ptx"] = ptx_backward(ptx_batches, policy, args, world)
+    if ptx_micro_batches:
+        per_step["loss/ptx"] = ptx_backward(ptx_micro_batches, policy, args, world)
     for name, optimizer in optimizers.items():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         per_step[f"grad_norm/{name}"] = fsdp.clip_gradients(parameters)
@@ -455,7 +460,7 @@ def parse_args():
     add = parser.add_argument_group("PPO (--max_steps, --warmup, --save_every and --eval_every count "
                                     "iterations; --batch_size: prompts per minibatch)").add_argument
     add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
-        help="projector, llm or both (default: projector,llm; with --lora_rank llm)")
+        help="projector, llm or both (default: projector,llm; with --lora_rank but no --llm: llm)")
     add("--reward_model", help="output folder of rm.py, or FILE.py:FUNCTION of (record, texts) → scores")
     add("--critic", choices=["reward", "policy"], default="reward",
         help="weights that the critic starts from (policy: with a scalar head of zeros, so V = 0)")
@@ -574,8 +579,8 @@ def adam(model, lr, args):
 def learning_rates(iteration, total, args):
     """→ {"policy": rate, "critic": rate}. iteration counts from 1. The policy's schedule starts after
     --critic_warmup iterations."""
-    warmup = args.critic_warmup
-    policy = fsdp.schedule(max(0, iteration - 1 - warmup), max(1, total - warmup), args.warmup)
+    critic_only = args.critic_warmup  # iterations
+    policy = fsdp.schedule(max(0, iteration - 1 - critic_only), max(1, total - critic_only), args.warmup)
     return {"policy": args.lr * policy,
             "critic": args.critic_lr * fsdp.schedule(iteration - 1, total, args.warmup)}
 
@@ -649,8 +654,9 @@ def main():
         if stop.asked(world):
             return fsdp.STOPPED
 
-    # loop. A step of data.Steps is a minibatch of prompts here; each gets --ppo_epochs optimiser steps. A
-    # phase ends early when a rank gets SIGTERM: the iteration is abandoned, and --resume repeats it.
+    # loop. A step of data.Steps is a minibatch of prompts here; each gets --ppo_epochs optimiser steps.
+    # SIGTERM during sampling, scoring or the forward passes abandons the iteration, and --resume repeats it;
+    # later, its updates are finished and it is saved.
     batches = iter(data.Loader(steps, done * minibatches, total * minibatches, args.workers))
     for iteration in range(done + 1, total + 1):
         rates, seconds = learning_rates(iteration, total, args), {}
@@ -700,8 +706,8 @@ def main():
         active = optimizers if train_policy else {"critic": optimizers["critic"]}
         micro_batches = list(zip(rollouts, old_outputs, targets))
         n = len(micro_batches) // minibatches  # micro-batches per minibatch, the same on every rank
-        results = [ppo_step(micro_batches[m * n:(m + 1) * n], ptx_batch, trained_models, active, iteration,
-                            args, world) for m, ptx_batch in zip(order, ptx_batches)]
+        results = [ppo_step(micro_batches[m * n:(m + 1) * n], ptx_micro_batches, trained_models, active,
+                            iteration, args, world) for m, ptx_micro_batches in zip(order, ptx_batches)]
         seconds["update"] = log.seconds()
 
         # log, evaluate, save

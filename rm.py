@@ -57,9 +57,10 @@ def parse_args():
     parser.set_defaults(lr=1e-5)
     add = parser.add_argument_group("reward model").add_argument
     add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
-        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
+        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA "
+        "but no --llm: llm)")
     add("--projector_lr", type=fsdp.non_negative,
-        help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
+        help="peak rate of the projector (default: --lr; with --lora_rank and without --lr, a tenth of it)")
     add("--center_coef", type=fsdp.non_negative, default=0.0,
         help="c: weight of the squared mean score of each record")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(
@@ -127,7 +128,8 @@ def main():
     trainable = [*(PARTS[part] for part in args.train.split(",")), "score.weight"]
     model = fsdp.build(checkpoint, args, world, trainable, score=True)
     model.set_recompute(args.recompute)
-    groups = {}  # weight decay for matrices only; the projector may have its own learning rate
+    # (learning rate, weight decay) → parameters: only matrices decay; the projector may have its own rate
+    groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own_rate = args.projector_lr is not None and name.startswith(PARTS["projector"])

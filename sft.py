@@ -39,9 +39,10 @@ def parse_args():
     fsdp.arguments(parser)
     add = parser.add_argument_group("supervised fine-tuning").add_argument
     add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
-        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA llm)")
+        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA "
+        "but no --llm: llm)")
     add("--projector_lr", type=fsdp.non_negative,
-        help="peak rate of the projector (default: --lr, or a tenth of LoRA's)")
+        help="peak rate of the projector (default: --lr; with --lora_rank and without --lr, a tenth of it)")
     return fsdp.parse(parser, data_file="sft.json", shapes=dict(
         eval_data=[os.path.join(fsdp.SHAPES_DIR, "test.json")], batch_size=64, micro_batch=64, lr=2e-3,
         warmup=40, max_steps=350))
@@ -101,7 +102,8 @@ def main():
     # model and optimiser
     model = fsdp.build(checkpoint, args, world, trainable=[PARTS[part] for part in args.train.split(",")])
     model.set_recompute(args.recompute)
-    groups = {}  # weight decay for matrices only; the projector may have its own learning rate
+    # (learning rate, weight decay) → parameters: only matrices decay; the projector may have its own rate
+    groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             own_rate = args.projector_lr is not None and name.startswith(PARTS["projector"])
