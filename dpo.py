@@ -7,8 +7,8 @@ r"""Direct preference optimisation (DPO): a vision-LLM learns from ranked answer
 log π(y) is the sum over the answer's target tokens, its text and end token, of log π(y_t | x, y_1 … y_{t−1}),
 in nats. DPO: arXiv:2305.18290, Eq. 7; for more than two ranked answers Eq. 20. The SFT loss is the mean of
 − log π(y_t) over all target tokens of the step's chosen answers, and c is --sft_coef (after arXiv:2404.19733,
-Eq. 1, which takes the mean of each answer). The reference π_ref is the policy before its first step, or --ref_model.
-Departures from the DPO paper:
+Eq. 1, which takes the mean of each answer). The reference π_ref is the policy before its first step, or
+--ref_model. Departures from the DPO paper:
 - The reference's log-probabilities are computed once, before training, and no second model stays in memory.
 - The optimiser is AdamW, with linear warm-up and a cosine schedule; the paper uses RMSprop.
 - Gradients are clipped to a global norm of 1.
