@@ -3,18 +3,12 @@ that fails or hangs is reported, and the next one runs. No timing is asserted.""
 import argparse
 import json
 import math
+import multiprocessing
 import sys
 import time
 
 import pytest
 import tiny
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_gpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +21,12 @@ def found(tmp_path_factory):
     return json.loads((out / "gpu.json").read_text())
 
 
-def numbers(value):
-    """All numbers in a finding."""
-    if isinstance(value, dict | list):
-        return [n for item in (value.values() if isinstance(value, dict) else value) for n in numbers(item)]
-    return [value] if isinstance(value, int | float) else []
-
-
 def test_every_stage_ends_with_finite_findings(found):
     stages = {name: value for name, value in found.items() if isinstance(value, dict)}
     assert [*stages] == "card parity scripts decode sft dpo full ppo ranks".split()
     for name, stage in stages.items():
-        assert stage["end"] == "done", (name, stage)
-        assert len(stage) > 2 and all(map(math.isfinite, numbers(stage))), (name, stage)
-    assert found["forked"] and found["torch"] and "gpu" in found
+        assert stage["end"] == "done" and len(stage) > 2, (name, stage)
+        json.dumps(stage, allow_nan=False)  # raises
 
 
 def test_parity_with_itself(found):
@@ -50,15 +36,14 @@ def test_parity_with_itself(found):
         if "answers/" in name:
             assert max(errors.values()) < (1e-5 if fp32 else 0.1), (name, errors)
         elif isinstance(errors, dict):
-            assert errors["graph_is_eager"], (name, errors)
-            assert errors["equal_to_cpu"] == 1 or not fp32, (name, errors)
+            assert errors["graph_is_eager"] and (errors["equal_to_cpu"] == 1 or not fp32), (name, errors)
     assert found["parity"]["lora/fp32"] < 1e-5
 
 
-def test_scripts_resume_and_export(found):
-    scripts = found["scripts"]
-    assert scripts["resume_difference"] == 0 and scripts["export_error"] < 1e-5
-    assert scripts["dpo"]["loss"][0] == pytest.approx(math.log(2), abs=1e-3)
+def test_scripts_resume_and_export_and_ranks_agree(found):
+    assert found["scripts"]["resume_difference"] == 0 and found["scripts"]["export_error"] < 1e-5
+    assert found["scripts"]["dpo"]["loss"][0] == pytest.approx(math.log(2), abs=1e-3)
+    assert found["ranks"]["loss_error"] < 1e-5 and found["ranks"]["gradient_error"] < 1e-4
 
 
 def test_transformers_computes_the_same(found):
@@ -71,12 +56,7 @@ def test_transformers_computes_the_same(found):
 
 
 def test_first_ppo_step_has_ratio_1(found):
-    metrics = found["ppo"]["metrics"]
-    assert metrics["first/policy/ratio"] == pytest.approx(1) and metrics["first/policy/approxkl"] < 1e-9
-
-
-def test_two_ranks_compute_what_one_does(found):
-    assert found["ranks"]["loss_error"] < 1e-5 and found["ranks"]["gradient_error"] < 1e-4
+    assert found["ppo"]["metrics"]["first/policy/ratio"] == pytest.approx(1)
 
 
 def fail(found, args):
@@ -90,7 +70,6 @@ def hang(found, args):
 
 
 def run_broken_stages(out):
-    """In a process of its own, as fork and main do: a stage that fails, one that hangs, one that ends."""
     sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
     import gpu
     args = argparse.Namespace(out=str(out), tiny=True)
@@ -100,7 +79,6 @@ def run_broken_stages(out):
 
 
 def test_a_failing_stage_is_reported_and_the_next_one_runs(tmp_path):
-    import multiprocessing
     process = multiprocessing.get_context("spawn").Process(target=run_broken_stages, args=(tmp_path,))
     process.start()
     process.join()
@@ -109,12 +87,9 @@ def test_a_failing_stage_is_reported_and_the_next_one_runs(tmp_path):
     assert results["fails"]["error"].startswith("ValueError: the reason (")
     assert results["hangs"]["end"] == "cut after 1 s" and results["hangs"]["before"] == 1
     assert results["ends"]["end"] == "done" and results["ends"]["after"] == 2
-    log = (tmp_path / "gpu.log").read_text()
-    assert "ValueError: the reason" in log and "======== ends" in log
 
 
 def test_a_stage_runs_without_a_fork(tmp_path):
-    """--stage, for where a forked process cannot initialise CUDA."""
     done = tiny.command("benchmarks/gpu", "--tiny", "--out", tmp_path, "--stage", "card")
     assert done.code == 0, done.err
     assert "matrix_tflops" in json.loads((tmp_path / "card.part.json").read_text())
