@@ -117,8 +117,8 @@ def test_a_shared_prompt_equals_separate_sequences(records, place, world):
         return gradients
     model.set_recompute(True)
     reference = [{"logps": logps} for logps in reference]
-    loss, _ = dpo.micro_batch_loss(model, data.collate(examples, processor), reference,
-                          len(examples), tokens, args)
+    loss, _ = dpo.micro_batch_loss(model, data.collate(examples, processor), reference, len(examples), tokens,
+                                   args)
     loss.backward()
     shared = pop_gradients()
     assert images == [len({path for example in examples for path in example.images})]
