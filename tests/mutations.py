@@ -6,6 +6,7 @@
 Prints each mutation that its tests miss, and exits with their number. Run by hand, not by pytest."""
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ def run(mutation):
             return False, f"the text occurs {source.count(text)} times in {file}"
         path.write_text(source.replace(text, other))
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *target.split(" ", 2)],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(target)],
             cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode == 1, (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]
 
