@@ -1,14 +1,21 @@
 r"""Direct preference optimisation (DPO): a vision-LLM learns from ranked answers without a reward model.
 
-    loss = (mean over records of  − log σ(β h))  +  c · SFT loss
+    loss = (mean over records of  − log σ(β h))  +  c · SFT loss  +  λ · image loss
 
     h = (log π(y_w) − log π_ref(y_w)) − (log π(y_l) − log π_ref(y_l))        y_w chosen, y_l rejected
 
 log π(y) is the sum over the answer's target tokens, its text and end token, of log π(y_t | x, y_1 … y_{t−1}),
 in nats. DPO: arXiv:2305.18290, Eq. 7; for more than two ranked answers Eq. 20. The SFT loss is the mean of
 − log π(y_t) over all target tokens of the step's chosen answers, and c is --sft_coef (after arXiv:2404.19733,
-Eq. 1, which takes the mean of each answer). The reference π_ref is the policy before its first step, or
---ref_model. Departures from the DPO paper:
+Eq. 1, which takes the mean of each answer). DPO can learn without looking at the image. The image loss, that
+of mDPO (arXiv:2406.11839; λ is --image_coef), prefers the image of a record to a corrupted one. It is the
+mean over records (0 for those without an image) of
+
+    − log σ(β (r_w − r_c))  − log σ(β r_w)
+
+where r_w is log π(y_w) − log π_ref(y_w) with the image, and r_c the same with the corrupted one. The
+reference π_ref is the policy before its first step, or --ref_model.
+Departures from the DPO paper:
 - The reference's log-probabilities are computed once, before training, and no second model stays in memory.
 - The optimiser is AdamW, with linear warm-up and a cosine schedule; the paper uses RMSprop.
 - Gradients are clipped to a global norm of 1.
@@ -23,6 +30,8 @@ answers per record, M images, I features per image. A rank that has no records l
 micro-batch of padding, as all ranks take part in every pass: B = K = 0 there.
 """
 import argparse
+import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -61,6 +70,13 @@ def listwise_dpo_loss(policy_logps, ref_logps, answer_mask, beta):
     [B, K], best answer first; answer_mask [B, K] is False for padding. For two answers it equals dpo_loss
     with its default loss."""
     return plackett_luce(beta * (policy_logps - ref_logps), answer_mask)
+
+
+def image_loss(chosen_logratio, corrupted_logratio, beta):
+    """mDPO's conditional and anchor terms of each record [C] (Eq. 5 and 6, arXiv:2406.11839), from
+    log π − log π_ref of its chosen answer [C] with its image and with a corrupted one."""
+    return (-F.logsigmoid(beta * (chosen_logratio - corrupted_logratio))
+            - F.logsigmoid(beta * chosen_logratio))
 
 
 @torch.no_grad()
@@ -111,6 +127,8 @@ def parse_args():
         help="use log-ratios in nats per token in the loss, not per answer (rewards/* stay per answer)")
     add("--sft_coef", type=fsdp.non_negative, default=0.0,
         help="weight of the SFT loss of the chosen answers")
+    add("--image_coef", type=fsdp.non_negative, default=0.0,
+        help="λ: weight of mDPO's image loss, which prefers the answer's image to a crop of it")
     add("--ref_model", help="checkpoint of the reference (default: the policy before its first step)")
     args = fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=[os.path.join(fsdp.SHAPES_DIR, "test_pairs.json")], batch_size=64, micro_batch=64, lr=3e-4,
@@ -145,9 +163,11 @@ def reference_pass(model, steps, world, args):
     batches = data.Loader(steps, 0, len(steps), args.workers)
     for step, micro_batches in enumerate(data.progress(batches, "reference: steps")):
         for indices, batch in zip(steps.groups(step), micro_batches):
-            logps, _ = sequence_logprobs(model, batch.to(world.device))  # [A]
-            counts = [len(steps.examples[i].answers) for i in indices]
-            results |= {i: {"logps": values.tolist()} for i, values in zip(indices, logps.split(counts))}
+            logps, _ = sequence_logprobs(model, batch.to(world.device))  # [A], [A + C] with --image_coef
+            logps = iter(logps.tolist())
+            results |= {i: {"logps": [next(logps) for _ in steps.examples[i].answers]} for i in indices}
+            for i in (i for i in indices if args.image_coef and steps.examples[i].images):
+                results[i]["corrupted"] = next(logps)
     fsdp.reshard(model)  # as after every pass without gradients
     all_results = {i: record for part in world.gather(results) for i, record in part.items()}
     return [all_results[i] for i in range(len(all_results))]
@@ -182,6 +202,15 @@ def open_ref_model(processor, args, world):
 
 # ---- one micro-batch, one evaluation ----
 
+def collate_with_corrupted(examples, processor, seed):
+    """Examples → Batch. Behind their sequences follows one more for each example with images: its chosen
+    answer after the prompt with corrupted images."""
+    return data.collate([*examples, *(dataclasses.replace(
+        example, answers=example.answers[:1], token_masks=example.token_masks[:1],
+        images=[data.Corrupted(path, seed, example.index) for path in example.images])
+        for example in examples if example.images)], processor)
+
+
 def sequence_logprobs(model, batch):
     """Log-probability of each answer [A] in nats, and its number of target tokens [A]."""
     features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
@@ -198,14 +227,17 @@ def chosen_tokens(examples):
 def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, args):
     """→ a micro-batch's term of the step's loss (a scalar), and its terms of the metrics {name: scalar}.
 
-    reference: one {"logps": [...]} per record of the micro-batch. Both counts are of the step, over all
-    micro-batches and ranks."""
+    reference: one {"logps": [...]} per record of the micro-batch, with --image_coef also "corrupted". Both
+    counts are of the step, over all micro-batches and ranks."""
     ref_logps = [logp for record in reference for logp in record["logps"]]
-    ref_logps = torch.tensor(ref_logps, dtype=torch.float32, device=batch.ids.device)  # [A]
-    policy_logps, length = sequence_logprobs(model, batch)  # [A] each
+    B, A = len(reference), len(ref_logps)
+    ref_corrupted = [record["corrupted"] for record in reference if "corrupted" in record]
+    ref_logps, ref_corrupted = (torch.tensor(values, dtype=torch.float32, device=batch.ids.device)
+                                for values in (ref_logps, ref_corrupted))  # [A], [C]
+    all_logps, length = sequence_logprobs(model, batch)  # [A + C] each: C answers with corrupted images
     (policy_logps, answer_mask), (ref_logps, _), (length, _) = (
-        data.pad_by_sequence(values, batch.sequence, batch.answer_shape)  # [B, K] each
-        for values in (policy_logps, ref_logps, length))
+        data.pad_by_sequence(values, batch.sequence[:A], (B, batch.answer_shape[1]))  # [B, K] each
+        for values in (all_logps[:A], ref_logps, length[:A]))
     length = length.clamp(min=1)
     sft_loss = -policy_logps[:, :1].sum() / chosen_token_count  # a slice, as K may be 0
 
@@ -217,9 +249,19 @@ def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, 
     else:  # some record has more than two answers; or K = 0
         losses = listwise_dpo_loss(policy, ref, answer_mask, args.beta)  # [B]
     loss = losses.sum() / record_count + args.sft_coef * sft_loss
+    image_metrics = {}
+    if args.image_coef:
+        with_image = [i for i, record in enumerate(reference) if "corrupted" in record]  # of B, C
+        unit = length[with_image, :1].sum(1) if args.length_norm else 1
+        corrupted_logratio = all_logps[A:] - ref_corrupted  # [C]
+        terms = image_loss((policy - ref)[with_image, :1].sum(1), corrupted_logratio / unit, args.beta)
+        loss = loss + args.image_coef * terms.sum() / record_count
+        image_metrics = {"loss/image": terms.detach().sum(),
+                         "rewards/corrupted": args.beta * corrupted_logratio.detach().sum()}
 
     logratio = (policy_logps - ref_logps).detach()
     metrics = dpo_metrics(losses, args.beta * logratio, policy_logps, logratio / length, answer_mask)
+    metrics |= image_metrics
     return loss, {"loss": loss.detach(), "loss/sft": sft_loss.detach(),
                   **{name: total / record_count for name, total in metrics.items()}}
 
@@ -263,10 +305,13 @@ def main():
         if len(example.answers) > 2 and (args.loss != "sigmoid" or args.label_smoothing):
             raise UserError(f"{example.name}: got {len(example.answers)} answers, "
                              "need two; only --loss sigmoid without --label_smoothing accepts more")
+    collate = data.collate
+    if args.image_coef:
+        collate = functools.partial(collate_with_corrupted, seed=args.seed)
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                       args.seed)
+                       args.seed, collate=collate)
     eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
-                            shuffle=False)
+                            shuffle=False, collate=collate)
     total = args.max_steps or max(1, round(args.epochs * len(steps)))
 
     # model and optimiser

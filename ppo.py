@@ -1,4 +1,5 @@
-r"""Proximal policy optimisation (PPO) of a vision-LLM against a reward model or a function FILE.py:FUNCTION.
+r"""Proximal policy optimisation (PPO) of a vision-LLM against a reward model or a function FILE.py:FUNCTION,
+and its relatives without a critic, RLOO and GRPO (--advantage).
 
 Four models: the policy π, the reference π_ref (the policy before training, frozen), the scorer (the reward
 model, frozen, or a function) and the critic V. Policy and reference start from --model, the critic from
@@ -11,6 +12,12 @@ minibatch of --batch_size prompts; a minibatch is one or more micro-batches, one
     policy      mean over tokens of max(− A_t ρ_t, − A_t clip(ρ_t, 1 ± ε)),   ρ_t = π(y_t) / π_old(y_t)
     critic      mean over tokens of ½ max((V_t − R_t)², (clip(V_t, V_old,t ± ε) − R_t)²)
 
+RLOO and GRPO have no critic. All tokens of an answer have the same advantage, from the K samples of its
+prompt (--samples_per_prompt); GRPO's KL is a term of each token's loss, not of the reward:
+
+    rloo        A_i = s_i − mean of the other K − 1,   s_i = score_i − β Σ_t (log π(y_t) − log π_ref(y_t))
+    grpo        A_i = (score_i − mean) / (std + 1e-4),   loss + β (π_ref / π − log (π_ref / π) − 1)
+
 π_old and V_old are the policy and the critic before the iteration's first step. V_t is read at the position
 that predicts token t: it is the value of the prompt and y_1 … y_{t−1}. After an answer's last token the value
 is 0, even if --max_new_tokens cut the answer.
@@ -20,12 +27,15 @@ starts from the reward model as in arXiv:2009.01325. These defaults are those of
 λ = 0.95, clip range ε = 0.2, β = 0.05, four epochs, Adam's epsilon of 1e-5, advantages whitened after R_t is
 computed, a score of −1 for answers without their end token. --normalize_scores is the score normalisation of
 arXiv:1909.08593, fitted to the complete answers of iteration 1. The clipped value loss is that of ppo2 in
-OpenAI Baselines. --ptx_data follows InstructGPT, arXiv:2203.02155, Eq. 2.
+OpenAI Baselines. RLOO: arXiv:2402.14740. GRPO: arXiv:2402.03300, section 4.1. --ptx_data follows InstructGPT,
+arXiv:2203.02155, Eq. 2.
 
 Departures from these papers, and other choices:
 - The critic has its own optimiser and learning rate, and its gradients are clipped apart from the policy's.
 - Both losses are means over all tokens of a minibatch on all ranks. Whitening is over all tokens of an
-  iteration on all ranks. Rewards are not whitened.
+  iteration on all ranks. Rewards are not whitened, nor are RLOO's and GRPO's advantages. GRPO's paper takes
+  the mean of each answer first, which favours long answers among the wrong ones (arXiv:2503.20783).
+- RLOO takes PPO's clipped loss. With one optimiser step per iteration its gradient is REINFORCE's, per token.
 - The prompts of a minibatch stay the same in all epochs of an iteration; the order of minibatches changes.
 - The uniform number behind each sampled token depends only on (seed, minibatch, prompt, sample, token index),
   so samples do not depend on the number of ranks or on batching.
@@ -90,6 +100,25 @@ def gae(rewards, values, token_mask, gamma, lam):
     return advantages, advantages + values
 
 
+def rloo(totals):
+    """Each of a prompt's K totals [B, K] minus the mean of the other K − 1 (arXiv:2402.14740)."""
+    K = totals.shape[1]
+    return (totals - totals.mean(1, keepdim=True)) * K / (K - 1)
+
+
+def grpo(scores):
+    """A prompt's K scores [B, K], shifted and scaled to mean 0, deviation 1 (section 4.1.2,
+    arXiv:2402.03300)."""
+    return (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)
+
+
+def grpo_kl(logprob, ref_logprob, token_mask):
+    """Sum over tokens of π_ref / π − log (π_ref / π) − 1: an estimate of KL(π, π_ref) in nats that is never
+    negative (Eq. 4, arXiv:2402.03300)."""
+    log_ratio = (ref_logprob - logprob) * token_mask
+    return (log_ratio.exp() - log_ratio - 1).sum()
+
+
 def policy_loss(logprob, old_logprob, advantages, token_mask, clip):
     """Sum over tokens of max(− A ρ, − A clip(ρ, 1 ± ε)) (Eq. 7, arXiv:1707.06347)."""
     ratio = (logprob - old_logprob).exp()
@@ -129,10 +158,10 @@ class Rollout(NamedTuple):
 class OldOutputs(NamedTuple):
     """What the models compute for the sampled tokens before any update of the iteration."""
     token_mask: torch.Tensor  # [A, L] bool
-    logprob: torch.Tensor  # [A, L] log π_old
+    logprob: torch.Tensor  # [A, L] log π_old; None where the update computes it (updates_once)
     ref_logprob: torch.Tensor  # [A, L] log π_ref
-    values: torch.Tensor  # [A, L] V_old; None in evaluations
-    critic_features: torch.Tensor  # [M, I, D] from the critic's vision tower; None in evaluations
+    values: torch.Tensor  # [A, L] V_old; None without a critic
+    critic_features: torch.Tensor  # [M, I, D] from the critic's vision tower; None without a critic
 
     def kl(self):
         """[A] log π_old(y) − log π_ref(y) in nats per answer: a one-sample estimate of the KL divergence."""
@@ -140,9 +169,9 @@ class OldOutputs(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What GAE computes from OldOutputs and scores."""
-    advantages: torch.Tensor  # [A, L], whitened
-    returns: torch.Tensor  # [A, L], from the advantages before whitening
+    """What is computed from OldOutputs and scores."""
+    advantages: torch.Tensor  # [A, L]; those of GAE are whitened
+    returns: torch.Tensor  # [A, L], from GAE's advantages before whitening; None without a critic
 
 
 class Prompts(NamedTuple):
@@ -273,16 +302,25 @@ def postprocess_scores(scores, rollouts, score_mean_std, args):
             for rollout, score in zip(rollouts, scores)]
 
 
+def updates_once(args):
+    """Whether an iteration takes a single optimiser step, in which π is still π_old: its forward pass serves
+    for both. RLOO needs log π_old before, for its advantages, and PPO's critic may take its first steps
+    alone."""
+    return args.advantage == "grpo" and args.ppo_epochs == 1 and args.rollout_batch == args.batch_size
+
+
 @torch.no_grad()
-def logprobs_and_values(rollout, policy, reference, critic, args):
+def logprobs_and_values(rollout, policy, reference, critic, args, with_policy=True):
     """→ OldOutputs of the sampled tokens. The forward passes are those of the update, with the same padding,
-    so that the first ratio is 1. reference None: the policy without its adapters. critic None: no values."""
-    batch, features = rollout.batch, rollout.features
-    logprob = policy(batch, features, args.temperature)  # [N]
-    logprob, token_mask = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
+    so that the first ratio is 1. reference None: the policy without its adapters. critic None: no values.
+    with_policy False: no log π_old."""
+    batch, features, logprob = rollout.batch, rollout.features, None
+    if with_policy:
+        logprob = policy(batch, features, args.temperature)  # [N]
+        logprob, _ = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
     policy.set_adapters(False)  # if reference is None, π_ref is the policy without its adapters
     ref_logprob = (reference or policy)(batch, features, args.temperature)
-    ref_logprob, _ = data.pad_by_sequence(ref_logprob, batch.answer, batch.token_shape)
+    ref_logprob, token_mask = data.pad_by_sequence(ref_logprob, batch.answer, batch.token_shape)
     policy.set_adapters(True)
     if critic is None:
         return OldOutputs(token_mask, logprob, ref_logprob, None, None)
@@ -293,8 +331,22 @@ def logprobs_and_values(rollout, policy, reference, critic, args):
     return OldOutputs(token_mask, logprob, ref_logprob, values, features)
 
 
+def group_advantages(old_outputs, scores, args):
+    """RLOO's or GRPO's advantages → Targets per rollout."""
+    K, targets = args.samples_per_prompt, []
+    for old, score in zip(old_outputs, scores):  # score [A]: the K samples of a prompt are neighbours
+        if args.advantage == "rloo":
+            advantages = rloo((score - args.kl_coef * old.kl()).view(-1, K))  # [B, K]
+        else:
+            advantages = grpo(score.view(-1, K))
+        targets.append(Targets(advantages.view(-1, 1) * old.token_mask, None))
+    return targets
+
+
 def compute_advantages(old_outputs, scores, args, world):
     """KL rewards, GAE, and whitening over all tokens of the iteration → Targets per rollout."""
+    if args.advantage != "gae":
+        return group_advantages(old_outputs, scores, args)
     masks = [old.token_mask for old in old_outputs]
     rewards = [kl_reward(old.logprob, old.ref_logprob, score, old.token_mask, args.kl_coef)
                for old, score in zip(old_outputs, scores)]
@@ -307,7 +359,7 @@ def compute_advantages(old_outputs, scores, args, world):
 
 def policy_backward(rollout, old, targets, policy, count, args):
     """Backward pass of a micro-batch's policy loss / count; count: the minibatch's tokens on all ranks.
-    → metrics: tensors whose sums, divided by count, are means per token.
+    → log π [A, L], and metrics: tensors whose sums, divided by count, are means per token.
 
     policy/entropy is exact (nats, full softmax). policy/approxkl is ½ (log ρ)² at the sampled token, an
     estimate in nats of KL(π_old, π). policy/clipfrac is the share of ratios outside 1 ± ε, even where the
@@ -315,12 +367,16 @@ def policy_backward(rollout, old, targets, policy, count, args):
     batch = rollout.batch
     logprob, entropy = policy(batch, rollout.features, args.temperature, entropy=True)  # [N] each
     logprob, mask = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
-    loss = policy_loss(logprob, old.logprob, targets.advantages, mask, args.clip_range)
+    old_logprob = logprob.detach() if old.logprob is None else old.logprob
+    loss = policy_loss(logprob, old_logprob, targets.advantages, mask, args.clip_range)
+    if args.advantage == "grpo":
+        loss = loss + args.kl_coef * grpo_kl(logprob, old.ref_logprob, mask)
     (loss / count).backward()
-    log_ratio = (logprob.detach() - old.logprob) * mask  # [A, L]
+    log_ratio = (logprob.detach() - old_logprob) * mask  # [A, L]
     ratio = log_ratio.exp()
-    return {"loss/policy": loss, "policy/approxkl": 0.5 * log_ratio.square(), "policy/ratio": ratio * mask,
-            "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/entropy": entropy}
+    return logprob.detach(), {
+        "loss/policy": loss, "policy/approxkl": 0.5 * log_ratio.square(), "policy/ratio": ratio * mask,
+        "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/entropy": entropy}
 
 
 def critic_backward(rollout, old, targets, critic, count, args):
@@ -335,16 +391,18 @@ def critic_backward(rollout, old, targets, critic, count, args):
 
 
 def minibatch_backward(minibatch, policy, critic, args, world):
-    """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Targets). policy None: only the critic
-    is trained. → metrics, means over the minibatch's tokens on all ranks, and the number of these tokens"""
+    """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Targets). a model that
+    is None is not trained. → metrics, means over the minibatch's tokens on all ranks, the number of these
+    tokens, and log π [A, L] per micro-batch"""
     count, = world.sum(sum(len(rollout.batch.target) for rollout, *_ in minibatch))
-    sums = {}
+    sums, logprobs = {}, []
     for micro_batch in minibatch:
-        metrics = policy_backward(*micro_batch, policy, count, args) if policy else {}
-        metrics |= critic_backward(*micro_batch, critic, count, args)
+        logprob, metrics = policy_backward(*micro_batch, policy, count, args) if policy else (None, {})
+        metrics |= critic_backward(*micro_batch, critic, count, args) if critic else {}
+        logprobs.append(logprob)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value.detach().sum() / count
-    return dict(zip(sums, world.sum(*sums.values()))), count
+    return dict(zip(sums, world.sum(*sums.values()))), count, logprobs
 
 
 def ptx_backward(micro_batches, policy, args, world):
@@ -362,9 +420,9 @@ def ptx_backward(micro_batches, policy, args, world):
 
 def ppo_step(minibatch, ptx_micro_batches, models, optimizers, iteration, args, world):
     """One step of each optimiser → {name: mean over tokens}, the number of tokens, {name: number} per step
-    (gradient norms, loss/ptx)."""
-    policy = models["policy"] if "policy" in optimizers else None  # None: critic warm-up
-    metrics, count = minibatch_backward(minibatch, policy, models["critic"], args, world)
+    (gradient norms, loss/ptx), and log π before the step."""
+    policy, critic = (models[name] if name in optimizers else None for name in ("policy", "critic"))
+    metrics, count, logprobs = minibatch_backward(minibatch, policy, critic, args, world)
     per_step = {}
     if ptx_micro_batches:
         per_step["loss/ptx"] = ptx_backward(ptx_micro_batches, policy, args, world)
@@ -375,7 +433,7 @@ def ppo_step(minibatch, ptx_micro_batches, models, optimizers, iteration, args, 
     for optimizer in optimizers.values():
         optimizer.step()
         optimizer.zero_grad()
-    return metrics, count, per_step
+    return metrics, count, per_step, logprobs
 
 
 # ---- what is logged ----
@@ -383,7 +441,7 @@ def ppo_step(minibatch, ptx_micro_batches, models, optimizers, iteration, args, 
 def update_metrics(results):
     """Results of ppo_step → means over the iteration's steps, and first/* of its first step alone. In the
     first step π is still π_old: a ratio other than 1 or an approxkl other than 0 reveals a bug."""
-    metrics, tokens, per_step = zip(*results)
+    metrics, tokens, per_step, _ = zip(*results)
     means = {name: np.average([step[name] for step in metrics], weights=tokens) for name in metrics[0]}
     means |= {f"first/{name}": value for name, value in metrics[0].items()}
     return means | {name: np.mean([step[name] for step in per_step]) for name in per_step[0]}
@@ -412,6 +470,13 @@ def explained_variance(old_outputs, targets, world):
     _, error_std = masked_mean_std(errors, masks, world)
     _, return_std = masked_mean_std([target.returns for target in targets], masks, world)
     return 1 - error_std**2 / max(return_std**2, 1e-12)
+
+
+def frac_equal_scores(scores, K, world):
+    """Share of prompts whose K samples all have the same score: their advantages are 0."""
+    groups = torch.cat(scores).view(-1, K)
+    equal, count = world.sum((groups.amax(1) == groups.amin(1)).sum(), len(groups))
+    return equal / count
 
 
 def rollout_records(rollouts, scores, old_outputs, processor, beta):
@@ -462,6 +527,8 @@ def parse_args():
     add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
         help="projector, llm or both (default: projector,llm; with --lora_rank but no --llm: llm)")
     add("--reward_model", help="output folder of rm.py, or FILE.py:FUNCTION of (record, texts) → scores")
+    add("--advantage", choices=["gae", "rloo", "grpo"], default="gae",
+        help="gae: PPO, with a critic; rloo, grpo: from the samples of a prompt, without a critic")
     add("--critic", choices=["reward", "policy"], default="reward",
         help="weights that the critic starts from (policy: with a scalar head of zeros, so V = 0)")
     add("--rollout_batch", type=fsdp.positive_int, default=512, help="prompts per iteration, over all ranks")
@@ -502,6 +569,14 @@ def parse_args():
                      f"{args.batch_size}")
     if args.reward_model.endswith(".py"):
         parser.error(f"got --reward_model {args.reward_model}, need FILE.py:FUNCTION")
+    if args.advantage != "gae":
+        if args.samples_per_prompt < 2:
+            parser.error(f"got --advantage {args.advantage} with --samples_per_prompt "
+                         f"{args.samples_per_prompt}, need at least 2 samples to compare")
+        for option in ("critic", "critic_lr", "critic_warmup", "lam"):
+            if getattr(args, option) != parser.get_default(option):
+                parser.error(f"got --{option} with --advantage {args.advantage}, which has no critic")
+        args.critic_warmup = 0
     args.critic_lr = args.lr if args.critic_lr is None else args.critic_lr
     return args
 
@@ -538,11 +613,12 @@ def read_prompts(paths, processor, scorer_processor, args, world):
 
 def build_models(checkpoint, reward_checkpoint, args, world):
     """→ policy, reference, scorer, critic. reference is None if adapters alone are trained: π_ref is then
-    the policy without them. scorer is a RewardModel, or None if a function scores. Models with equal frozen
-    vision towers share one."""
+    the policy without them. scorer is a RewardModel, or None if a function scores. critic is None for RLOO
+    and GRPO. Models with equal frozen vision towers share one."""
     train = args.train.split(",")
     trainable = [PARTS[part] for part in train]
     policy = fsdp.build(checkpoint, args, world, trainable)
+    policy.set_recompute(args.recompute)
     reference = scorer = None
     if not args.lora_rank or "projector" in train:
         reference = fsdp.build(checkpoint, args, world)
@@ -552,6 +628,8 @@ def build_models(checkpoint, reward_checkpoint, args, world):
         same_images = checkpoint.processor.pixel_settings == reward_checkpoint.processor.pixel_settings
         shared_tower = same_images and fsdp.share_tower(policy, reward_model, world)
         scorer = RewardModel(reward_model, reward_checkpoint.processor, same_images, shared_tower)
+    if args.advantage != "gae":
+        return policy, reference, scorer, None
     # The critic reads the policy's sequences and images. Its LM head is not used, so it is not trained.
     trainable = [name.replace("language_model.", "language_model.model.") for name in trainable]
     start = checkpoint if args.critic == "policy" else reward_checkpoint
@@ -561,8 +639,7 @@ def build_models(checkpoint, reward_checkpoint, args, world):
     if args.critic == "policy":
         for parameter in critic.score.parameters():
             nn.init.zeros_(parameter)
-    for model in (policy, critic):
-        model.set_recompute(args.recompute)
+    critic.set_recompute(args.recompute)
     return policy, reference, scorer, critic
 
 
@@ -591,7 +668,7 @@ def main():
     world = fsdp.launch(args)
     fsdp.check_out_dir(args, world)
     function = load_function(args.reward_model) if ".py:" in args.reward_model else None
-    if function and args.critic == "reward":
+    if function and args.advantage == "gae" and args.critic == "reward":
         raise UserError("got a function as --reward_model and --critic reward: give --critic policy")
 
     # data
@@ -601,7 +678,7 @@ def main():
         reward_checkpoint = fsdp.open_second_model("reward_model", processor, args, world, reward=True)
         scorer_processor = reward_checkpoint.processor
         sizes = [(p.size, p.image_tokens) for p in (processor, scorer_processor)]
-        if args.critic == "reward" and sizes[0] != sizes[1]:
+        if args.advantage == "gae" and args.critic == "reward" and sizes[0] != sizes[1]:
             raise UserError(f"{args.reward_model}: its images have another size than the policy's, whose "
                             "sequences the critic reads: give --critic policy")
     prompts = read_prompts(args.data, processor, scorer_processor, args, world)
@@ -619,10 +696,12 @@ def main():
     scorer = scorer or RewardFunction(function, processor)
     models = [model for model in (policy, reference, critic, getattr(scorer, "model", None)) if model]
     # One optimiser each: the value loss has another scale and usually takes a higher rate.
-    optimizers = {"policy": adam(policy, args.lr, args), "critic": adam(critic, args.critic_lr, args)}
+    optimizers = {"policy": adam(policy, args.lr, args)}
+    if critic:
+        optimizers["critic"] = adam(critic, args.critic_lr, args)
     # What a checkpoint holds. The scores' mean and standard deviation (--normalize_scores) are those of
     # iteration 1, so they are a buffer, which a resumed run loads.
-    trained_models = nn.ModuleDict({"policy": policy, "critic": critic})
+    trained_models = nn.ModuleDict({"policy": policy, **({"critic": critic} if critic else {})})
     trained_models.register_buffer("score_mean_std", torch.tensor([0.0, 1.0], dtype=torch.float64))
     if function:  # it may read any field of a record
         for path in (args.reward_model.rpartition(":")[0], *args.data, *(args.eval_data or [])):
@@ -660,9 +739,9 @@ def main():
     batches = iter(data.Loader(steps, done * minibatches, total * minibatches, args.workers))
     for iteration in range(done + 1, total + 1):
         rates, seconds = learning_rates(iteration, total, args), {}
-        for name, rate in rates.items():
-            for group in optimizers[name].param_groups:
-                group["lr"] = rate
+        for name, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name]
 
         # prompts [B, prompt length] → packed prompts and answers [B, T], per micro-batch
         first = (iteration - 1) * minibatches
@@ -678,15 +757,16 @@ def main():
         if args.normalize_scores and iteration == 1:
             mean, std = fit_score_scale(scores, rollouts, world)
             trained_models.score_mean_std.copy_(torch.tensor([mean, std], dtype=torch.float64))
-            if args.critic == "reward":
+            if critic and args.critic == "reward":
                 rescale_head(critic.score, mean, std)
         scores = postprocess_scores(scores, rollouts, trained_models.score_mean_std, args)
         fsdp.check_finite(args, iteration, scores=world.sum(sum(score.sum() for score in scores))[0])
         seconds["score"] = log.seconds()
 
         # sequences → log π_old, log π_ref, V_old [A, L]
-        old_outputs = [logprobs_and_values(rollout, policy, reference, critic, args)
-                       for rollout in stop.until(rollouts, world)]
+        old_outputs = [
+            logprobs_and_values(rollout, policy, reference, critic, args, not updates_once(args))
+            for rollout in stop.until(rollouts, world)]
         fsdp.reshard(*models)
         if stop.asked(world):
             return abandon(iteration)
@@ -708,13 +788,20 @@ def main():
         n = len(micro_batches) // minibatches  # micro-batches per minibatch, the same on every rank
         results = [ppo_step(micro_batches[m * n:(m + 1) * n], ptx_micro_batches, trained_models, active,
                             iteration, args, world) for m, ptx_micro_batches in zip(order, ptx_batches)]
+        if updates_once(args):
+            logprobs = results[0][-1]
+            old_outputs = [old._replace(logprob=logprob) for old, logprob in zip(old_outputs, logprobs)]
         seconds["update"] = log.seconds()
 
         # log, evaluate, save
         line = rollout_metrics(rollouts, scores, old_outputs, args.kl_coef, world) | update_metrics(results)
-        line["val/explained_variance"] = explained_variance(old_outputs, targets, world)
         line |= {f"seconds/{name}": value for name, value in seconds.items()}
-        line |= {"lr": rates["policy"] if train_policy else 0.0, "critic_lr": rates["critic"]}
+        line["lr"] = rates["policy"] if train_policy else 0.0
+        if critic:
+            line["critic_lr"] = rates["critic"]
+            line["val/explained_variance"] = explained_variance(old_outputs, targets, world)
+        else:
+            line["frac_reward_zero_std"] = frac_equal_scores(scores, args.samples_per_prompt, world)
         tokens, = world.sum(sum(int((rollout.batch.branch >= 0).sum()) for rollout in rollouts))
         records = rollout_records(rollouts, scores, old_outputs, processor, args.kl_coef)
         if iteration % SHOW_EVERY == 0:

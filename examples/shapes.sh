@@ -2,7 +2,7 @@
 # The whole chain on the small world: make it, fine-tune, rank the model's samples, learn a reward, align by DPO and by PPO,
 # take the best of eight, and compare all answers to held-out pictures with the truth.
 #   bash examples/shapes.sh [SEED] [DIR] [study]     DIR: what it writes, from the project's root (default runs/chain-SEED)
-# With `study` also the controls: DPO without its SFT term, SFT on the same best answers, blank and shuffled pictures.
+# With `study` also GRPO, mDPO and the controls: DPO without its SFT term, SFT on the same best answers, blank and shuffled images.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seed=${1:-0} dir=${2:-runs/chain-${1:-0}} study=${3:-} python=${PYTHON:-python}
@@ -43,7 +43,12 @@ judged="sft-greedy sft-sampled best-of-8 dpo-greedy dpo-sampled ppo-greedy ppo-s
 if [ "$study" = study ]; then
   train dpo dpo-alone --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 3e-4 --warmup 10 --max_steps 80
   train sft sft-best --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 3e-4 --warmup 10 --max_steps 80
-  for name in dpo-alone sft-best; do
+  train dpo mdpo --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 3e-4 --warmup 10 --max_steps 80 \
+    --sft_coef 1 --image_coef 1
+  train ppo grpo --model "$dir/sft" --reward_model "$dir/rm" --data "$world/prompts.json" --advantage grpo --samples_per_prompt 8 \
+    --rollout_batch 16 --batch_size 16 --micro_batch 16 --ppo_epochs 1 --max_new_tokens 28 --max_steps 40 --lr 3e-4 \
+    --kl_coef 0.05 --missing_eos_score -3 --normalize_scores
+  for name in dpo-alone sft-best mdpo grpo; do
     answer $name $name-greedy
     answer $name $name-sampled --num_samples 4 --temperature 1
     judged="$judged $name-greedy $name-sampled"
@@ -51,7 +56,8 @@ if [ "$study" = study ]; then
   for pictures in blank shuffled; do
     answer dpo dpo-$pictures --num_samples 4 --temperature 1 --images "$world/images_$pictures"
     answer sft rewards-$pictures --data "$world/test_pairs.json" --score --reward_model "$dir/rm" --images "$world/images_$pictures"
-    judged="$judged dpo-$pictures" scored="$scored rewards-$pictures"
+    answer mdpo mdpo-$pictures --num_samples 4 --temperature 1 --images "$world/images_$pictures"
+    judged="$judged dpo-$pictures mdpo-$pictures" scored="$scored rewards-$pictures"
   done
 fi
 files() { for name in $1; do echo "$dir/$name.jsonl"; done; }

@@ -77,9 +77,10 @@ CASES = {
     "dpo": {
         "plain": f"{PLAIN} --data pairs.json --sft_coef 0.5", "one record": "--batch_size 1 --micro_batch 1",
         "ipo": "--data pairs.json --batch_size 5 --micro_batch 2 --loss ipo --length_norm --ref_model other",
-        "lora": f"{LORA} --train llm",
+        "lora": f"{LORA} --train llm", "image loss": f"{PLAIN} --data pairs.json --image_coef 1",
         "evaluated": f"{PLAIN} --data pairs.json --sft_coef 0.5 --eval_data ranked.json --eval_every 2"},
-    "ppo": {"gathered": "", "sharded": "--rollout sharded --normalize_scores --max_steps 2"},
+    "ppo": {"gathered": "", "sharded": "--rollout sharded --normalize_scores --max_steps 2",
+            "grpo": "--advantage grpo --samples_per_prompt 3"},
     "predict": {
         "greedy": "", "samples": "--num_samples 3", "score": "--score --data trained/turns.json",
         "best of 3": "--num_samples 3 --reward_model trained/reward",
@@ -564,6 +565,8 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--out {}/earlier --overwrite --ref_model {}/images": "no config.json"},
     "ppo": {
         "--rollout_batch 7": "got --rollout_batch 7, need a multiple of --batch_size 5",
+        "--advantage grpo --samples_per_prompt 1": "--samples_per_prompt 1, need at least 2 samples",
+        "--advantage rloo --samples_per_prompt 2 --lam 0.9": "got --lam with --advantage rloo, which has no",
         "--reward_model=": "--reward_model is needed: what rm.py leaves, or FILE.py:F",
         "--reward_model model": "model: no score.safetensors, need a reward model: what rm.py leaves",
         "--reward_model {}/nowhere.py:f": "no such file {}/nowhere.py",

@@ -1,5 +1,6 @@
 """dpo.py: equations by hand, the reference, a shared prompt against one sequence per answer, and runs. All is
 fp32 on the CPU unless a test says otherwise."""
+import dataclasses
 import json
 import math
 
@@ -140,6 +141,43 @@ def test_a_shared_prompt_equals_separate_sequences(records, place, world):
     assert any(name.startswith("vision_tower.") for name in shared)
 
 
+def test_image_loss_by_hand():
+    """Both terms; log 2 each, and no gradient of the first, for an image that is not corrupted."""
+    def term(x):
+        return math.log(1 + math.exp(-x))
+    loss = dpo.image_loss(torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0]), 0.5)
+    torch.testing.assert_close(loss, torch.tensor([term(1.0) + term(0.5), 2 * math.log(2)]))
+
+
+def test_image_loss_equals_separate_sequences(place, world):
+    """A micro-batch with corrupted images: loss and metrics are those of its records and of prompts with
+    corrupted images by themselves. Records without an image have no term."""
+    model, processor, examples = prepared(place, world)
+    args = tiny.arguments("dpo", *files(place), "--image_coef", 2.0, "--beta", 0.3)
+    examples = [example for example in examples if len(example.answers) == 2][:4]
+    assert {bool(example.images) for example in examples} == {True, False}
+    counts = len(examples), 50
+    with torch.no_grad():
+        logps, _ = dpo.sequence_logprobs(model, data.collate(examples, processor))
+        separate = [dataclasses.replace(
+            e, answers=e.answers[:1], token_masks=e.token_masks[:1],
+            images=[data.Corrupted(path, 5, e.index) for path in e.images]) for e in examples if e.images]
+        corrupted, _ = dpo.sequence_logprobs(model, data.collate(separate, processor))
+        shift, values = iter(corrupted.tolist()), logps.view(-1, 2).tolist()
+        reference = [{"logps": [chosen - 1, rejected], **({"corrupted": next(shift) + 2} if e.images else {})}
+                     for e, (chosen, rejected) in zip(examples, values)]
+        batch = dpo.collate_with_corrupted(examples, processor, 5)
+        loss, metrics = dpo.micro_batch_loss(model, batch, reference, *counts, args)
+        plain = tiny.arguments("dpo", *files(place), "--beta", 0.3)
+        without, _ = dpo.micro_batch_loss(model, data.collate(examples, processor), reference, *counts, plain)
+    n, ones = len(separate), torch.ones(1)
+    image = n * float(dpo.image_loss(ones, -2 * ones, 0.3)) / len(examples)
+    assert float(loss) == pytest.approx(float(without) + 2 * image, rel=1e-5)
+    assert float(metrics["loss/image"]) == pytest.approx(image, rel=1e-5)
+    assert float(metrics["rewards/corrupted"]) == pytest.approx(-0.6 * n / len(examples), rel=1e-4)
+    fsdp.reshard(model)
+
+
 # ---- runs ----
 
 def test_a_user_prefers(place, tmp_path):
@@ -155,6 +193,14 @@ def test_a_user_prefers(place, tmp_path):
     assert last["eval_rewards/margins"] > 0.5 and last["eval_rewards/accuracies"] > 0.5
     assert last["loss"] < first["loss"] and {f"eval_{name}" for name in first if "/" in name} < last.keys()
     assert f"wrote {out}" in done.out
+
+
+def test_images_are_looked_at(place, tmp_path):
+    """--image_coef: at first policy and reference agree with a corrupted image, too; then the loss falls."""
+    inside("dpo", *files(place), "--out", tmp_path, "--batch_size", 7, "--micro_batch", 2, "--max_steps", 10,
+           "--lr", "1e-3", "--image_coef", 1, "--eval_data", place / "pairs.json")
+    first, *_, last = tiny.log(tmp_path)
+    assert abs(first["rewards/corrupted"]) < 1e-5 and last["eval_loss/image"] < first["loss/image"]
 
 
 def test_step_one_of_ranked_records(place, world, tmp_path):

@@ -5,6 +5,8 @@ Legend: A answers, L tokens of the longest, N tokens of all answers, V vocabular
 """
 import dataclasses
 import functools
+import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,6 +113,24 @@ def test_value_loss_by_hand():
     loss.backward()
     close(loss.detach(), (0.8**2 + 0.5**2 + 1.1**2 + 0.8**2) / 2)
     close(values.grad, [[0.0, 0.5, 1.1, 0.0, 0.0]])
+
+
+def test_rloo_and_grpo_by_hand(world):
+    """Two samples: opposite advantages. Equal scores: none. RLOO's totals contain the KL of the whole answer;
+    every token has its answer's advantage, and padding none."""
+    close(ppo.rloo(torch.tensor([[6.0, 3.0, 0.0], [2.0, 2.0, 2.0]])), [[4.5, 0, -4.5], [0, 0, 0]])
+    close(ppo.grpo(torch.tensor([[6.0, 3.0, 0.0], [2.0, 2.0, 2.0]])), [[3 / 3.0001, 0, -3 / 3.0001], [0] * 3])
+    logprob, ref = torch.tensor([[-1.0, -2.0, -7.0]]), torch.tensor([[-1.0, -1.0, -3.0]])
+    close(ppo.grpo_kl(logprob, ref, torch.tensor([[True, True, False]])), math.e - 2)
+    logprob, kl = torch.tensor([[-1.0, -2.0], [-1.0, 5.0]]), torch.tensor([[0.5, 0.5], [0.25, 0.0]])
+    old = ppo.OldOutputs(ragged(2, 1), logprob, logprob - kl, None, None)
+    for advantage, expected in (("rloo", 2.3), ("grpo", 0.5**0.5)):  # totals 1 − .4 and 3 − .1
+        args = arguments("--advantage", advantage, "--samples_per_prompt", 2, "--kl_coef", 0.4)
+        targets, = ppo.compute_advantages([old], [torch.tensor([1.0, 3.0])], args, world)
+        close(targets.advantages, torch.tensor([[-1.0, -1.0], [1.0, 0.0]]) * expected, 1e-4)
+        assert targets.returns is None
+    scores = [torch.tensor([1.0, 1.0, 2.0, 3.0]), torch.tensor([4.0, 4.0])]
+    assert ppo.frac_equal_scores(scores, 2, world) == pytest.approx(2 / 3)
 
 
 def test_advantages_are_whitened_over_all_answers(world, monkeypatch):
@@ -237,7 +257,7 @@ def test_packed_samples_equal_one_sequence_per_answer(bench, micro_batches):
     """Three samples packed behind their prompt, in micro-batches of unequal numbers of tokens: every gradient
     of policy and critic, and the metrics, means per token, are those of one sequence per answer."""
     b, rollouts = bench, [rollout for rollout, *_ in micro_batches]
-    metrics, count = ppo.minibatch_backward(micro_batches, b.policy, b.critic, b.args, b.world)
+    metrics, count, _ = ppo.minibatch_backward(micro_batches, b.policy, b.critic, b.args, b.world)
     gradients = pop_gradients(bench)
     ids, logps, values = zip(*(output for rollout in rollouts for output in separate_sequences(b, rollout)))
     logprob = torch.cat([logp.gather(1, i[:, None])[:, 0] for logp, i in zip(logps, ids)])  # [N]
@@ -261,6 +281,32 @@ def test_packed_samples_equal_one_sequence_per_answer(bench, micro_batches):
         "policy/approxkl": change.square().mean() / 2, "policy/ratio": change.exp().mean(),
         "policy/clipfrac": outside.float().mean(), "policy/entropy": entropy, "loss/policy": policy_loss,
         "val/clipfrac": (moved > 0.2).float().mean(), "loss/value": value_loss}.items()}, rel=1e-4)
+
+
+def test_grpo_of_packed_samples_equals_one_sequence_per_answer(bench, micro_batches):
+    """Clipped policy loss plus β KL, without a critic; old log-probabilities that are None are the present
+    ones."""
+    args = SimpleNamespace(**{**vars(bench.args), "advantage": "grpo", "kl_coef": 0.3})
+    for without_old in (False, True):
+        batches = [(rollout, old._replace(logprob=None) if without_old else old, targets)
+                   for rollout, old, targets in micro_batches]
+        metrics, count, logprobs = ppo.minibatch_backward(batches, bench.policy, None, args, bench.world)
+        gradients = pop_gradients(bench)
+        outputs = [output for rollout, *_ in batches for output in separate_sequences(bench, rollout)]
+        logprob = torch.cat([logp.gather(1, ids[:, None])[:, 0] for ids, logp, _ in outputs])  # [N]
+        old_logprob, ref_logprob, advantages = (
+            torch.cat([getattr(batch[i], name)[batch[1].token_mask] for batch in micro_batches])
+            for i, name in ((1, "logprob"), (1, "ref_logprob"), (2, "advantages")))
+        old_logprob = logprob.detach() if without_old else old_logprob
+        tokens = torch.ones(len(logprob)).bool()
+        loss = ppo.policy_loss(logprob, old_logprob, advantages, tokens, 0.2)
+        loss = (loss + 0.3 * ppo.grpo_kl(logprob, ref_logprob, tokens)) / count
+        loss.backward()
+        assert_same_gradients(gradients, {name: gradient for name, gradient in pop_gradients(bench).items()
+                                          if name in gradients})
+        assert metrics["loss/policy"] == pytest.approx(loss.item(), rel=1e-4) and "loss/value" not in metrics
+        now = torch.cat([x[old.token_mask] for x, (_, old, _) in zip(logprobs, micro_batches)])
+        close(now, logprob.detach(), 1e-5)
 
 
 # ---- rollout and scores ----
@@ -399,12 +445,33 @@ def test_minibatches_are_shuffled_per_epoch(trained, world, tmp_path, monkeypatc
     assert order == [m for iteration in (1, 2) for epoch in (0, 1, 2)
                      for m in data.keyed_permutation(4, 3, iteration, epoch)]
     for i, line in enumerate(tiny.log(tmp_path / "out")):
-        metrics, tokens = zip(*(result for _, result in steps[12 * i:][:12]))
+        metrics, tokens, _ = zip(*(result for _, result in steps[12 * i:][:12]))
         assert len(set(tokens)) > 2
         for name in metrics[0]:
             mean = sum(step[name] * n for step, n in zip(metrics, tokens)) / sum(tokens)
             assert line[name] == pytest.approx(mean, rel=1e-9, abs=1e-12), name
             assert line[f"first/{name}"] == metrics[0][name]
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_a_run_without_a_critic(advantage, trained, tmp_path, monkeypatch):
+    """The first ratio is 1. GRPO's forward pass that the update saves changes nothing, to the bit; and a run
+    that was stopped after a step and resumed is the same run."""
+    argv = [*files(trained), *ONE_STEP, "--advantage", advantage, "--out"]
+
+    def run(name, *options):
+        inside("ppo", *argv, tmp_path / name, "--max_steps", 2, *options)
+        return [{key: value for key, value in line.items() if "second" not in key}
+                for line in tiny.log(tmp_path / name)]
+    lines = run("whole", "--save_every", 1)
+    for line in lines:
+        assert line["first/policy/ratio"] == 1 and line["first/policy/approxkl"] == 0
+        assert 0 <= line["frac_reward_zero_std"] <= 1 and not any("val" in name for name in line)
+    assert lines[0]["objective/kl"] == 0 != lines[1]["objective/kl"]
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step_2")
+    assert run("whole", "--save_every", 1, "--resume") == lines
+    monkeypatch.setattr(ppo, "updates_once", lambda args: False)
+    assert run("separate") == lines
 
 
 def test_learning_rates_and_critic_warmup(trained, world, tmp_path, monkeypatch):
