@@ -150,7 +150,7 @@ BAD = [  # (record, what the error says)
     ({**QUESTION, "rejected": " good\n"}, "got equal answers 'good', need answers that differ"),
     ({**QUESTION, "score_chosen": 7, "score_rejected": 7.0}, "got score_chosen 7, need more than the"),
     ({**OUTPUTS, "preference": 0}, "got the preference 0, need 1 or 2, no tie"),
-    # what would be lost: more in test_data.py
+    ({"question": "Q", "query": "Other", "answer": "A"}, "got the columns question and query, need one"),
     ({"conversations": PAIR, "scores": [1, 2]}, "got the field 'scores' ([1, 2]), but only `id`, `image`"),
     ({**CHAT, "videos": ["x"]}, "remove it; --drop leaves columns out"),
     ({**CHAT, "image": "red.png", "image_path": "sub/blue.png"}, "got the images 'red.png' and 'sub/bl"),
