@@ -49,12 +49,14 @@ PARTS = {"projector": "multi_modal_projector.", "llm": "language_model.", "visio
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid",
-             label_smoothing=0.0):
+             label_smoothing=0.0, simpo_gamma=0.0):
     """Loss of each pair [B], from the log-probabilities [B] of its chosen and its rejected answer under the
-    policy and the reference: in nats per answer, or per token with --length_norm."""
+    policy and the reference: in nats per answer, or per token with --length_norm and for SimPO."""
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # [B]
     if loss == "sigmoid" and not label_smoothing:
         return -F.logsigmoid(beta * h)  # DPO, Eq. 7, arXiv:2305.18290
+    if loss == "simpo":  # SimPO, arXiv:2405.14734, without a reference: its log-probabilities are 0
+        return -F.logsigmoid(beta * h - simpo_gamma)
     if loss == "hinge":  # RSO's hinge-norm, arXiv:2309.06657: SLiC (Eq. 1, arXiv:2305.10425) of log-ratios
         return torch.relu(1 - beta * h)
     if loss == "ipo":  # IPO, Eq. 17, arXiv:2310.12036
@@ -119,8 +121,11 @@ def parse_args():
         help="peak rate of the projector (default: --lr; with --lora_rank and without --lr, a tenth of it)")
     add("--beta", type=fsdp.positive, default=0.1,
         help="β: implicit reward per nat of log-ratio to the reference (IPO's τ)")
-    add("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid",
-        help="sigmoid: DPO; ipo: IPO; hinge: SLiC; robust: DPO for labels that may be flipped (see dpo_loss)")
+    add("--loss", choices=["sigmoid", "ipo", "hinge", "robust", "simpo"], default="sigmoid",
+        help="sigmoid: DPO; ipo: IPO; hinge: SLiC; robust: DPO for labels that may be flipped; simpo: SimPO, "
+        "without a reference (see dpo_loss)")
+    add("--simpo_gamma", type=fsdp.finite, default=0.5,
+        help="γ of --loss simpo: margin between the answers' rewards per token (SimPO's β is 2 to 10)")
     add("--label_smoothing", type=fsdp.fraction, default=0.0,
         help="fraction of labels assumed to be flipped, for --loss sigmoid or robust")
     add("--length_norm", action="store_true",
@@ -134,6 +139,8 @@ def parse_args():
         eval_data=[os.path.join(fsdp.SHAPES_DIR, "test_pairs.json")], batch_size=64, micro_batch=64, lr=3e-4,
         warmup=10, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
     smooth = args.label_smoothing
+    if args.loss == "simpo" and (args.ref_model or args.image_coef):
+        parser.error("got --ref_model or --image_coef with --loss simpo, which has no reference")
     if args.loss == "robust" and not smooth:
         parser.error("got --loss robust without --label_smoothing, need the share of labels that are flipped")
     if smooth and (args.loss not in ("sigmoid", "robust") or not 0 < smooth < 0.5):
@@ -147,6 +154,9 @@ def parse_args():
 def get_reference(model, splits, world, args):
     """→ the reference's log-probabilities of every answer, in the form above. splits: {"training": Steps,
     "held_out": Steps}. They are computed once and written to OUT/reference.json; a resumed run reads that."""
+    if args.loss == "simpo":  # no reference
+        return {split: [{"logps": [0.0] * len(example.answers)} for example in steps.examples]
+                for split, steps in splits.items()}
     path = os.path.join(args.out, "reference.json")
     if world.on_rank0(os.path.isfile, path):
         return world.on_rank0(read_reference, path, splits)
@@ -241,11 +251,12 @@ def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, 
     length = length.clamp(min=1)
     sft_loss = -policy_logps[:, :1].sum() / chosen_token_count  # a slice, as K may be 0
 
-    unit = length if args.length_norm else 1  # per token: length-normalised DPO of Tülu 3, arXiv:2411.15124
+    # per token: length-normalised DPO of Tülu 3, arXiv:2411.15124
+    unit = length if args.length_norm or args.loss == "simpo" else 1
     policy, ref = policy_logps / unit, ref_logps / unit
     if policy.shape[1] == 2:
         losses = dpo_loss(policy[:, 0], policy[:, 1], ref[:, 0], ref[:, 1], args.beta, args.loss,
-                          args.label_smoothing)  # [B]
+                          args.label_smoothing, args.simpo_gamma)  # [B]
     else:  # some record has more than two answers; or K = 0
         losses = listwise_dpo_loss(policy, ref, answer_mask, args.beta)  # [B]
     loss = losses.sum() / record_count + args.sft_coef * sft_loss

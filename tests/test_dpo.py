@@ -178,6 +178,17 @@ def test_image_loss_equals_separate_sequences(place, world):
     fsdp.reshard(model)
 
 
+def test_simpo_by_hand(place, tmp_path):
+    """−log σ(β (log π(y_w)/|y_w| − log π(y_l)/|y_l|) − γ); a run needs no reference."""
+    loss = dpo.dpo_loss(*torch.tensor([[-1.0], [-1.5], [0.0], [0.0]]), 2.0, "simpo", simpo_gamma=0.6)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.4)))
+    inside("dpo", *files(place), "--out", tmp_path, "--batch_size", 7, "--micro_batch", 2, "--max_steps", 10,
+           "--lr", "1e-3", "--loss", "simpo", "--beta", 2)
+    first, *_, last = tiny.log(tmp_path)
+    assert last["loss"] < first["loss"] != pytest.approx(math.log(2)) and first["rewards/chosen"] < 0
+    assert not (tmp_path / "reference.json").exists()
+
+
 # ---- runs ----
 
 def test_a_user_prefers(place, tmp_path):
