@@ -8,7 +8,6 @@ Legend: B sequences, T positions, N targets, D width, V vocabulary, K answers or
 """
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -411,10 +410,12 @@ def test_no_step_reads_from_the_device():
     """Model, losses, advantages and a decoding step run on meta, which has shapes and no values: a tensor
     that is read by Python, or left on the CPU, raises."""
     model = tiny.randomise(ours.VisionLLM(llava_config())).to("meta")
-    args = SimpleNamespace(beta=0.1, loss="sigmoid", label_smoothing=0.1, length_norm=False, sft_coef=1.0,
-                           temperature=1.0, clip_range=0.2)
+    argv = "--model", "model", "--data", "data.json"
+    dpo_args = tiny.arguments("dpo", *argv, "--label_smoothing", 0.1, "--sft_coef", 1, "--image_coef", 1)
+    ppo_args = tiny.arguments("ppo", *argv, "--reward_model", "rm", "--advantage", "grpo",
+                              "--samples_per_prompt", 2)
     pairs = make_batch(PACKED[0], (ONE[0], [[9, 2], [8, 7, 2]], [0])).to("meta")
-    loss, _ = dpo.micro_batch_loss(model, pairs, [{"logps": [-1.0, -2.0]}] * 2, 2, 9, args)
+    loss, _ = dpo.micro_batch_loss(model, pairs, [{"logps": [-1.0, -2.0]}] * 2, 2, 9, dpo_args)
     loss.backward()
     mixed = make_batch(*CAUSAL).to("meta")
     features = model.vision_tower(mixed.pixels)
@@ -424,7 +425,7 @@ def test_no_step_reads_from_the_device():
     advantages, returns = ppo.gae(ppo.kl_reward(value, value, value[:, 0], mask, 0.1), value, mask, 1.0, 0.95)
     rollout = ppo.Rollout([], mixed, None, features.detach(), None)
     old = ppo.OldOutputs(mask, value, value, value, features.detach())
-    ppo.policy_backward(rollout, old, ppo.Targets(advantages, returns), model, 9, args)
+    ppo.policy_backward(rollout, old, ppo.Targets(advantages, returns), model, 9, ppo_args)
     prompts = make_batch(*PROMPTS).to("meta")
     uniforms = torch.empty(len(PROMPTS), 2, 4, dtype=torch.float64, device="meta")
     with torch.no_grad():
