@@ -216,8 +216,9 @@ def test_what_is_trained_moves_and_nothing_else(script, case, folder, runs):
     if "--lora_rank" not in CASES[script][case]:
         grads = gradients(runs(script, case, 2))
         assert {name for name in grads if name in start} == expected
-        assert any(grads[name].any() for name in expected if "projector" in name) == (
-            case not in ("all text", "vision") and "projector" in " ".join(expected))
+        if case != "one record":  # the last step's may be text alone
+            assert any(grads[name].any() for name in expected if "projector" in name) == (
+                case not in ("all text", "vision") and "projector" in " ".join(expected))
 
 
 @pytest.mark.parametrize("script, case, same", [
@@ -591,12 +592,12 @@ def short_run(script, options, wrong, out, **how):
 @pytest.mark.parametrize(
     "script, options", [(script, options) for script in WRONG for options in WRONG[script]])
 def test_what_is_wrong_is_said_in_one_line(script, options, wrong, tmp_path):
-    """Before anything is written, or removed by --overwrite."""
+    """Before anything is written, or removed by --overwrite. Of an option every rank says the same."""
     def content():
         return {path: path.stat().st_mtime_ns for path in wrong.rglob("*") if path.is_file()}
     before, said = content(), WRONG[script][options].replace("{}", str(wrong))
     done = short_run(script, options, wrong, tmp_path / "out", ranks=1 + (script == "sft"))
-    assert done.code == 2 and said in done.error and len(done.err.splitlines()) == 1, done
+    assert done.code == 2 and said in done.error and len({*done.err.splitlines()}) == 1, done
     assert not list(tmp_path.iterdir()) and content() == before
 
 

@@ -117,9 +117,8 @@ def test_a_shared_prompt_equals_separate_sequences(records, place, world):
         model.zero_grad(set_to_none=True)
         return gradients
     model.set_recompute(True)
-    reference = [{"logps": logps} for logps in reference]
-    loss, _ = dpo.micro_batch_loss(model, data.collate(examples, processor), reference, len(examples), tokens,
-                                   args)
+    batch, ref_records = data.collate(examples, processor), [{"logps": logps} for logps in reference]
+    loss, _ = dpo.micro_batch_loss(model, batch, ref_records, len(examples), tokens, args)
     loss.backward()
     shared = pop_gradients()
     assert images == [len({path for example in examples for path in example.images})]
