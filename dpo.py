@@ -25,9 +25,9 @@ Departures from the DPO paper:
     torchrun --nproc_per_node=8 dpo.py --model runs/sft-7b --data pairs.json --images images --sft_coef 1 \
         --out out
 
-Legend: N target tokens, A answers of a micro-batch, L target tokens of the longest answer, B records, K most
-answers per record, M images, I features per image. A rank that has no records left in a step gets a
-micro-batch of padding, as all ranks take part in every pass: B = K = 0 there.
+Legend: N target tokens, A answers of a micro-batch (and C more with corrupted images), L target tokens of the
+longest answer, B records, K most answers per record, M images, I features per image. A rank that has no
+records left in a step gets a micro-batch of padding, as all ranks take part in every pass: B = K = 0 there.
 """
 import argparse
 import dataclasses
@@ -85,9 +85,10 @@ def image_loss(chosen_logratio, corrupted_logratio, beta):
 def dpo_metrics(losses, rewards, policy_logps, logratio_per_token, answer_mask):
     """→ {name: sum over records}. losses [B]; the other arguments [B, K], best answer first.
 
-    rewards are beta · (log π − log π_ref) and policy_logps log π, in nats per answer; logratio_per_token is
-    log π − log π_ref in nats per token. `chosen` is the best answer, `rejected` the mean of the others;
-    accuracies is the share of correctly ordered pairs, where a tie counts 1/2."""
+    rewards are beta · (log π − log π_ref), per answer (SimPO: beta · log π per token); policy_logps is log π
+    in nats per answer, and logratio_per_token log π − log π_ref in nats per token. `chosen` is the best
+    answer, `rejected` the mean of the others; accuracies is the share of correctly ordered pairs, where a tie
+    counts 1/2."""
     def chosen(values):
         return values[:, :1].sum(-1)  # [B]; a slice, as K may be 0
 
@@ -119,13 +120,13 @@ def parse_args():
         "but no --llm: llm)")
     add("--projector_lr", type=fsdp.non_negative,
         help="peak rate of the projector (default: --lr; with --lora_rank and without --lr, a tenth of it)")
-    add("--beta", type=fsdp.positive, default=0.1,
-        help="β: implicit reward per nat of log-ratio to the reference (IPO's τ)")
+    add("--beta", type=fsdp.positive,
+        help="β: implicit reward per nat of log-ratio to the reference, IPO's τ (default: 0.1; simpo: 2)")
     add("--loss", choices=["sigmoid", "ipo", "hinge", "robust", "simpo"], default="sigmoid",
         help="sigmoid: DPO; ipo: IPO; hinge: SLiC; robust: DPO for labels that may be flipped; simpo: SimPO, "
         "without a reference (see dpo_loss)")
     add("--simpo_gamma", type=fsdp.finite, default=0.5,
-        help="γ of --loss simpo: margin between the answers' rewards per token (SimPO's β is 2 to 10)")
+        help="γ of --loss simpo: margin between the rewards of the answers")
     add("--label_smoothing", type=fsdp.fraction, default=0.0,
         help="fraction of labels assumed to be flipped, for --loss sigmoid or robust")
     add("--length_norm", action="store_true",
@@ -139,6 +140,9 @@ def parse_args():
         eval_data=[os.path.join(fsdp.SHAPES_DIR, "test_pairs.json")], batch_size=64, micro_batch=64, lr=3e-4,
         warmup=10, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
     smooth = args.label_smoothing
+    args.beta = args.beta or (2.0 if args.loss == "simpo" else 0.1)
+    if args.loss != "simpo" and args.simpo_gamma != parser.get_default("simpo_gamma"):
+        parser.error(f"got --simpo_gamma {args.simpo_gamma} with --loss {args.loss}, need --loss simpo")
     if args.loss == "simpo" and (args.ref_model or args.image_coef):
         parser.error("got --ref_model or --image_coef with --loss simpo, which has no reference")
     if args.loss == "robust" and not smooth:
@@ -159,7 +163,7 @@ def get_reference(model, splits, world, args):
                 for split, steps in splits.items()}
     path = os.path.join(args.out, "reference.json")
     if world.on_rank0(os.path.isfile, path):
-        return world.on_rank0(read_reference, path, splits)
+        return world.on_rank0(read_reference, path, splits, args.image_coef)
     reference = {split: reference_pass(model, steps, world, args) for split, steps in splits.items()}
     world.on_rank0(fsdp.write_json, path, {**reference, "sha256": sha256(reference)})
     return reference
@@ -187,16 +191,18 @@ def sha256(reference):
     return hashlib.sha256(json.dumps(reference).encode()).hexdigest()
 
 
-def read_reference(path, splits):
+def read_reference(path, splits, image_coef):
     """The file that get_reference wrote. UserError if it was changed or belongs to other records."""
     try:
         reference = data.read_json(*os.path.split(path))
         unchanged = reference.pop("sha256") == sha256(reference)
-        counts = {split: [len(record["logps"]) for record in reference[split]] for split in splits}
+        counts = {split: [(len(record["logps"]), "corrupted" in record) for record in reference[split]]
+                  for split in splits}
     except (UserError, AttributeError, KeyError, TypeError):
         unchanged = False
     if not unchanged or counts != {
-            split: [len(example.answers) for example in steps.examples] for split, steps in splits.items()}:
+            split: [(len(example.answers), bool(image_coef and example.images)) for example in steps.examples]
+            for split, steps in splits.items()}:
         raise UserError(f"{path} was changed since the run began: remove it, and --resume computes it again")
     return reference
 
@@ -241,9 +247,11 @@ def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, 
     counts are of the step, over all micro-batches and ranks."""
     ref_logps = [logp for record in reference for logp in record["logps"]]
     B, A = len(reference), len(ref_logps)
-    ref_corrupted = [record["corrupted"] for record in reference if "corrupted" in record]
+    with_image = [i for i, record in enumerate(reference) if "corrupted" in record]  # C of B
+    ref_corrupted = [reference[i]["corrupted"] for i in with_image]
     ref_logps, ref_corrupted = (torch.tensor(values, dtype=torch.float32, device=batch.ids.device)
                                 for values in (ref_logps, ref_corrupted))  # [A], [C]
+    with_image = torch.tensor(with_image, dtype=torch.long, device=batch.ids.device)
     all_logps, length = sequence_logprobs(model, batch)  # [A + C] each: C answers with corrupted images
     (policy_logps, answer_mask), (ref_logps, _), (length, _) = (
         data.pad_by_sequence(values, batch.sequence[:A], (B, batch.answer_shape[1]))  # [B, K] each
@@ -262,16 +270,17 @@ def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, 
     loss = losses.sum() / record_count + args.sft_coef * sft_loss
     image_metrics = {}
     if args.image_coef:
-        with_image = [i for i, record in enumerate(reference) if "corrupted" in record]  # of B, C
-        unit = length[with_image, :1].sum(1) if args.length_norm else 1
-        corrupted_logratio = all_logps[A:] - ref_corrupted  # [C]
-        terms = image_loss((policy - ref)[with_image, :1].sum(1), corrupted_logratio / unit, args.beta)
+        unit = length.index_select(0, with_image)[:, :1].sum(1) if args.length_norm else 1
+        image_logratio = (policy - ref).index_select(0, with_image)[:, :1].sum(1)  # [C]
+        corrupted_logratio = (all_logps[A:] - ref_corrupted) / unit  # [C]
+        terms = image_loss(image_logratio, corrupted_logratio, args.beta)
         loss = loss + args.image_coef * terms.sum() / record_count
-        image_metrics = {"loss/image": terms.detach().sum(),
-                         "rewards/corrupted": args.beta * corrupted_logratio.detach().sum()}
+        margins = args.beta * (image_logratio - corrupted_logratio).detach()
+        image_metrics = {"loss/image": terms.detach().sum(), "rewards/image_margins": margins.sum()}
 
     logratio = (policy_logps - ref_logps).detach()
-    metrics = dpo_metrics(losses, args.beta * logratio, policy_logps, logratio / length, answer_mask)
+    rewards = args.beta * ((policy - ref).detach() if args.loss == "simpo" else logratio)
+    metrics = dpo_metrics(losses, rewards, policy_logps, logratio / length, answer_mask)
     metrics |= image_metrics
     return loss, {"loss": loss.detach(), "loss/sft": sft_loss.detach(),
                   **{name: total / record_count for name, total in metrics.items()}}
@@ -319,6 +328,8 @@ def main():
     collate = data.collate
     if args.image_coef:
         collate = functools.partial(collate_with_corrupted, seed=args.seed)
+        if not any(example.images for example in examples):
+            raise UserError(f"got --image_coef {args.image_coef}, but no record of --data has an image")
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                        args.seed, collate=collate)
     eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,

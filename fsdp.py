@@ -1114,6 +1114,7 @@ RUN_FILES = ("log.jsonl", "config.json", "model*.safetensors*", "score.safetenso
              "reference.json", "rollouts", "export.part")
 RESUME_MAY_DIFFER = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb",
                      "micro_batch", "decode_batch", "replicas", "offload", "save_rollouts"}
+ABOUT_RUN = ("ranks", "versions", "commit", "inputs")  # what args.json holds beyond options
 LOCKS = []  # (path, the open file that holds its lock, the folders created for it)
 
 
@@ -1212,6 +1213,8 @@ def earlier_args(path, args):
     differ = [f"--{key} {as_given(earlier.get(key))} then, {as_given(value)} now"
               for key, value in vars(args).items()
               if key not in RESUME_MAY_DIFFER and earlier.get(key, value) != value]
+    differ += [f"--{key} {as_given(value)} then, which is no option now" for key, value in earlier.items()
+               if key not in vars(args) and key not in ABOUT_RUN]
     if differ:
         raise UserError(f"cannot resume {args.out}: got {'; '.join(differ)}; use the old values")
     return earlier
@@ -1224,7 +1227,7 @@ def as_given(value):
 
 def write_args(path, args, world):
     versions = {package.__name__: package.__version__ for package in (torch, transformers, safetensors)}
-    about = {"ranks": world.size, "versions": versions, "commit": world.commit, "inputs": world.inputs}
+    about = dict(zip(ABOUT_RUN, (world.size, versions, world.commit, world.inputs)))
     write_json(path, {**vars(args), **about})
 
 

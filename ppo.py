@@ -31,7 +31,8 @@ OpenAI Baselines. RLOO: arXiv:2402.14740. GRPO: arXiv:2402.03300, section 4.1. -
 arXiv:2203.02155, Eq. 2.
 
 Departures from these papers, and other choices:
-- The critic has its own optimiser and learning rate, and its gradients are clipped apart from the policy's.
+- The optimiser is AdamW with β 0.9 and 0.95, and gradients are clipped to a global norm of 1. The critic has
+  its own optimiser and learning rate, and its gradients are clipped apart from the policy's.
 - Both losses are means over all tokens of a minibatch on all ranks. Whitening is over all tokens of an
   iteration on all ranks. Rewards are not whitened, nor are RLOO's and GRPO's advantages. GRPO's paper takes
   the mean of each answer first, which favours long answers among the wrong ones (arXiv:2503.20783).
@@ -109,6 +110,7 @@ def rloo(totals):
 def grpo(scores):
     """A prompt's K scores [B, K], shifted and scaled to mean 0, deviation 1 (section 4.1.2,
     arXiv:2402.03300)."""
+    scores = scores - scores[:, :1]  # makes equal scores exactly 0
     return (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)
 
 
@@ -391,7 +393,7 @@ def critic_backward(rollout, old, targets, critic, count, args):
 
 
 def minibatch_backward(minibatch, policy, critic, args, world):
-    """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Targets). a model that
+    """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Targets). A model that
     is None is not trained. → metrics, means over the minibatch's tokens on all ranks, the number of these
     tokens, and log π [A, L] per micro-batch"""
     count, = world.sum(sum(len(rollout.batch.target) for rollout, *_ in minibatch))
@@ -473,7 +475,7 @@ def explained_variance(old_outputs, targets, world):
 
 
 def frac_equal_scores(scores, K, world):
-    """Share of prompts whose K samples all have the same score: their advantages are 0."""
+    """Share of prompts whose K samples all have the same score: GRPO's advantages are 0 there."""
     groups = torch.cat(scores).view(-1, K)
     equal, count = world.sum((groups.amax(1) == groups.amin(1)).sum(), len(groups))
     return equal / count

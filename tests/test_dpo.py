@@ -173,7 +173,7 @@ def test_image_loss_equals_separate_sequences(place, world):
     image = n * float(dpo.image_loss(ones, -2 * ones, 0.3)) / len(examples)
     assert float(loss) == pytest.approx(float(without) + 2 * image, rel=1e-5)
     assert float(metrics["loss/image"]) == pytest.approx(image, rel=1e-5)
-    assert float(metrics["rewards/corrupted"]) == pytest.approx(-0.6 * n / len(examples), rel=1e-4)
+    assert float(metrics["rewards/image_margins"]) == pytest.approx(0.9 * n / len(examples), rel=1e-4)
     fsdp.reshard(model)
 
 
@@ -182,9 +182,11 @@ def test_simpo_by_hand(place, tmp_path):
     loss = dpo.dpo_loss(*torch.tensor([[-1.0], [-1.5], [0.0], [0.0]]), 2.0, "simpo", simpo_gamma=0.6)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.4)))
     inside("dpo", *files(place), "--out", tmp_path, "--batch_size", 7, "--micro_batch", 2, "--max_steps", 10,
-           "--lr", "1e-3", "--loss", "simpo", "--beta", 2)
+           "--lr", "1e-3", "--loss", "simpo")  # β is 2
     first, *_, last = tiny.log(tmp_path)
     assert last["loss"] < first["loss"] != pytest.approx(math.log(2)) and first["rewards/chosen"] < 0
+    margin = 2 * (first["logratio/chosen"] - first["logratio/rejected"])
+    assert first["rewards/margins"] == pytest.approx(margin, rel=1e-5)
     assert not (tmp_path / "reference.json").exists()
 
 
@@ -210,7 +212,7 @@ def test_images_are_looked_at(place, tmp_path):
     inside("dpo", *files(place), "--out", tmp_path, "--batch_size", 7, "--micro_batch", 2, "--max_steps", 10,
            "--lr", "1e-3", "--image_coef", 1, "--eval_data", place / "pairs.json")
     first, *_, last = tiny.log(tmp_path)
-    assert abs(first["rewards/corrupted"]) < 1e-5 and last["eval_loss/image"] < first["loss/image"]
+    assert abs(first["rewards/image_margins"]) < 1e-5 and last["eval_loss/image"] < first["loss/image"]
 
 
 def test_step_one_of_ranked_records(place, world, tmp_path):

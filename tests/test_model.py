@@ -414,8 +414,9 @@ def test_no_step_reads_from_the_device():
     dpo_args = tiny.arguments("dpo", *argv, "--label_smoothing", 0.1, "--sft_coef", 1, "--image_coef", 1)
     ppo_args = tiny.arguments("ppo", *argv, "--reward_model", "rm", "--advantage", "grpo",
                               "--samples_per_prompt", 2)
-    pairs = make_batch(PACKED[0], (ONE[0], [[9, 2], [8, 7, 2]], [0])).to("meta")
-    loss, _ = dpo.micro_batch_loss(model, pairs, [{"logps": [-1.0, -2.0]}] * 2, 2, 9, dpo_args)
+    pairs = make_batch(PACKED[0], (ONE[0], [[9, 2], [8, 7, 2]], [0]), ONE).to("meta")  # ONE: corrupted
+    reference = [{"logps": [-1.0, -2.0]}, {"logps": [-1.0, -2.0], "corrupted": -1.0}]
+    loss, _ = dpo.micro_batch_loss(model, pairs, reference, 2, 9, dpo_args)
     loss.backward()
     mixed = make_batch(*CAUSAL).to("meta")
     features = model.vision_tower(mixed.pixels)

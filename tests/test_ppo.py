@@ -120,6 +120,7 @@ def test_rloo_and_grpo_by_hand(world):
     every token has its answer's advantage, and padding none."""
     close(ppo.rloo(torch.tensor([[6.0, 3.0, 0.0], [2.0, 2.0, 2.0]])), [[4.5, 0, -4.5], [0, 0, 0]])
     close(ppo.grpo(torch.tensor([[6.0, 3.0, 0.0], [2.0, 2.0, 2.0]])), [[3 / 3.0001, 0, -3 / 3.0001], [0] * 3])
+    assert not ppo.grpo(torch.full((1, 8), 100.1)).any()
     logprob, ref = torch.tensor([[-1.0, -2.0, -7.0]]), torch.tensor([[-1.0, -1.0, -3.0]])
     close(ppo.grpo_kl(logprob, ref, torch.tensor([[True, True, False]])), math.e - 2)
     logprob, kl = torch.tensor([[-1.0, -2.0], [-1.0, 5.0]]), torch.tensor([[0.5, 0.5], [0.25, 0.0]])
