@@ -429,6 +429,19 @@ def test_a_resume_goes_on_from_what_is_complete(finished, tmp_path):
         assert tiny.log(out) == tiny.log(finished / "out")
 
 
+def test_a_resume_notices_other_options_and_those_that_are_gone(tmp_path):
+    """Also an option that was removed since: its value then is not the constant of now."""
+    path, args = tmp_path / "args.json", tiny.arguments("sft", "--model", "m", "--data", "d")
+    world = SimpleNamespace(size=1, commit=None, inputs={})
+    fsdp.write_args(str(path), args, world)
+    assert fsdp.earlier_args(path, args)["lr"] == args.lr
+    for name, then, words in (("lr", 1.0, "--lr 1.0 then, 2e-05 now"),
+                              ("adam_beta2", 0.98, "--adam_beta2 0.98 then, which is no option now")):
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: then}))
+        with pytest.raises(data.UserError, match=words):
+            fsdp.earlier_args(path, args)
+
+
 def test_a_resume_notices_what_a_reward_function_reads(place, tmp_path):
     """It may read any field of a record; its own code counts, too."""
     tiny.write_rows(tmp_path / "rows.json", [{**record, "gold": 1} for record in tiny.ONE_TURN])
