@@ -14,8 +14,8 @@ mean over records (0 for those without an image) of
     − log σ(β (r_w − r_c))  − log σ(β r_w)
 
 where r_w is log π(y_w) − log π_ref(y_w) with the image, and r_c the same with the corrupted one. The
-reference π_ref is the policy before its first step, or --ref_model.
-Departures from the DPO paper:
+reference π_ref is the policy before its first step, or --ref_model; --loss simpo has none. Departures from
+the DPO paper:
 - The reference's log-probabilities are computed once, before training, and no second model stays in memory.
 - The optimiser is AdamW, with linear warm-up and a cosine schedule; the paper uses RMSprop.
 - Gradients are clipped to a global norm of 1.

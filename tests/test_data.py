@@ -1098,3 +1098,21 @@ def test_nothing_of_plain_is_left_in_the_second_stage(folders, tmp_path, capsys,
         assert encode(again, turns) == encode(own, turns) and again.stop == own.stop
         assert again.text([i for i, supervised in zip(*encode(again, turns)) if supervised]) == turns[1]
     assert (stage2 / "additional_chat_templates/original.jinja").read_text() == CHATML  # for yet another run
+
+
+def test_a_corrupted_image_is_a_crop_of_at_most_a_fifth(tmp_path):
+    """Keyed by seed and record; cut out of the image, at every place."""
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+
+    def crop(seed, index):
+        return np.asarray(data.corrupt(data.Corrupted(str(tmp_path / "a.png"), seed, index)))
+    places = []
+    for index in range(40):
+        part = crop(1, index)
+        height, width, _ = part.shape
+        assert height * width <= 0.21 * pixels[..., 0].size and (crop(1, index) == part).all()
+        places += [(y, x) for y in range(51 - height) for x in range(41 - width)
+                   if (pixels[y:y + height, x:x + width] == part).all()]
+    assert len({*places}) > 20 and max(y for y, _ in places) > 25 and max(x for _, x in places) > 20
+    assert len({crop(seed, 3).tobytes() for seed in range(5)}) == 5
