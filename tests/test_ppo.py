@@ -288,6 +288,9 @@ def test_grpo_of_packed_samples_equals_one_sequence_per_answer(bench, micro_batc
     """Clipped policy loss plus β KL, without a critic; old log-probabilities that are None are the present
     ones."""
     args = SimpleNamespace(**{**vars(bench.args), "advantage": "grpo", "kl_coef": 0.3})
+    micro_batches = [
+        (rollout, old._replace(ref_logprob=old.ref_logprob + noise(old.token_mask, 5, 0.5)), targets)
+        for rollout, old, targets in micro_batches]
     for without_old in (False, True):
         batches = [(rollout, old._replace(logprob=None) if without_old else old, targets)
                    for rollout, old, targets in micro_batches]
