@@ -4,30 +4,39 @@ r"""Direct preference optimisation (DPO): a vision-LLM learns from ranked answer
 
     h = (log π(y_w) − log π_ref(y_w)) − (log π(y_l) − log π_ref(y_l))        y_w chosen, y_l rejected
 
-log π(y) is the sum over the answer's target tokens, its text and end token, of log π(y_t | x, y_1 … y_{t−1}),
-in nats. DPO: arXiv:2305.18290, Eq. 7; for more than two ranked answers Eq. 20. The SFT loss is the mean of
-− log π(y_t) over all target tokens of the step's chosen answers, and c is --sft_coef (after arXiv:2404.19733,
-Eq. 1, which takes the mean of each answer). DPO can learn without looking at the image. The image loss, that
-of mDPO (arXiv:2406.11839; λ is --image_coef), prefers the image of a record to a corrupted one. It is the
-mean over records (0 for those without an image) of
+log π(y) is the sum of log π(y_t | x, y_1 … y_{t−1}), in nats, over the answer's target tokens: its text and
+its end token. DPO: arXiv:2305.18290, Eq. 7; for more than two ranked answers Eq. 20. With --loss another
+function of h replaces − log σ(β h). The reference π_ref is the policy before its first step, or --ref_model;
+--loss simpo has none.
+
+The SFT loss is the mean of − log π(y_t) over all target tokens of the step's chosen answers, and c is
+--sft_coef (after arXiv:2404.19733, Eq. 1, which takes the mean of each answer).
+
+DPO can be solved without looking at the image. The image loss of mDPO (arXiv:2406.11839; λ is --image_coef)
+makes the chosen answer likelier with its image than with a corrupted one, a small crop of it. For every
+--loss, it is the mean over records (0 for those without an image) of
 
     − log σ(β (r_w − r_c))  − log σ(β r_w)
 
-where r_w is log π(y_w) − log π_ref(y_w) with the image, and r_c the same with the corrupted one. The
-reference π_ref is the policy before its first step, or --ref_model; --loss simpo has none. Departures from
-the DPO paper:
+where r_w is log π(y_w) − log π_ref(y_w) with the image, and r_c the same with the corrupted one.
+
+Departures from the DPO paper:
 - The reference's log-probabilities are computed once, before training, and no second model stays in memory.
 - The optimiser is AdamW, with linear warm-up and a cosine schedule; the paper uses RMSprop.
 - Gradients are clipped to a global norm of 1.
 - The projector and the LLaMA are trained and the vision tower is frozen, unless --train says otherwise.
+- The answers of a record follow their prompt in one packed sequence. None sees another, and the positions of
+  each continue the prompt's.
 
     python dpo.py                                       # on the shapes data set
     torchrun --nproc_per_node=8 dpo.py --model runs/sft-7b --data pairs.json --images images --sft_coef 1 \
         --out out
 
 Legend: N target tokens, A answers of a micro-batch (and C more with corrupted images), L target tokens of the
-longest answer, B records, K most answers per record, M images, I features per image. A rank that has no
-records left in a step gets a micro-batch of padding, as all ranks take part in every pass: B = K = 0 there.
+longest answer, B records, K most answers per record, M images, I features per image. In a data.Batch, answer
+[N] is the answer of each target token, sequence [A] the record of each answer; token_shape is (A, L). A rank
+that has no records left in a step gets a micro-batch of padding, as all ranks take part in every pass:
+B = K = 0 there.
 """
 import argparse
 import dataclasses
@@ -64,7 +73,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
     p, correct, flipped = label_smoothing, -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
     if loss == "robust":  # unbiased if labels are flipped with probability p: Eq. 12, arXiv:2403.00409
         return ((1 - p) * correct - p * flipped) / (1 - 2 * p)
-    return (1 - p) * correct + p * flipped  # conservative DPO, ericmitchell.ai/cdpo.pdf
+    # sigmoid with label smoothing: conservative DPO, ericmitchell.ai/cdpo.pdf
+    return (1 - p) * correct + p * flipped
 
 
 def listwise_dpo_loss(policy_logps, ref_logps, answer_mask, beta):
@@ -119,7 +129,8 @@ def parse_args():
         help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA "
         "but no --llm: llm)")
     add("--projector_lr", type=fsdp.non_negative,
-        help="peak rate of the projector (default: --lr; with --lora_rank and without --lr, a tenth of it)")
+        help="peak rate of the projector (default: --lr; a tenth of --lr's default if --lora_rank is given "
+        "and --lr is not)")
     add("--beta", type=fsdp.positive,
         help="β: implicit reward per nat of log-ratio to the reference, IPO's τ (default: 0.1; simpo: 2)")
     add("--loss", choices=["sigmoid", "ipo", "hinge", "robust", "simpo"], default="sigmoid",
@@ -136,6 +147,7 @@ def parse_args():
     add("--image_coef", type=fsdp.non_negative, default=0.0,
         help="λ: weight of mDPO's image loss, which prefers the answer's image to a crop of it")
     add("--ref_model", help="checkpoint of the reference (default: the policy before its first step)")
+    # without --data: the shapes data set, with these defaults and the model that sft.py left
     args = fsdp.parse(parser, data_file="pairs.json", shapes=dict(
         eval_data=[os.path.join(fsdp.SHAPES_DIR, "test_pairs.json")], batch_size=64, micro_batch=64, lr=3e-4,
         warmup=10, max_steps=80, sft_coef=1.0, **fsdp.left_by("sft")))
@@ -153,11 +165,12 @@ def parse_args():
     return args
 
 
-# ---- the reference: {"training" or "held_out": one {"logps": [nats of each answer]} per record} ----
+# ---- the reference's log-probabilities ----
 
 def get_reference(model, splits, world, args):
-    """→ the reference's log-probabilities of every answer, in the form above. splits: {"training": Steps,
-    "held_out": Steps}. They are computed once and written to OUT/reference.json; a resumed run reads that."""
+    """→ {"training": records, "held_out": records}: per record {"logps": [nats of each answer]}, and with
+    --image_coef "corrupted", nats of the chosen answer with corrupted images. splits: the data.Steps of both
+    names. Computed once and written to OUT/reference.json; a resumed run reads that."""
     if args.loss == "simpo":  # no reference
         return {split: [{"logps": [0.0] * len(example.answers)} for example in steps.examples]
                 for split, steps in splits.items()}
@@ -219,19 +232,24 @@ def open_ref_model(processor, args, world):
 # ---- one micro-batch, one evaluation ----
 
 def collate_with_corrupted(examples, processor, seed):
-    """Examples → Batch. Behind their sequences follows one more for each example with images: its chosen
-    answer after the prompt with corrupted images."""
-    return data.collate([*examples, *(dataclasses.replace(
-        example, answers=example.answers[:1], token_masks=example.token_masks[:1],
-        images=[data.Corrupted(path, seed, example.index) for path in example.images])
-        for example in examples if example.images)], processor)
+    """Examples → Batch. After the examples' sequences comes one more per example with images: its prompt with
+    corrupted images and its chosen answer. The crop is fixed by (seed, record), as the reference's
+    log-probability of that answer is computed once."""
+    corrupted = []
+    for example in examples:
+        images = [data.Corrupted(path, seed, example.index) for path in example.images]
+        if images:
+            corrupted.append(dataclasses.replace(example, images=images, answers=example.answers[:1],
+                                                 token_masks=example.token_masks[:1]))
+    return data.collate([*examples, *corrupted], processor)
 
 
 def sequence_logprobs(model, batch):
-    """Log-probability of each answer [A] in nats, and its number of target tokens [A]."""
+    """Log-probability of each answer in nats, and its number of target tokens: [A + C] each."""
     features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
-    token_logps = model(batch, features)  # [N]
-    token_logps, token_mask = data.pad_by_sequence(token_logps, batch.answer, batch.token_shape)  # [A, L]
+    # log π of each target token [N], from the hidden state one token before it
+    token_logps = model(batch, features)
+    token_logps, token_mask = data.pad_by_sequence(token_logps, batch.answer, batch.token_shape)  # [A + C, L]
     return token_logps.sum(1), token_mask.sum(1)
 
 
@@ -240,23 +258,38 @@ def chosen_tokens(examples):
     return sum(int(example.token_masks[0].sum()) for example in examples)
 
 
+def image_losses(chosen_logratio, chosen_length, corrupted_logps, reference, args):
+    """→ the image loss of each record that has an image [C], and its margin β (r_w − r_c) in nats per answer.
+
+    chosen_logratio, chosen_length [B]: of the chosen answers with their images, in nats and in tokens;
+    corrupted_logps [C]: log π of those with corrupted images."""
+    device = corrupted_logps.device
+    with_image = [i for i, record in enumerate(reference) if "corrupted" in record]
+    ref_logps = [reference[i]["corrupted"] for i in with_image]
+    ref_logps = torch.tensor(ref_logps, dtype=torch.float32, device=device)
+    index = torch.tensor(with_image, dtype=torch.long, device=device)
+    chosen_logratio = chosen_logratio.index_select(0, index)  # [C], like all below
+    corrupted_logratio = corrupted_logps - ref_logps
+    unit = chosen_length.index_select(0, index) if args.length_norm else 1
+    losses = image_loss(chosen_logratio / unit, corrupted_logratio / unit, args.beta)
+    return losses, args.beta * (chosen_logratio - corrupted_logratio).detach()
+
+
 def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, args):
     """→ a micro-batch's term of the step's loss (a scalar), and its terms of the metrics {name: scalar}.
 
-    reference: one {"logps": [...]} per record of the micro-batch, with --image_coef also "corrupted". Both
-    counts are of the step, over all micro-batches and ranks."""
-    ref_logps = [logp for record in reference for logp in record["logps"]]
-    B, A = len(reference), len(ref_logps)
-    with_image = [i for i, record in enumerate(reference) if "corrupted" in record]  # C of B
-    ref_corrupted = [reference[i]["corrupted"] for i in with_image]
-    ref_logps, ref_corrupted = (torch.tensor(values, dtype=torch.float32, device=batch.ids.device)
-                                for values in (ref_logps, ref_corrupted))  # [A], [C]
-    with_image = torch.tensor(with_image, dtype=torch.long, device=batch.ids.device)
-    all_logps, length = sequence_logprobs(model, batch)  # [A + C] each: C answers with corrupted images
-    (policy_logps, answer_mask), (ref_logps, _), (length, _) = (
-        data.pad_by_sequence(values, batch.sequence[:A], (B, batch.answer_shape[1]))  # [B, K] each
-        for values in (all_logps[:A], ref_logps, length[:A]))
-    length = length.clamp(min=1)
+    reference: that of get_reference, for the micro-batch's records. Both counts are of the step, over all
+    micro-batches and ranks."""
+    all_logps, all_lengths = sequence_logprobs(model, batch)  # [A + C] each
+    all_ref_logps = [logp for record in reference for logp in record["logps"]]  # A
+    A, shape = len(all_ref_logps), (len(reference), batch.answer_shape[1])
+
+    def per_record(values):  # [A] → [B, K] and its mask
+        return data.pad_by_sequence(values, batch.sequence[:A], shape)
+    policy_logps, answer_mask = per_record(all_logps[:A])
+    ref_logps, _ = per_record(torch.tensor(all_ref_logps, dtype=torch.float32, device=batch.ids.device))
+    length, _ = per_record(all_lengths[:A])
+    length = length.clamp(min=1)  # padding has length 0
     sft_loss = -policy_logps[:, :1].sum() / chosen_token_count  # a slice, as K may be 0
 
     # per token: length-normalised DPO of Tülu 3, arXiv:2411.15124
@@ -268,20 +301,16 @@ def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, 
     else:  # some record has more than two answers; or K = 0
         losses = listwise_dpo_loss(policy, ref, answer_mask, args.beta)  # [B]
     loss = losses.sum() / record_count + args.sft_coef * sft_loss
-    image_metrics = {}
-    if args.image_coef:
-        unit = length.index_select(0, with_image)[:, :1].sum(1) if args.length_norm else 1
-        image_logratio = (policy - ref).index_select(0, with_image)[:, :1].sum(1)  # [C]
-        corrupted_logratio = (all_logps[A:] - ref_corrupted) / unit  # [C]
-        terms = image_loss(image_logratio, corrupted_logratio, args.beta)
-        loss = loss + args.image_coef * terms.sum() / record_count
-        margins = args.beta * (image_logratio - corrupted_logratio).detach()
-        image_metrics = {"loss/image": terms.detach().sum(), "rewards/image_margins": margins.sum()}
 
-    logratio = (policy_logps - ref_logps).detach()
-    rewards = args.beta * ((policy - ref).detach() if args.loss == "simpo" else logratio)
-    metrics = dpo_metrics(losses, rewards, policy_logps, logratio / length, answer_mask)
-    metrics |= image_metrics
+    logratio = policy_logps - ref_logps  # [B, K], nats per answer
+    rewards = args.beta * (policy if args.loss == "simpo" else logratio).detach()
+    metrics = dpo_metrics(losses, rewards, policy_logps, logratio.detach() / length, answer_mask)
+    if args.image_coef:
+        chosen = (logratio[:, :1].sum(1), length[:, :1].sum(1))  # [B] each
+        losses, margins = image_losses(*chosen, all_logps[A:], reference, args)
+        loss = loss + args.image_coef * losses.sum() / record_count
+        # means over all records too: a record without an image counts 0
+        metrics |= {"loss/image": losses.detach().sum(), "rewards/image_margins": margins.sum()}
     return loss, {"loss": loss.detach(), "loss/sft": sft_loss.detach(),
                   **{name: total / record_count for name, total in metrics.items()}}
 
@@ -330,6 +359,7 @@ def main():
         collate = functools.partial(collate_with_corrupted, seed=args.seed)
         if not any(example.images for example in examples):
             raise UserError(f"got --image_coef {args.image_coef}, but no record of --data has an image")
+    # steps[k]: this rank's micro-batches of step k; steps.groups(k): the indices of their records
     steps = data.Steps(examples, processor, args.batch_size, args.micro_batch, world.rank, world.size,
                        args.seed, collate=collate)
     eval_steps = data.Steps(held_out, processor, args.batch_size, args.micro_batch, world.rank, world.size,
@@ -373,7 +403,7 @@ def main():
         factor = fsdp.schedule(step - 1, total, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
-        micro_indices = steps.groups(step - 1)  # indices of the records, per micro-batch
+        micro_indices = steps.groups(step - 1)
         records = [examples[i] for indices in micro_indices for i in indices]
         record_count, chosen_token_count, tokens = world.sum(
             len(records), chosen_tokens(records),
@@ -396,7 +426,7 @@ def main():
         ended = step == total
         if held_out and (ended or args.eval_every and step % args.eval_every == 0):
             evaluation = evaluate(model, eval_steps, reference["held_out"], world, args, stop)
-            metrics |= evaluation or fsdp.EVAL_DUE
+            metrics |= evaluation or fsdp.EVAL_DUE  # a resumed run evaluates first
         log.step(step, tokens, seconds, **metrics)
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:

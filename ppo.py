@@ -3,8 +3,8 @@ and its relatives without a critic, RLOO and GRPO (--advantage).
 
 Four models: the policy π, the reference π_ref (the policy before training, frozen), the scorer (the reward
 model, frozen, or a function) and the critic V. Policy and reference start from --model, the critic from
---reward_model, or with --critic policy from --model, with V = 0. Each iteration samples answers y to
---rollout_batch prompts x, then takes --ppo_epochs passes over them. A pass takes one optimiser step per
+--reward_model, or with --critic policy from --model (V is 0 at first then). Each iteration samples answers y
+to --rollout_batch prompts x, then takes --ppo_epochs passes over them. A pass takes one optimiser step per
 minibatch of --batch_size prompts; a minibatch is one or more micro-batches, one forward pass each.
 
     reward      r_t = − β (log π_old(y_t) − log π_ref(y_t)) + [t is the last token] · score(x, y)
@@ -15,7 +15,7 @@ minibatch of --batch_size prompts; a minibatch is one or more micro-batches, one
 RLOO and GRPO have no critic. All tokens of an answer have the same advantage, from the K samples of its
 prompt (--samples_per_prompt); GRPO's KL is a term of each token's loss, not of the reward:
 
-    rloo        A_i = s_i − mean of the other K − 1,   s_i = score_i − β Σ_t (log π(y_t) − log π_ref(y_t))
+    rloo        A_i = s_i − mean of the other K − 1,   s_i = score_i − β Σ_t (log π_old(y_t) − log π_ref(y_t))
     grpo        A_i = (score_i − mean) / (std + 1e-4),   loss + β (π_ref / π − log (π_ref / π) − 1)
 
 π_old and V_old are the policy and the critic before the iteration's first step. V_t is read at the position
@@ -36,11 +36,13 @@ Departures from these papers, and other choices:
 - Both losses are means over all tokens of a minibatch on all ranks. Whitening is over all tokens of an
   iteration on all ranks. Rewards are not whitened, nor are RLOO's and GRPO's advantages. GRPO's paper takes
   the mean of each answer first, which favours long answers among the wrong ones (arXiv:2503.20783).
-- RLOO takes PPO's clipped loss. With one optimiser step per iteration its gradient is REINFORCE's, per token.
+- RLOO takes PPO's clipped loss. With one optimiser step per iteration its gradient is REINFORCE's, divided by
+  the number of tokens.
 - The prompts of a minibatch stay the same in all epochs of an iteration; the order of minibatches changes.
 - The uniform number behind each sampled token depends only on (seed, minibatch, prompt, sample, token index),
   so samples do not depend on the number of ranks or on batching.
-- The samples of a prompt share one packed sequence.
+- The samples of a prompt follow it in one packed sequence. None sees another, and the positions of each
+  continue the prompt's.
 - The learning rates follow a cosine over iterations, not a linear decay. The policy's schedule starts after
   --critic_warmup iterations.
 - Prompts that do not fill a minibatch at the end of a data epoch are left out of that epoch.
@@ -54,7 +56,10 @@ Departures from these papers, and other choices:
 
 Legend: B prompts, K samples per prompt, A = B · K answers, L tokens of the longest answer, N tokens of all
 answers, T positions of a packed sequence (a prompt and its K answers), M images, I features per image,
-D width of the vision tower, S edge of an image in pixels.
+D width of the vision tower, S edge of an image in pixels. In a data.Batch, target [N] holds the answer
+tokens, logit_position [N] the position that predicts each, answer [N] the answer that each belongs to,
+last_token [A] the position of each answer's last token, branch [B, T] −1 at padding; token_shape is (A, L).
+A rank that has no prompts left in a step gets a micro-batch of padding, as all ranks take part in every pass.
 """
 import argparse
 import dataclasses
@@ -158,7 +163,7 @@ class Rollout(NamedTuple):
 
 
 class OldOutputs(NamedTuple):
-    """What the models compute for the sampled tokens before any update of the iteration."""
+    """What the models compute for the sampled tokens before any update of the iteration; padding is 0."""
     token_mask: torch.Tensor  # [A, L] bool
     logprob: torch.Tensor  # [A, L] log π_old; None where the update computes it (updates_once)
     ref_logprob: torch.Tensor  # [A, L] log π_ref
@@ -171,7 +176,7 @@ class OldOutputs(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What is computed from OldOutputs and scores."""
+    """What the losses of an iteration's updates use; padding of the advantages is 0."""
     advantages: torch.Tensor  # [A, L]; those of GAE are whitened
     returns: torch.Tensor  # [A, L], from GAE's advantages before whitening; None without a critic
 
@@ -224,15 +229,16 @@ class RewardModel:
 
 
 def generate_rollouts(policy, steps, first, count, batches, processor, args, world, stop, held_out=False):
-    """Samples answers to `count` minibatches, which are steps of `steps`, from number `first` on → Rollouts,
-    one per micro-batch; [] once SIGTERM stops it on any rank. batches: an iterator, whose next item is the
-    list of the next minibatch's micro-batches. With --rollout gathered each rank holds the full weights and
-    decodes at its own pace."""
+    """Samples answers to the prompts of minibatches first … first + count − 1 of `steps` → Rollouts, one per
+    micro-batch; [] once SIGTERM stops it on any rank. batches: an iterator, whose next item is the list of
+    the next minibatch's micro-batches. With --rollout gathered each rank holds the full weights and decodes
+    at its own pace, so it may not wait for other ranks: stop.heard is SIGTERM on this rank, stop.asked on
+    any."""
     sharded = args.rollout == "sharded"
     model = policy if sharded else fsdp.unsharded(policy, args, world)
 
-    def any_running(running):
-        if sharded:  # all ranks decode in step
+    def any_running(running):  # whether to decode another token
+        if sharded:  # all ranks take the same steps
             return not stop.asked(world) and world.any(running)
         return not stop.heard and running.any()
     prompt_batches = ((batch, [steps.examples[i] for i in indices], HELD_OUT if held_out else step + 1)
@@ -255,10 +261,11 @@ def sample_answers(model, group, processor, args, world, any_running=torch.any):
     K, max_new_tokens = args.samples_per_prompt, args.max_new_tokens
     batches = [batch.to(world.device) for batch, *_ in group]
     features = [model.vision_tower(batch.pixels) for batch in batches]
-    uniforms = torch.cat([  # a micro-batch of padding has one sequence, which gets no answer
+    # [prompts, K, max_new_tokens]. A micro-batch of padding has one sequence; its samples are dropped below.
+    uniforms = torch.cat([
         keyed_uniforms(args.seed, number, [example.index for example in examples] or [0], K, max_new_tokens)
         for _, examples, number in group])
-    all_answers, _ = generate(
+    all_answers, _ = generate(  # K lists of ids per prompt, end token included; their log-probabilities
         model, data.join_prompts(batches), torch.cat(features), max_new_tokens, processor.stop,
         processor.banned, uniforms, K, args.temperature, any_running=any_running,
         cuda_graph=args.rollout == "gathered")
@@ -268,6 +275,7 @@ def sample_answers(model, group, processor, args, world, any_running=torch.any):
         examples = [
             dataclasses.replace(example, answers=own, token_masks=[np.ones(len(ids), bool) for ids in own])
             for example, own in zip(examples, samples)]
+        # batch.pixels spare collate reading the images again; the features are there already
         packed = dataclasses.replace(data.collate(examples, processor, batch.pixels), pixels=None)
         ended = [int(ids[-1]) in processor.stop for example in examples for ids in example.answers]
         ended = torch.tensor(ended, dtype=torch.bool, device=world.device)
@@ -305,9 +313,8 @@ def postprocess_scores(scores, rollouts, score_mean_std, args):
 
 
 def updates_once(args):
-    """Whether an iteration takes a single optimiser step, in which π is still π_old: its forward pass serves
-    for both. RLOO needs log π_old before, for its advantages, and PPO's critic may take its first steps
-    alone."""
+    """Whether log π_old is left to the update: in GRPO with one optimiser step per iteration, where π is
+    still π_old. (PPO's rewards and RLOO's advantages contain log π_old.)"""
     return args.advantage == "grpo" and args.ppo_epochs == 1 and args.rollout_batch == args.batch_size
 
 
@@ -318,7 +325,7 @@ def logprobs_and_values(rollout, policy, reference, critic, args, with_policy=Tr
     with_policy False: no log π_old."""
     batch, features, logprob = rollout.batch, rollout.features, None
     if with_policy:
-        logprob = policy(batch, features, args.temperature)  # [N]
+        logprob = policy(batch, features, args.temperature)  # log π of each answer token [N]
         logprob, _ = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
     policy.set_adapters(False)  # if reference is None, π_ref is the policy without its adapters
     ref_logprob = (reference or policy)(batch, features, args.temperature)
@@ -393,9 +400,9 @@ def critic_backward(rollout, old, targets, critic, count, args):
 
 
 def minibatch_backward(minibatch, policy, critic, args, world):
-    """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Targets). A model that
-    is None is not trained. → metrics, means over the minibatch's tokens on all ranks, the number of these
-    tokens, and log π [A, L] per micro-batch"""
+    """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Targets). A model that is None is not
+    trained. → metrics, means over the minibatch's tokens on all ranks, the number of these tokens, and log π
+    [A, L] per micro-batch. FSDP sums gradients over ranks."""
     count, = world.sum(sum(len(rollout.batch.target) for rollout, *_ in minibatch))
     sums, logprobs = {}, []
     for micro_batch in minibatch:
@@ -442,7 +449,8 @@ def ppo_step(minibatch, ptx_micro_batches, models, optimizers, iteration, args, 
 
 def update_metrics(results):
     """Results of ppo_step → means over the iteration's steps, and first/* of its first step alone. In the
-    first step π is still π_old: a ratio other than 1 or an approxkl other than 0 reveals a bug."""
+    first step π is still π_old: a ratio other than 1 or an approxkl other than 0 reveals a bug (but with
+    updates_once they are so by construction)."""
     metrics, tokens, per_step, _ = zip(*results)
     means = {name: np.average([step[name] for step in metrics], weights=tokens) for name in metrics[0]}
     means |= {f"first/{name}": value for name, value in metrics[0].items()}
@@ -450,7 +458,7 @@ def update_metrics(results):
 
 
 def rollout_metrics(rollouts, scores, old_outputs, beta, world):
-    """→ means per answer. objective/kl (from π_old to π_ref) and objective/entropy are one-sample estimates
+    """→ means per answer. objective/kl, of KL(π_old, π_ref), and objective/entropy are one-sample estimates
     in nats per answer; scores are those of postprocess_scores; non_score_reward is − β kl. answer/length is
     in tokens; answer/no_eos is the share of answers that --max_new_tokens cut."""
     sums = torch.zeros(6, device=world.device)
@@ -548,7 +556,8 @@ def parse_args():
         help="score of an answer without its end token, in place of the scorer's; never normalised")
     add("--normalize_scores", action="store_true",
         help="shift and scale scores so that iteration 1's complete answers have mean 0, deviation 1")
-    add("--kl_coef", type=fsdp.non_negative, default=0.05, help="β: reward lost per nat of KL")
+    add("--kl_coef", type=fsdp.non_negative, default=0.05,
+        help="β: reward lost per nat of KL (grpo: weight of the KL term)")
     add("--lam", type=fsdp.fraction, default=0.95, help="λ of GAE")
     add("--ppo_epochs", type=fsdp.positive_int, default=4, help="passes over an iteration's answers")
     add("--clip_range", type=fsdp.positive, default=0.2, help="ε of ratios and values")
@@ -559,6 +568,7 @@ def parse_args():
     add("--critic_warmup", type=fsdp.non_negative_int, default=0,
         help="number of first iterations that train the critic alone")
     add("--save_rollouts", action="store_true", help="write sampled answers to OUT/rollouts/ITERATION.jsonl")
+    # without --data: the shapes data set, with these defaults and the models that sft.py and rm.py left
     args = fsdp.parse(parser, data_file="prompts.json", shapes=dict(
         eval_data=[os.path.join(fsdp.SHAPES_DIR, "test.json")], batch_size=128, micro_batch=128,
         rollout_batch=128, max_steps=40, max_new_tokens=28, lr=2e-4, critic_lr=3e-4, ppo_epochs=2,
@@ -578,7 +588,7 @@ def parse_args():
         for option in ("critic", "critic_lr", "critic_warmup", "lam"):
             if getattr(args, option) != parser.get_default(option):
                 parser.error(f"got --{option} with --advantage {args.advantage}, which has no critic")
-        args.critic_warmup = 0
+        args.critic_warmup = 0  # the shapes data set's default is not
     args.critic_lr = args.lr if args.critic_lr is None else args.critic_lr
     return args
 
@@ -636,7 +646,8 @@ def build_models(checkpoint, reward_checkpoint, args, world):
     trainable = [name.replace("language_model.", "language_model.model.") for name in trainable]
     start = checkpoint if args.critic == "policy" else reward_checkpoint
     critic = fsdp.build(start, args, world, [*trainable, "score."], score=True)
-    if not fsdp.share_tower(policy, critic, world) and scorer:
+    shared = fsdp.share_tower(policy, critic, world)  # False if the towers differ
+    if not shared and scorer:
         fsdp.share_tower(scorer.model, critic, world)
     if args.critic == "policy":
         for parameter in critic.score.parameters():
@@ -687,11 +698,12 @@ def main():
     eval_prompts = read_prompts(args.eval_data, processor, scorer_processor, args, world)
     ptx_examples = fsdp.read_examples(args.ptx_data, "turns", processor, args, world) if args.ptx_data else []
     batching = (processor, args.batch_size, args.micro_batch, world.rank, world.size, args.seed)
+    # steps[k]: this rank's micro-batches of minibatch k; steps.groups(k): the indices of their prompts
     steps = data.Steps(prompts.examples, *batching, drop_last=True)
     ptx_steps = data.Steps(ptx_examples, *batching)
     eval_steps = data.Steps(eval_prompts.examples, *batching, shuffle=False)
-    minibatches = args.rollout_batch // args.batch_size  # optimizer steps per PPO epoch
-    total = args.max_steps or max(1, round(args.epochs * len(steps) / minibatches))
+    minibatch_count = args.rollout_batch // args.batch_size  # optimizer steps per PPO epoch
+    total = args.max_steps or max(1, round(args.epochs * len(steps) / minibatch_count))
 
     # models and optimizers
     policy, reference, scorer, critic = build_models(checkpoint, reward_checkpoint, args, world)
@@ -705,7 +717,7 @@ def main():
     # iteration 1, so they are a buffer, which a resumed run loads.
     trained_models = nn.ModuleDict({"policy": policy, **({"critic": critic} if critic else {})})
     trained_models.register_buffer("score_mean_std", torch.tensor([0.0, 1.0], dtype=torch.float64))
-    if function:  # it may read any field of a record
+    if function:  # it may read any field of a record: a resumed run must find the same files
         for path in (args.reward_model.rpartition(":")[0], *args.data, *(args.eval_data or [])):
             world.depends_on(f"the file {path}", world.on_rank0(fsdp.file_digest, path))
     fsdp.begin_run(args, world, checkpoint, *([reward_checkpoint] if reward_checkpoint else []))
@@ -738,7 +750,7 @@ def main():
     # loop. A step of data.Steps is a minibatch of prompts here; each gets --ppo_epochs optimiser steps.
     # SIGTERM during sampling, scoring or the forward passes abandons the iteration, and --resume repeats it;
     # later, its updates are finished and it is saved.
-    batches = iter(data.Loader(steps, done * minibatches, total * minibatches, args.workers))
+    batches = iter(data.Loader(steps, done * minibatch_count, total * minibatch_count, args.workers))
     for iteration in range(done + 1, total + 1):
         rates, seconds = learning_rates(iteration, total, args), {}
         for name, optimizer in optimizers.items():
@@ -746,8 +758,9 @@ def main():
                 group["lr"] = rates[name]
 
         # prompts [B, prompt length] → packed prompts and answers [B, T], per micro-batch
-        first = (iteration - 1) * minibatches
-        rollouts = generate_rollouts(policy, steps, first, minibatches, batches, processor, args, world, stop)
+        first = (iteration - 1) * minibatch_count
+        rollouts = generate_rollouts(policy, steps, first, minibatch_count, batches, processor, args, world,
+                                     stop)
         if stop.asked(world):
             return abandon(iteration)
         seconds["generate"] = log.seconds()
@@ -780,16 +793,19 @@ def main():
         # epochs over fixed minibatches, each epoch in its own order
         train_policy = iteration > args.critic_warmup
         order = [m for epoch in range(args.ppo_epochs)
-                 for m in data.keyed_permutation(minibatches, args.seed, iteration, epoch)]
+                 for m in data.keyed_permutation(minibatch_count, args.seed, iteration, epoch)]
         ptx_batches = [None] * len(order)
         if ptx_examples and train_policy:
             start = (iteration - 1 - args.critic_warmup) * len(order)
             ptx_batches = data.Loader(ptx_steps, start, start + len(order), args.workers)
         active = optimizers if train_policy else {"critic": optimizers["critic"]}
         micro_batches = list(zip(rollouts, old_outputs, targets))
-        n = len(micro_batches) // minibatches  # micro-batches per minibatch, the same on every rank
-        results = [ppo_step(micro_batches[m * n:(m + 1) * n], ptx_micro_batches, trained_models, active,
-                            iteration, args, world) for m, ptx_micro_batches in zip(order, ptx_batches)]
+        n = len(micro_batches) // minibatch_count  # micro-batches per minibatch, the same on every rank
+        results = []
+        for m, ptx_micro_batches in zip(order, ptx_batches):
+            minibatch = micro_batches[m * n:(m + 1) * n]
+            results.append(ppo_step(minibatch, ptx_micro_batches, trained_models, active, iteration, args,
+                                    world))
         if updates_once(args):
             logprobs = results[0][-1]
             old_outputs = [old._replace(logprob=logprob) for old, logprob in zip(old_outputs, logprobs)]
@@ -812,7 +828,7 @@ def main():
             save_rollouts(records, iteration, args, world)
         ended = iteration == total
         if eval_prompts.examples and (ended or args.eval_every and iteration % args.eval_every == 0):
-            line |= evaluate() or fsdp.EVAL_DUE
+            line |= evaluate() or fsdp.EVAL_DUE  # a resumed run evaluates first
         log.step(iteration, tokens, sum(seconds.values()), **line)
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and iteration % args.save_every == 0:

@@ -376,9 +376,9 @@ def spread(values):
     return f"{np.median(values):.3g} ({min(values):.3g} – {max(values):.3g})"
 
 
-def compare(title, args, script, ours, theirs, flops, answers=1, more=()):
-    """Times a step of ours against theirs and prints the report. ours, theirs: Setup → step function; flops:
-    Setup → FLOPs of our step; answers: answers per record. → seconds of our steps and of theirs"""
+def compare(title, args, script, ours, theirs, flops, answers=1, more=(), their_flops=None):
+    """Times a step of ours against theirs and prints the report. ours, theirs: Setup → step function; flops,
+    their_flops: Setup → FLOPs of a step; answers: answers per record. → seconds of our steps and of theirs"""
     with tempfile.TemporaryDirectory() as folder:
         forked(make_model, folder, args)
         memory = [forked(memory_of, side, script, folder, args, answers, more) for side in (ours, theirs)]
@@ -394,6 +394,9 @@ def compare(title, args, script, ours, theirs, flops, answers=1, more=()):
     print(f"  ratio   {spread(ratios)}")
     print(f"  ours    {flops(both) / 1e9:.4g} GFLOP at {rate / 1e9:.4g} GFLOP/s, {rate / peak:.1%} of "
           f"the matrix product's {peak / 1e9:.4g}")
+    if their_flops:
+        work = their_flops(both)
+        print(f"  theirs  {work / 1e9:.4g} GFLOP, {work / flops(both):.3g} times ours")
     metrics = {"title": title, "ratio": float(np.median(ratios)), "peak_share": rate / peak, "memory": memory,
                "difference": difference(*(results for _, results in sides)),
                "seconds": [seconds for seconds, _ in sides]}
