@@ -238,7 +238,7 @@ def parse(parser, data_file, shapes, argv=None):
         parser.error("--llm and --clip go together: a LLaMA and the CLIP tower for its new projector")
     if args.model and args.llm:
         parser.error("got --model and --llm: give a whole LLaVA, or a LLaMA with --clip")
-    if not args.data:
+    if not args.data and not getattr(args, "prompt", None):
         parser.error("--data is needed with --model: a file of records (README: data format)")
     if args.template != "auto":
         data.template_text(args.template)  # raises where there is none

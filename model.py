@@ -823,20 +823,24 @@ def captured(function):
 
 @torch.no_grad()
 def generate(model, batch, features, max_new_tokens, stop, banned=(), uniforms=None, num_samples=1,
-             temperature=1.0, top_k=0, top_p=1.0, any_running=torch.any, cuda_graph=True):
+             temperature=1.0, top_k=0, top_p=1.0, any_running=torch.any, cuda_graph=True, stream=None):
     """Samples answers to a batch of prompts (sequences without answers). → answers[b][k], a list of ids, and
     each answer's log-probability under the model [B, num_samples] (at temperature 1, full vocabulary).
 
     stop: ids that end an answer, and are its last token; banned: ids that are never sampled;
     uniforms [B, num_samples, max_new_tokens], or None for greedy decoding; any_running(running): whether
     to take another step (ranks with sharded weights must agree on it); cuda_graph: on a GPU, replay steps
-    as a CUDA graph, which a sharded model cannot."""
+    as a CUDA graph, which a sharded model cannot; stream(ids): is called now and then with the first
+    prompt's first answer so far."""
     decoder = Decoder(model, batch, features, max_new_tokens, stop, banned, uniforms, num_samples,
                       (temperature, top_k, top_p))
     T, (check_every, segment) = batch.ids.shape[1], pacing(batch.ids.device, cuda_graph)
     for step in range(max_new_tokens - 1):
-        if step % check_every == 0 and not any_running(decoder.running):
-            break
+        if step % check_every == 0:
+            if stream:
+                stream(decoder.tokens[0, 0, :decoder.lengths[0, 0]].tolist())
+            if not any_running(decoder.running):
+                break
         if step % segment == 0:
             reach = T + num_samples * (step + segment)
             decoder.cache.visible = min(aligned(reach), decoder.cache.size) if segment > 1 else reach

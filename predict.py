@@ -1,5 +1,6 @@
-r"""Answers of a vision-LLM to the records of a data file, as JSON lines in the same order.
+r"""Answers of a vision-LLM: to the records of a data file, as JSON lines in the same order, or to a question.
 
+    python predict.py --model out --image cat.jpg --prompt "What is on the sofa?"    # prints the answer
     python predict.py                                   # greedy, test records of the shapes data set
     python predict.py --num_samples 8                   # eight samples per record
     python predict.py --num_samples 8 --reward_model runs/rm        # best of eight
@@ -14,6 +15,9 @@ with the highest reward. --score writes no `answer` but "answers": [{"text", "lo
 `logprob` is the sum over the answer's tokens, including the end token, in nats at temperature 1. `answer` is
 null if the prompt does not fit in --max_len.
 
+With --prompt no file is read or written. Several --prompt are the user's turns of one conversation, in which
+all of --image belong to the first.
+
 Lines are written batch by batch. --resume continues after the last complete line, and needs the options and
 inputs that are recorded in OUT.args.json.
 
@@ -27,6 +31,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 
 import numpy as np
 import torch
@@ -45,7 +50,7 @@ def score(model, batch, features, processor, examples):
              for answer, (logp, n) in zip(example.answers, results)] for example in examples]
 
 
-def sample(model, batch, features, processor, examples, args, any_rank):
+def sample(model, batch, features, processor, examples, args, any_rank, stream=None):
     """Generates --num_samples answers per example from one prefill; greedy at temperature 0. → per example a
     list of {"text", "logprob"}, and a list of the answers' token ids"""
     uniforms = None
@@ -54,7 +59,7 @@ def sample(model, batch, features, processor, examples, args, any_rank):
         uniforms = keyed_uniforms(args.seed, 0, indices, args.num_samples, args.max_new_tokens)
     ids, logps = generate(
         model, batch, features, args.max_new_tokens, processor.stop, processor.banned, uniforms,
-        args.num_samples, args.temperature, args.top_k, args.top_p, any_rank, not args.sharded)
+        args.num_samples, args.temperature, args.top_k, args.top_p, any_rank, not args.sharded, stream)
     ids = ids[:len(examples)]  # a batch of padding has one sequence, but no example
     answers = [[{"text": processor.text(tokens), "logprob": logp} for tokens, logp in zip(*samples)]
                for samples in zip(ids, logps.tolist())]
@@ -88,6 +93,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     fsdp.arguments(parser, training=False)
     add = parser.add_argument_group("prediction").add_argument
+    add("--prompt", action="append", help="question to answer, in place of --data; again: the next turn")
+    add("--image", nargs="+", default=[], help="image files that the first --prompt is about")
     add("--micro_batch", type=fsdp.positive_int, default=8, help="records per forward pass on one rank")
     add("--max_new_tokens", type=fsdp.positive_int, default=256, help="maximum length of an answer in tokens")
     add("--num_samples", type=fsdp.positive_int, default=1, help="answers per record")
@@ -102,6 +109,11 @@ def parse_args():
     add("--sharded", action="store_true", help="keep weights sharded during decoding: less memory, slower")
     args = fsdp.parse(parser, data_file="test.json",
                       shapes=dict(micro_batch=64, max_new_tokens=32, **fsdp.left_by("sft")))
+    if args.prompt and (args.score or args.reward_model or args.num_samples > 1 or args.resume):
+        parser.error("got --prompt with --score, --reward_model, --num_samples or --resume, need none: it "
+                     "prints one answer")
+    if args.image and not args.prompt:
+        parser.error("got --image without --prompt, need a question about it")
     if args.score and (args.num_samples > 1 or args.temperature is not None or args.top_k or args.top_p < 1):
         parser.error("got --score with options of sampling, need none: it scores the records' own answers")
     if args.temperature is None:
@@ -111,6 +123,42 @@ def parse_args():
     if args.temperature == 0 and (args.top_k or args.top_p < 1):
         parser.error("got --top_k or --top_p, but greedy decoding: give --temperature, or --num_samples")
     return args
+
+
+def ask(checkpoint, args, world):
+    """Prints an answer to each --prompt, as it grows if the output is a terminal."""
+    processor, turns, printed = checkpoint.processor, [], ""
+    images = [os.path.abspath(path) for path in args.image]
+
+    def stream(ids):
+        nonlocal printed
+        text = processor.text(ids).rstrip("\ufffd")  # the end of a character may be a token of its own
+        if world.rank == 0 and text.startswith(printed):
+            print(text[len(printed):], end="", flush=True)
+            printed = text
+
+    def example_of(turns):
+        conversation = data.read_record({"image": images, "conversations": turns}, os.sep, need_answers=0)
+        for error in filter(None, map(data.image_error, images)):
+            raise data.UserError(error)
+        example, _ = processor.example(len(turns) // 2, conversation, [])
+        if example is None:
+            raise data.UserError(f"the conversation and its images are longer than --max_len {args.max_len}")
+        return example
+    example_of([{"from": "human", "value": args.prompt[0]}])  # its errors, before the weights are read
+    model = fsdp.build(checkpoint, args, world)
+    model = model if args.sharded else fsdp.unsharded(model, args, world)
+    for prompt in args.prompt:
+        turns.append({"from": "human", "value": prompt})
+        example, printed = example_of(turns), ""
+        batch = data.collate([example], processor).to(world.device)
+        (answer,), _ = sample(model, batch, model.vision_tower(batch.pixels), processor, [example], args,
+                              world.any if args.sharded else torch.any,
+                              stream if sys.stdout.isatty() else None)
+        check_answers([example], [answer])
+        turns.append({"from": "gpt", "value": answer[0]["text"]})
+        if world.rank == 0:
+            print(answer[0]["text"].removeprefix(printed), flush=True)
 
 
 NOT_COPIED = {"id", "image", "conversations", "prompt", "answer", "answers"}  # fields of a record
@@ -174,6 +222,8 @@ def main():
     # check
     args = parse_args()
     world = fsdp.launch(args)
+    if args.prompt:
+        return ask(fsdp.open_checkpoint(args, world), args, world)
     fsdp.check_out_file(args, world)
 
     # data

@@ -581,6 +581,16 @@ def badness(objects, text):
     return not well_formed(text), errors, text != caption(objects)
 
 
+def reward(record, texts):
+    """A reward function of ppo.py (--reward_model examples/shapes.py:reward): for each text the share of the
+    image's objects that it names, minus the share of what it names that is not there, minus 1 if it is no caption."""
+    scores = []
+    for text in texts:
+        metrics = measure([(record["objects"], text)])
+        scores.append(metrics["coverage"] - metrics["chair_i"] - (not well_formed(text)))
+    return scores
+
+
 def rank(paths, truth):
     """Sampled answers -> preference rows. Of texts that are equally good the first stays; a row needs two."""
     rows = []
