@@ -388,7 +388,7 @@ def main():
     del ref_model  # no second model stays in memory
     done = fsdp.load_checkpoint(args, world, model, optimizer)
     log = fsdp.Log(args, world, total, done, shown=(
-        "loss", "lr", "grad_norm", "rewards/accuracies", "rewards/margins", "eval_loss"))
+        "loss", "lr", "grad_norm", "rewards/accuracies", "rewards/margins"))
     stop = fsdp.Stop()
     log.say(f"{len(examples)} records, {total} steps, "
             f"{sum(p.numel() for p in parameters):,} trained parameters")

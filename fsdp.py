@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -1272,17 +1273,24 @@ EVAL_DUE = {"eval_due": 1}  # logged if SIGTERM interrupts an evaluation; --resu
 
 
 class Log:
-    """Writes log.jsonl, one object per step, and on rank 0 one aligned line per step to the terminal. After a
-    resume log.jsonl holds every step once."""
+    """Writes log.jsonl, one object per step, and on rank 0 an aligned line to the terminal once a second, or
+    into a file every ten steps or ten seconds. After a resume log.jsonl holds every step once, and
+    Weights & Biases continue the same run."""
 
-    def __init__(self, args, world, steps, done, shown=("loss", "lr", "grad_norm", "eval_loss")):
+    def __init__(self, args, world, steps, done, shown=("loss", "lr", "grad_norm")):
         self.args, self.steps, self.first, self.start = args, steps, done, time.time()
-        self.quiet, self.shown, self.wandb, self.last = world.rank != 0, shown, None, time.time()
+        self.quiet, self.wandb, self.last, self.printed = world.rank != 0, None, time.time(), 0.0
+        self.shown = (*shown, *(f"eval_{name}" for name in shown))
         self.path = os.path.join(args.out, "log.jsonl")
         self.last_line = world.on_rank0(self.reopen, done)
         if args.wandb and not self.quiet:
             import wandb
-            self.wandb = wandb.init(project=args.wandb, config=vars(args), name=os.path.basename(args.out))
+            path = os.path.join(args.out, "wandb_run")  # holds the id of the run
+            if not (done and os.path.isfile(path)):
+                write_text(path, secrets.token_hex(4))
+            with open(path) as f:
+                self.wandb = wandb.init(project=args.wandb, config=vars(args), id=f.read(), resume="allow",
+                                        name=os.path.basename(args.out))
 
     def reopen(self, done):
         """Removes the lines of later steps, and lines that a crash left incomplete. → the object of step
@@ -1345,6 +1353,11 @@ class Log:
         self.file.write(json.dumps(figures) + "\n")
         if self.wandb:
             self.wandb.log(figures, step=step)
+        pause = 1 if sys.stdout.isatty() else 0 if step % 10 == 0 else 10
+        ends = step in (self.first + 1, self.steps) or any(name.startswith("eval_") for name in figures)
+        if now - self.printed < pause and not ends:
+            return
+        self.printed = now
         left = (now - self.start) / (step - self.first) * (self.steps - step)
         shown = "  ".join(f"{key} {value:<9.4g}" for key, value in figures.items() if key in self.shown)
         left = f"{int(left) // 60:>3}:{int(left) % 60:02} left"

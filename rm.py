@@ -142,7 +142,7 @@ def main():
     parameters = [parameter for params in groups.values() for parameter in params]
     fsdp.begin_run(args, world, checkpoint)
     done = fsdp.load_checkpoint(args, world, model, optimizer)
-    shown = ("loss", "lr", "grad_norm", "accuracy", "margin", "eval_accuracy", "eval_margin")
+    shown = ("loss", "lr", "grad_norm", "accuracy", "margin")
     log = fsdp.Log(args, world, total, done, shown)
     stop = fsdp.Stop()
     log.say(f"{len(examples)} records, {total} steps, "

@@ -582,8 +582,9 @@ def badness(objects, text):
 
 
 def reward(record, texts):
-    """A reward function of ppo.py (--reward_model examples/shapes.py:reward): for each text the share of the
-    image's objects that it names, minus the share of what it names that is not there, minus 1 if it is no caption."""
+    """A reward function of ppo.py (--reward_model examples/shapes.py:reward). For each text: the share of the
+    image's objects that it names, minus the share of what it names that is not there, minus 1 if the text is
+    no caption."""
     scores = []
     for text in texts:
         metrics = measure([(record["objects"], text)])
