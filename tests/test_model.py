@@ -1,8 +1,7 @@
-"""model.py against transformers on tiny random models, and against its own definitions, in fp32 on the CPU.
+"""model.py against transformers (`peer`, of the same random weights) and its own definitions, in fp32.
 
-`peer` is the transformers model with the same random weights. Token ids: 0 … 39 are words of answers, 40 … 62
-are words of users and never targets, 63 is the image token. A record here is (prompt, answers, images), with
-one image token per image; images are indices into IMAGES.
+Token ids: 0 … 39 are words of answers, 40 … 62 are words of users and never targets, 63 is the image token. A
+record is (prompt, answers, images), with one image token per image; images are indices into IMAGES.
 
 Legend: B sequences, T positions, N targets, D width, V vocabulary, K answers or samples.
 """
