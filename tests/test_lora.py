@@ -1,5 +1,4 @@
-"""LoRA: model.LoRA and add_lora by hand, and --lora_rank of sft.py, rm.py and dpo.py. Base: the weights that
-adapters are put on."""
+"""LoRA: model.LoRA by hand, and --lora_rank of sft.py, rm.py and dpo.py. Base: what adapters are put on."""
 import json
 import re
 from importlib.util import find_spec
@@ -43,31 +42,27 @@ def base(place):
 
 
 def test_layer_by_hand():
-    """x Wᵀ + bias is (6, 10); x Aᵀ = (3, 2), times Bᵀ (6, 2), times alpha / rank = 6 / 2: (18, 6)."""
+    """x Wᵀ + bias is (6, 10); x Aᵀ = (3, 2), times Bᵀ (6, 2), times alpha / rank = 6 / 2: (18, 6). Gradients
+    are those of the merged weight W + 3 B A; W, being frozen, has none."""
     layer, x = ours.LoRA(torch.nn.Linear(2, 2), rank=2, alpha=6), torch.tensor([[1.0, 2]])
+    A, B = layer.lora_A.weight, layer.lora_B.weight
     layer.weight.data, layer.bias.data = torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([1.0, -1])
-    layer.lora_A.weight.data, layer.lora_B.weight.data = torch.tensor([[[1, 1], [0, 1]], [[2, 0], [0, 1.0]]])
-    assert layer(x).tolist() == [[24, 16]]
+    A.data, B.data = torch.tensor([[[1, 1], [0, 1]], [[2, 0], [0, 1.0]]])
+    layer.weight.requires_grad_(False)
+    merged = (layer.weight + 3 * B @ A).detach().requires_grad_()
+    F.linear(x, merged, layer.bias.detach()).square().sum().backward()
+    out = layer(x)
+    assert out.tolist() == [[24, 16]]
+    out.square().sum().backward()
+    torch.testing.assert_close(B.grad, 3 * merged.grad @ A.detach().T)
+    torch.testing.assert_close(A.grad, 3 * B.detach().T @ merged.grad)
+    assert layer.weight.grad is None
     layer.on = False
     assert layer(x).tolist() == [[6, 10]]
 
 
-def test_gradients_are_those_of_the_merged_weight():
-    """With G the gradient of W + s B A: that of B is s G Aᵀ, of A s Bᵀ G; W gets none, being frozen."""
-    linear, x = torch.nn.Linear(5, 4), torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    layer = ours.LoRA(linear.requires_grad_(False), rank=2, alpha=6)
-    A, B = layer.lora_A.weight, layer.lora_B.weight
-    merged = (layer.weight + 3 * B @ A).detach().requires_grad_()
-    F.linear(x, merged, layer.bias).square().sum().backward()
-    layer(x).square().sum().backward()
-    torch.testing.assert_close(B.grad, 3 * merged.grad @ A.detach().T)
-    torch.testing.assert_close(A.grad, 3 * B.detach().T @ merged.grad)
-    assert layer.weight.grad is None and layer.bias.grad is None
-
-
 def test_new_adapters_change_nothing(place, world):
-    """They are on all seven projections of each layer and are all that is trained. A is drawn, keyed by the
-    seed; B is 0, so logits are the base model's, bit for bit."""
+    """All seven projections of each layer have them, and nothing else trains. A is drawn, B is 0."""
     (model, batch, *_), (plain, *_) = load(place, world), load(place, world, lora_rank=0)
     assert torch.equal(our_logits(model, batch), our_logits(plain, batch))
     held, other = tiny.state(model), tiny.state(load(place, world, seed=1)[0])
@@ -80,8 +75,7 @@ def test_new_adapters_change_nothing(place, world):
 
 
 def test_merged_export_is_the_unmerged_model(place, world, tmp_path):
-    """In logits, and in each weight: W + alpha / rank · B A. With adapters off the logits are the base's, bit
-    for bit; with --recompute gradients are the same."""
+    """With adapters off the logits are the base's, bit for bit; with --recompute gradients are the same."""
     (model, batch, processor, args), (plain, *_) = load(place, world), load(place, world, lora_rank=0)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:  # as if trained
@@ -110,8 +104,7 @@ def test_merged_export_is_the_unmerged_model(place, world, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("train", ["", "projector,llm"])
 def test_adapters_are_trained_saved_and_read_by_peft(script, train, place, world, tmp_path):
-    """All adapters (and the projector, or the score head, if they are trained) have moved, the base has not;
-    the checkpoint holds what is trained; export and adapter are the model. Default: the LLaMA alone."""
+    """What is trained moves, nothing else, and is in the checkpoint; export and adapter are the model."""
     model = run(script, place, tmp_path, *(["--train", train] if train else []))
     start, batch, *_ = load(place, world, lora_rank=3)
     held, start = tiny.state(model), tiny.state(start)
