@@ -1,6 +1,7 @@
 """predict.py: answers, samples and scores against transformers."""
 import functools
 import json
+import sys
 
 import pytest
 import tiny
@@ -69,6 +70,29 @@ def test_greedy_answers_are_transformers(trained, run):
                         "answer": answer.strip(), "label": record["conversations"][1]["value"].strip()}
     right = sum(line["answer"] == line["label"] for line in results)
     assert 0 < right and f"10 records, 0 too long, 0 cut, exact match {right / 10:.4f} of 10" in printed
+
+
+def on_terminal():
+    sys.stdout.isatty = lambda: True
+
+
+@pytest.mark.parametrize("prepare, ranks", [(None, 2), (on_terminal, 1)])
+def test_questions_are_turns_of_a_conversation(prepare, ranks, trained, tmp_path):
+    """Printed at once or as they grow, the answers are those to the same turns in a data file."""
+    image, asked = ONE_TURN[0]["image"], ["What is <image> this?", "And now?"]
+    turns, expected = [], []
+    for prompt in asked:
+        turns.append({"from": "human", "value": prompt})
+        (trained / "turns.json").write_text(json.dumps([{"image": image, "conversations": turns}]))
+        out = tmp_path / f"{len(turns)}.jsonl"
+        assert fork("predict", *arguments(trained, out, data="turns.json")).code == 0
+        expected.append(lines(out)[0]["answer"])
+        turns.append({"from": "gpt", "value": expected[-1]})
+    argv = ["--model", trained / "model", "--max_new_tokens", 20, "--image", trained / "images" / image]
+    for prompt in asked:
+        argv += ["--prompt", prompt]
+    done = fork("predict", *argv, ranks=ranks, prepare=prepare)
+    assert done.code == 0 and done.out == "".join(f"{answer}\n" for answer in expected), done
 
 
 def test_samples_do_not_depend_on_the_batch(run):
