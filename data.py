@@ -1,15 +1,27 @@
 """From data files to batches: JSON records → conversations → tokens and pixels → packed tensors.
 
-A record is {"id", "image", "conversations": [{"from": "human" | "gpt" | "system", "value"}, …]}. The value of
-the last gpt turn may be a list of answers, best first. A record becomes an Example: a prompt and its answers.
-They are packed into one sequence, in which each answer attends to the prompt and to itself:
+A record is {"id", "image", "conversations": [{"from": "human" | "gpt" | "system", "value"}, …]}. The
+value of the last gpt turn may be a list of answers, best first. A record becomes an Example: a prompt and
+its answers. `image` is a path, a list of paths, comma-joined paths, or absent; paths start from their
+file's own folder, or from --images. <image> may stand anywhere in a human turn; missing ones go first. A
+`margin` beside `conversations` may say by how much the first of two answers is better. Other fields are
+allowed, but not those that other layouts use for images, system prompts, preferences or loss masks, since
+nothing would be learnt of them. What people wrote is always text: a typed "</s>" never ends a turn. An
+answer beyond --max_len loses its tail; a record whose prompt alone is longer is left out.
+
+--template is `auto` (the checkpoint's own chat template), a name, or the path of a .jinja file. An added
+token that a template writes is a control token, and ends answers. A checkpoint that was trained with
+`plain` is read as `plain` and keeps its LLaMA's template: --template
+runs/stage1/additional_chat_templates/original.jinja.
+
+Prompt and answers are packed into one sequence, in which each answer attends to the prompt and to itself:
 
     ids       <bos> USER: <image>…<image> prompt | answer 1 … | answer 2 … | pad
     position  0 1 2 …                        P-1 | P P+1 …    | P P+1 …    |
     branch    0 0 0 …                          0 | 1 1 …      | 2 2 …      | -1
 
-The prompt's last token predicts the first token of every answer. Each later token is predicted by the token
-before it.
+The prompt's last token predicts the first token of every answer. Each later token is predicted by the
+token before it.
 
 Legend: B sequences, T positions, P prompt length, N targets (tokens to predict), A answers, M distinct
 images, R image placeholders of the batch, I tokens per image, S edge of the cropped image in pixels.

@@ -1,9 +1,39 @@
-"""Everything outside the algorithms: options, process group, FSDP2 sharding, loading and export of weights,
-checkpoints, collectives, the log.
+"""Everything outside the algorithms: options, process group, FSDP2 sharding, loading and export of
+weights, checkpoints, collectives, the log.
 
-One process is a world of size one: plain `python` and `torchrun --nproc_per_node=8` take the same path, NCCL
-on GPUs and gloo on CPUs. All collectives are in this file, so that the scripts read as if there were one
-process.
+One process is a world of size one: plain `python` and `torchrun --nproc_per_node=8` take the same path,
+NCCL on GPUs and gloo on CPUs. All collectives are in this file, so that the scripts read as if there were
+one process.
+
+Checkpoints. --model reads LLaVA-1.5 as transformers has it (the hub's names and those that newer
+versions write) and original LLaVA; --llm with --clip starts a new projector. A hub id (org/name or
+org/name@revision) is downloaded once per node into the hub's cache, the same commit for every rank and
+again at --resume; HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold. A setting that changes what the
+model computes or sees is done as its own code does it, or refused in one line that names file, setting
+and value, before any weight is read:
+
+    done, equal to transformers                       refused
+    LLaMA, Mistral, Qwen2: sizes, activations,        sliding windows, other RoPE, attention dropout,
+    biases, GQA, head_dim, RoPE (plain, linear,       quantisation, other model types, code of its own
+    llama3), tied embeddings
+    any one feature layer, class token, mlp2x_gelu    several feature layers, other projectors, tiles,
+                                                      mm_use_im_start_end, patch merging, resamplers
+    shorter edge to `size`, centre crop or padding,   squashing, no rescaling, other filters
+    bilinear or bicubic, any mean and deviation
+    .safetensors, .bin, one file or several           adapters or a projector alone, quantised weights
+
+When a run ends early, with the exit code of a rank (torchrun's own is 1):
+
+    bad record, file or option         one line that names it, before any training                         2
+    an exception on one rank           its traceback, once; all other ranks end within seconds             1
+    a rank is killed                   the others end within a minute                                      1
+    SIGTERM                            finishes the step, or drops the evaluation or rollout, and saves  143
+    SIGINT, or a second SIGTERM        ends at once                                                 130, 143
+    a number that is not finite        ends before the optimiser's step; the last checkpoints stay         1
+    the disk is full                   one line; with room, --resume gives the uninterrupted run           1
+
+args.json records what a run depends on: options, content of the data files, samples of the checkpoint's
+files, what its chat template rendered, a reward function's file. --resume refuses what has changed.
 """
 import argparse
 import concurrent.futures
@@ -133,7 +163,7 @@ def arguments(parser, training=True):
     add("--dtype", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
         help="of computation and export (default: bf16 on GPUs, fp32 on CPUs)")
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", help="files of records: .json, .jsonl or .txt (README: data format)")
+    add("--data", nargs="+", help="files of records: .json, .jsonl or .txt (head of data.py)")
     add("--images", help="folder that the image paths of all files start from (default: each file's own)")
     add("--max_len", type=positive_int, default=2048, help="longest record, in tokens; images count")
     add("--skip_bad_rows", action="store_true", help="report bad records and leave them out")
@@ -240,7 +270,7 @@ def parse(parser, data_file, shapes, argv=None):
     if args.model and args.llm:
         parser.error("got --model and --llm: give a whole LLaVA, or a LLaMA with --clip")
     if not args.data and not getattr(args, "prompt", None):
-        parser.error("--data is needed with --model: a file of records (README: data format)")
+        parser.error("--data is needed with --model: a file of records (head of data.py)")
     if args.template != "auto":
         data.template_text(args.template)  # raises where there is none
     name = os.path.splitext(os.path.basename(parser.prog))[0]
