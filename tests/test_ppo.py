@@ -493,9 +493,9 @@ def test_a_word_is_learned(trained, tmp_path):
     assert done.out.count("'score': ") == 3 and f"wrote {out}" in done.out
 
 
-def test_evaluations_change_nothing_and_ptx_is_sfts_loss(run, trained, world, tmp_path, monkeypatch):
-    """Log and weights are bit for bit those without. At --lr 0 two evaluations are equal, and loss/ptx is the
-    mean of sft.py's losses, in its order. No more prompts are decoded at once than are asked for."""
+def test_evaluations_change_nothing_and_ptx_is_sft(run, trained, world, tmp_path, monkeypatch):
+    """Log and weights are bit for bit those without. At --lr 0 two evaluations are equal; without rewards and
+    KL the loss is --ptx_coef times sft.py's, in its order. No more prompts are decoded at once than asked."""
     def most_prompts():  # that were decoded at once
         return max(sum(len(examples) for _, examples, _ in group) for (_, group, *_), _ in calls)
     (expected, _), calls = run(*TWICE), recorded(monkeypatch, ppo, "sample_answers")
@@ -506,25 +506,15 @@ def test_evaluations_change_nothing_and_ptx_is_sfts_loss(run, trained, world, tm
     assert len({line["eval_objective/scores"] for line in tiny.log(out)}) == 2
     calls.clear()
     out, _ = run("--lr", 0, "--max_steps", 2, "--eval_data", trained / "rows.json", "--eval_every", 1,
-                 "--ptx_data", trained / "turns.json", "--rollout_batch", 5, "--micro_batch", 1)
+                 "--rollout_batch", 5, "--micro_batch", 1, "--ptx_data", trained / "turns.json", "--ptx_coef",
+                 2.5, "--reward_model", trained / "rewards.py:nought", "--critic", "policy", "--kl_coef", 0,
+                 "--missing_eos_score", 0)
     lines = tiny.log(out)
     first, second = ({k: v for k, v in line.items() if k.startswith("eval_")} for line in lines)
     assert first == second and abs(first["eval_objective/kl"]) < 1e-5 and most_prompts() == 5
     assert {name.removeprefix("eval_") for name in first} < lines[0].keys()
     inside("sft", *files(trained)[:2], "--data", trained / "turns.json", *files(trained)[6:], "--out",
            tmp_path / "sft", "--batch_size", 5, "--micro_batch", 5, "--max_steps", 4, "--lr", 0)
-    losses = np.reshape([line["loss"] for line in tiny.log(tmp_path / "sft")], (2, 2))
-    assert [line["loss/ptx"] for line in lines] == pytest.approx(losses.mean(1).tolist(), rel=1e-5)
-
-
-def test_ptx_gradients_are_sfts(bench, trained, world):
-    """--ptx_coef times the gradient of the mean over all micro-batches is added to what is there."""
-    policy, processor, paths = bench.policy, bench.processor, [str(trained / "turns.json")]
-    examples = fsdp.read_examples(paths, "turns", processor, bench.args, world)[:5]
-    batch = data.collate(examples, processor)
-    (-2.5 * policy(batch, policy.vision_tower(batch.pixels)).mean()).backward()
-    expected = pop_gradients(bench)
-    micro_batches = [data.collate(part, processor) for part in (examples[:2], examples[2:])]
-    for coefficient in (1, 1.5):
-        ppo.ptx_backward(micro_batches, policy, arguments("--ptx_data", "", "--ptx_coef", coefficient), world)
-    assert_same_gradients(pop_gradients(bench), expected)
+    for name, theirs, factor in ("loss/ptx", "loss", 1), ("grad_norm/policy", "grad_norm", 2.5):
+        expected = factor * np.reshape([line[theirs] for line in tiny.log(tmp_path / "sft")], (2, 2)).mean(1)
+        assert [line[name] for line in lines] == pytest.approx(expected.tolist(), rel=1e-5)
