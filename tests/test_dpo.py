@@ -1,5 +1,4 @@
-"""dpo.py: equations by hand, the reference, a shared prompt against one sequence per answer, and runs. All is
-fp32 on the CPU unless a test says otherwise."""
+"""dpo.py: equations by hand, the reference, a shared prompt against one sequence per answer, and runs."""
 import dataclasses
 import json
 import math
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tiny import PAIRS, RANKED, assert_same_gradients, inside
+from tiny import RANKED, assert_same_gradients, inside
 
 import data
 import dpo
@@ -29,27 +28,30 @@ def prepared(place, world, trainable=()):
 
 # ---- equations ----
 
+def S(x):  # − log σ(x)
+    return math.log(1 + math.exp(-x))
+
+
 # Three pairs: h = (π_w − ref_w) − (π_l − ref_l) is 0 (policy = reference), 10 and 20, so 0.1 h is 0, 1 and 2
 POLICY = torch.tensor([[-0.5, -0.1], [-10.0, -30.0], [-1.0, -21.0]])
 REFERENCE = torch.tensor([[-0.5, -0.1], [-10.1, -20.1], [-0.1, -0.1]])
 LENGTH = torch.tensor([[5, 7], [8, 9], [4, 6]])
-S0, S1, S2 = (math.log(1 + math.exp(-x)) for x in (0, 1, 2))  # − log σ(x)
-# h per token: 0.1/8 + 9.9/9 = 1.1125 and −0.9/4 + 20.9/6 = 3.258333
+# h per token: 0, 0.1/8 + 9.9/9 = 1.1125 and −0.9/4 + 20.9/6 = 3.258333
 EQUATIONS = {  # options: the three losses by hand, which are also TRL's
-    "": [S0, S1, S2],
-    "--label_smoothing 0.1": [S0, S1 + 0.1, S2 + 0.2],  # − log σ(−x) = S + x
-    "--loss robust --label_smoothing 0.1": [S0, S1 - 0.1 / 0.8, S2 - 0.2 / 0.8],
+    "": [S(0), S(1), S(2)],
+    "--label_smoothing 0.1": [S(0), S(1) + 0.1, S(2) + 0.2],  # − log σ(−x) = S + x
+    "--loss robust --label_smoothing 0.1": [S(0), S(1) - 0.1 / 0.8, S(2) - 0.2 / 0.8],
     "--loss hinge": [1, 0, 0],
     "--loss ipo": [25, 25, 225],  # (h − 5)²
     "--loss ipo --length_norm": [25, 15.112656, 3.033403],
-    "--length_norm": [S0, math.log(1 + math.exp(-0.11125)), math.log(1 + math.exp(-0.3258333))]}
+    "--length_norm": [S(0), S(0.11125), S(0.3258333)],
+    "--loss simpo --simpo_gamma 0.6": [S(-0.6), S(0.11125 - 0.6), S(0.3258333 - 0.6)]}
 
 
 @pytest.mark.parametrize("options", EQUATIONS)
 def test_a_micro_batch_by_hand(options, place, world):
-    """An answer's log-probability is the sum over its tokens; --length_norm divides it by their number in the
-    loss, but not in the rewards; the SFT loss is over the chosen answers' tokens. All three pairs are one of
-    several micro-batches of a step with 4 records and 20 chosen tokens."""
+    """One of several micro-batches of a step with 4 records and 20 chosen tokens. --length_norm divides by an
+    answer's number of tokens in the loss, SimPO in the rewards too; the SFT loss is of the chosen answers."""
     def model(batch, features):  # log-probabilities of the targets, whose sums per answer are POLICY
         share = torch.rand(len(batch.target), generator=torch.Generator().manual_seed(0))
         totals = torch.zeros(6).index_add(0, batch.answer, share)
@@ -67,6 +69,9 @@ def test_a_micro_batch_by_hand(options, place, world):
         "rewards/chosen": [0, 0.01, -0.09], "rewards/rejected": [0, -0.99, -2.09],
         "logps/chosen": [-0.5, -10, -1], "logps/rejected": [-0.1, -30, -21],
         "logratio/chosen": [0, 0.1 / 8, -0.9 / 4], "logratio/rejected": [0, -9.9 / 9, -20.9 / 6]}
+    if "simpo" in options:
+        values |= {"rewards/margins": [0, 0.11125, 0.3258333], "rewards/chosen": [0, 0.01 / 8, -0.09 / 4],
+                   "rewards/rejected": [0, -0.99 / 9, -2.09 / 6]}
     expected = {name: sum(pairs) / 4 for name, pairs in values.items()} | {"loss/sft": 11.5 / 20}
     expected["loss"] = expected["loss/dpo"] + 0.5 * 11.5 / 20
     metrics = {name: float(value) for name, value in metrics.items()}
@@ -75,8 +80,7 @@ def test_a_micro_batch_by_hand(options, place, world):
 
 
 def test_metrics_of_more_answers_by_hand():
-    """Records of two and three answers: rejected is the mean of the others, accuracy counts all pairs and a
-    tie half, padding of the shorter record counts for nothing."""
+    """Of two and three answers: rejected is the mean of the others, accuracy counts all pairs, a tie half."""
     logps = torch.tensor([[3.0, 1.0, 0.0], [2.0, 6.0, 2.0]])
     answer_mask = torch.tensor([[True, True, False], [True, True, True]])
     length = torch.tensor([[3, 2, 1], [1, 2, 4]])
@@ -87,21 +91,11 @@ def test_metrics_of_more_answers_by_hand():
         "logps/rejected": 1 + 4, "logratio/chosen": 1 + 2, "logratio/rejected": 1 / 2 + (3 + 0.5) / 2})
 
 
-def test_gradient_of_a_pair():
-    """− beta σ(−beta h) for the chosen answer (the equation after Eq. 7), its opposite for the rejected."""
-    policy, reference = (5 * torch.randn(6, 2, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    h = (policy - reference)[:, 0] - (policy - reference)[:, 1]
-    expected = torch.stack([-0.3 * torch.sigmoid(-0.3 * h), 0.3 * torch.sigmoid(-0.3 * h)], 1)
-    losses = dpo.dpo_loss(*policy.requires_grad_().unbind(1), *reference.unbind(1), 0.3)
-    torch.testing.assert_close(torch.autograd.grad(losses.sum(), policy)[0], expected)
-
-
 # ---- one packed sequence, or one sequence per answer ----
 
 @pytest.mark.parametrize("records", [[0, 2, 4], [2, 3, 0, 4, 6]], ids=str)
 def test_a_shared_prompt_equals_separate_sequences(records, place, world):
-    """Pairs alone, and with five answers of unequal lengths, two images, padding, activations recomputed:
-    loss and gradients are those of one sequence per answer. Each distinct image passes the tower once."""
+    """Loss and gradients of pairs alone, and with five answers. Each distinct image passes the tower once."""
     model, processor, examples = prepared(place, world, [
         "vision_tower.", "multi_modal_projector.", "language_model."])
     examples = [examples[i] for i in records]
@@ -140,22 +134,12 @@ def test_a_shared_prompt_equals_separate_sequences(records, place, world):
     assert any(name.startswith("vision_tower.") for name in shared)
 
 
-def test_image_loss_by_hand():
-    """Both terms; log 2 each, and no gradient of the first, for an image that is not corrupted."""
-    def term(x):
-        return math.log(1 + math.exp(-x))
-    loss = dpo.image_loss(torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0]), 0.5)
-    torch.testing.assert_close(loss, torch.tensor([term(1.0) + term(0.5), 2 * math.log(2)]))
-
-
 def test_image_loss_equals_separate_sequences(place, world):
-    """A micro-batch with corrupted images: loss and metrics are those of its records and of prompts with
-    corrupted images by themselves. Records without an image have no term."""
+    """Of prompts with corrupted images. Records without an image have no term."""
     model, processor, examples = prepared(place, world)
     args = tiny.arguments("dpo", *files(place), "--image_coef", 2.0, "--beta", 0.3)
     examples = [example for example in examples if len(example.answers) == 2][:4]
     assert {bool(example.images) for example in examples} == {True, False}
-    counts = len(examples), 50
     with torch.no_grad():
         logps, _ = dpo.sequence_logprobs(model, data.collate(examples, processor))
         separate = [dataclasses.replace(
@@ -166,28 +150,13 @@ def test_image_loss_equals_separate_sequences(place, world):
         reference = [{"logps": [chosen - 1, rejected], **({"corrupted": next(shift) + 2} if e.images else {})}
                      for e, (chosen, rejected) in zip(examples, values)]
         batch = dpo.collate_with_corrupted(examples, processor, 5)
-        loss, metrics = dpo.micro_batch_loss(model, batch, reference, *counts, args)
-        plain = tiny.arguments("dpo", *files(place), "--beta", 0.3)
-        without, _ = dpo.micro_batch_loss(model, data.collate(examples, processor), reference, *counts, plain)
-    n, ones = len(separate), torch.ones(1)
-    image = n * float(dpo.image_loss(ones, -2 * ones, 0.3)) / len(examples)
-    assert float(loss) == pytest.approx(float(without) + 2 * image, rel=1e-5)
-    assert float(metrics["loss/image"]) == pytest.approx(image, rel=1e-5)
-    assert float(metrics["rewards/image_margins"]) == pytest.approx(0.9 * n / len(examples), rel=1e-4)
+        loss, metrics = dpo.micro_batch_loss(model, batch, reference, len(examples), 50, args)
     fsdp.reshard(model)
-
-
-def test_simpo_by_hand(place, tmp_path):
-    """−log σ(β (log π(y_w)/|y_w| − log π(y_l)/|y_l|) − γ); a run needs no reference."""
-    loss = dpo.dpo_loss(*torch.tensor([[-1.0], [-1.5], [0.0], [0.0]]), 2.0, "simpo", simpo_gamma=0.6)
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.4)))
-    inside("dpo", *files(place), "--out", tmp_path, "--batch_size", 7, "--micro_batch", 2, "--max_steps", 10,
-           "--lr", "1e-3", "--loss", "simpo")  # β is 2
-    first, *_, last = tiny.log(tmp_path)
-    assert last["loss"] < first["loss"] != pytest.approx(math.log(2)) and first["rewards/chosen"] < 0
-    margin = 2 * (first["logratio/chosen"] - first["logratio/rejected"])
-    assert first["rewards/margins"] == pytest.approx(margin, rel=1e-5)
-    assert not (tmp_path / "reference.json").exists()
+    share = len(separate) / len(examples)  # log-ratios of 1, of rejected answers 0, of corrupted images −2
+    image = share * (S(0.3 * 3) + S(0.3))
+    assert float(loss) == pytest.approx(S(0.3) + 2 * image, rel=1e-5)
+    assert float(metrics["loss/image"]) == pytest.approx(image, rel=1e-5)
+    assert float(metrics["rewards/image_margins"]) == pytest.approx(0.9 * share, rel=1e-4)
 
 
 # ---- runs ----
@@ -207,17 +176,21 @@ def test_a_user_prefers(place, tmp_path):
     assert f"wrote {out}" in done.out
 
 
-def test_images_are_looked_at(place, tmp_path):
-    """--image_coef: at first policy and reference agree with a corrupted image, too; then the loss falls."""
+@pytest.mark.parametrize("options", ["--image_coef 1", "--loss simpo"])
+def test_relatives_learn(options, place, tmp_path):
+    """At first policy and reference agree with a corrupted image, too. SimPO has no reference; its β is 2."""
     inside("dpo", *files(place), "--out", tmp_path, "--batch_size", 7, "--micro_batch", 2, "--max_steps", 10,
-           "--lr", "1e-3", "--image_coef", 1, "--eval_data", place / "pairs.json")
+           "--lr", "1e-3", "--eval_data", place / "pairs.json", *options.split())
     first, *_, last = tiny.log(tmp_path)
-    assert abs(first["rewards/image_margins"]) < 1e-5 and last["eval_loss/image"] < first["loss/image"]
+    if options == "--loss simpo":
+        assert first["rewards/chosen"] == pytest.approx(2 * first["logratio/chosen"])
+        assert last["eval_loss/dpo"] < first["loss/dpo"] and not (tmp_path / "reference.json").exists()
+    else:
+        assert abs(first["rewards/image_margins"]) < 1e-5 and last["eval_loss/image"] < first["loss/image"]
 
 
 def test_step_one_of_ranked_records(place, world, tmp_path):
-    """Records of two, three and five answers: the mean of log K!, no margin; to the last bit, because the
-    reference's batches are those of the first epoch, in bf16 as well."""
+    """The mean of log K!, no margin; to the last bit, as the reference's batches are the first epoch's."""
     sizes = [len(record["conversations"][-1]["value"]) for record in RANKED]
     for dtype in ("fp32", "bf16"):
         inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / dtype, "--batch_size", 3,
@@ -229,29 +202,16 @@ def test_step_one_of_ranked_records(place, world, tmp_path):
         assert not any(line[name] for line in lines for name in names)
 
 
-def test_the_sft_term_is_sfts_loss(place, world, tmp_path):
-    """loss/sft is the loss of sft.py on the best answers; with a vanishing beta the gradient is, too."""
-    single = [pair for pair in PAIRS if len(pair["conversations"]) == 2]  # sft.py also learns earlier turns
-    tiny.write_rows(tmp_path / "pairs.json", single)
-    tiny.write_rows(tmp_path / "best.json", tiny.best(single, 1))
-    step = ["--batch_size", 6, "--micro_batch", 2, "--max_steps", 2, "--lr", "1e-3"]
-    inside("sft", *files(place), "--data", tmp_path / "best.json", "--out", tmp_path / "sft", *step)
-    inside("dpo", *files(place), "--data", tmp_path / "pairs.json", "--out", tmp_path / "dpo", *step,
-           "--beta", "1e-7", "--sft_coef", 1)
-    for ours, theirs in zip(tiny.log(tmp_path / "dpo"), tiny.log(tmp_path / "sft"), strict=True):
-        assert ours["loss/sft"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["loss"] == pytest.approx(theirs["loss"] + math.log(2), rel=1e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-
-
 def test_evaluation_is_a_mean_over_records(place, world, tmp_path):
-    """Seven held-out records in batches of three, the last of one record, have the metrics of one training
-    step of seven: the same loss, with its SFT term."""
+    """Seven held-out records in batches of 3, 3 and 1 have the metrics of a training step of seven; the SFT
+    loss is a mean over its chosen answers' tokens."""
     for size in (7, 3):
         inside("dpo", *files(place, "ranked.json"), "--out", tmp_path / str(size), "--eval_data",
                place / "ranked.json", "--ref_model", place / "other", "--lr", 0, "--max_steps", 1,
                "--sft_coef", 0.5, "--batch_size", size, "--micro_batch", (size + 1) // 2)
     full, parts = (tiny.log(tmp_path / size)[0] for size in ("7", "3"))
+    chosen_tokens = sum(len(example.answers[0]) for example in prepared(place, world)[2])
+    assert full["loss/sft"] == pytest.approx(-7 * full["logps/chosen"] / chosen_tokens, rel=1e-5)
     for name in ("loss", *(name for name in full if "/" in name and not name.startswith("eval_"))):
         assert parts[f"eval_{name}"] == pytest.approx(full[name], rel=1e-5, abs=1e-6), name
 
@@ -262,17 +222,13 @@ ONE_STEP = ["--max_steps", 1, "--batch_size", 3, "--micro_batch", 2]
 
 
 def test_the_reference_is_transformers(place, world, tmp_path):
-    """The stored log-probabilities are those of transformers, one answer per sequence; those of --ref_model,
-    if it is given. --overwrite computes them again."""
+    """The stored log-probabilities, of --model or --ref_model; --overwrite computes them again."""
     _, processor, examples = prepared(place, world)
-    argv = [*files(place, "ranked.json"), "--eval_data", place / "pairs.json", *ONE_STEP, "--out",
-            tmp_path / "out"]
-    inside("dpo", *argv)
-    results = {"model": json.loads((tmp_path / "out" / "reference.json").read_text())}
-    inside("dpo", *argv, "--ref_model", place / "other", "--overwrite")
-    results["other"] = json.loads((tmp_path / "out" / "reference.json").read_text())
-    assert abs(tiny.log(tmp_path / "out")[0]["rewards/margins"]) > 1e-2
-    for folder, saved in results.items():
+    for folder, options in ("model", []), ("other", ["--ref_model", place / "other", "--overwrite"]):
+        inside("dpo", *files(place, "ranked.json"), "--eval_data", place / "pairs.json", *ONE_STEP, "--out",
+               tmp_path, *options)
+        assert (abs(tiny.log(tmp_path)[0]["rewards/margins"]) > 1e-2) == (folder == "other")
+        saved = json.loads((tmp_path / "reference.json").read_text())
         peer = tiny.hf.LlavaForConditionalGeneration.from_pretrained(place / folder).eval()
         for example, ranked, pair in zip(examples, saved["training"], saved["held_out"], strict=True):
             pixels, expected = [processor.pixels(path) for path in example.images], []
@@ -286,24 +242,19 @@ def test_the_reference_is_transformers(place, world, tmp_path):
             assert pair["logps"] == pytest.approx(expected[:2], rel=1e-5)
 
 
-DAMAGE = {
-    "a number edited": lambda saved: {**saved, "held_out": [{"logps": [0.0, 0.0]}, *saved["held_out"][1:]]},
-    "other records": lambda saved: {
-        **saved, "training": saved["training"][:3],
-        "sha256": dpo.sha256({"training": saved["training"][:3], "held_out": saved["held_out"]})},
-    "truncated": None}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_changed_reference_is_refused(damage, place, world, tmp_path):
-    """A resume uses the numbers that the run began with; once the file is removed, it computes them again."""
-    out, argv = tmp_path / "out", [*files(place), "--eval_data", place / "pairs.json", *ONE_STEP]
-    inside("dpo", *argv, "--out", out)
-    path, change = out / "reference.json", DAMAGE[damage]
+def test_a_changed_reference_is_refused(place, world, tmp_path):
+    """Truncated, with another number or of other records. Once the file is removed it is computed again."""
+    argv = [*files(place), "--eval_data", place / "pairs.json", *ONE_STEP, "--out", tmp_path]
+    inside("dpo", *argv)
+    path = tmp_path / "reference.json"
     text = path.read_text()
-    path.write_text(json.dumps(change(json.loads(text))) if change else text[:-50])
-    with pytest.raises(data.UserError, match="reference.json was changed since the run began: remove it"):
-        inside("dpo", *argv, "--out", out, "--resume")
+    saved = json.loads(text)
+    edited = {**saved, "held_out": [{"logps": [0.0, 0.0]}, *saved["held_out"][1:]]}
+    fewer = {"training": saved["training"][:3], "held_out": saved["held_out"]}
+    for damaged in text[:-50], json.dumps(edited), json.dumps({**fewer, "sha256": dpo.sha256(fewer)}):
+        path.write_text(damaged)
+        with pytest.raises(data.UserError, match="reference.json was changed since the run began: remove it"):
+            inside("dpo", *argv, "--resume")
     path.unlink()
-    inside("dpo", *argv, "--out", out, "--resume")
+    inside("dpo", *argv, "--resume")
     assert path.read_text() == text

@@ -1,12 +1,10 @@
-"""ppo.py: equations by hand and in their limits, rollouts and packed sequences against one sequence per
-answer, and runs of main in this process, in fp32 on the CPU. Policy and reward model are conftest.py's.
-
-Legend: A answers, L tokens of the longest, N tokens of all answers, V vocabulary.
-"""
+"""ppo.py: equations by hand and in their limits, packed samples against one sequence per answer, and runs of
+main in this process, in fp32 on the CPU. N tokens of all answers, V vocabulary."""
 import dataclasses
 import functools
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,9 +19,6 @@ import data
 import fsdp
 import model as network
 import ppo
-
-TRAINED = {"policy": ("multi_modal_projector.", "language_model."),
-           "critic": ("multi_modal_projector.", "language_model.model.", "score.")}
 
 
 def files(trained, reward="reward"):
@@ -45,9 +40,8 @@ def ragged(*lengths):
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def close(ours, theirs, tolerance=1e-6):
-    torch.testing.assert_close(torch.as_tensor(ours).float(), torch.as_tensor(theirs).float(), rtol=tolerance,
-                               atol=tolerance)
+def close(ours, theirs, limit=1e-6):
+    torch.testing.assert_close(ours.float(), torch.as_tensor(theirs).float(), rtol=limit, atol=limit)
 
 
 def noise(like, seed, scale=1.0):
@@ -57,8 +51,7 @@ def noise(like, seed, scale=1.0):
 # ---- equations ----
 
 def test_gae_by_hand():
-    """The same rewards and values in answers of 4, 2 and 1 tokens: after the end of an answer the value is 0,
-    and what the tensors hold is not read. Of four tokens δ = (−0.71, 0.52, −0.23, 0.9)."""
+    """In answers of 4, 2 and 1 tokens, whose padding is not read. Of four, δ = −0.71, 0.52, −0.23, 0.9."""
     mask = ragged(4, 2, 1)
     rewards = torch.tensor([-0.01, 0.02, -0.03, 1.0]).expand(3, 4).where(mask, 50.0)
     values = torch.tensor([0.5, -0.2, 0.3, 0.1]).expand(3, 4).where(mask, -50.0)
@@ -68,8 +61,7 @@ def test_gae_by_hand():
 
 
 def test_gae_in_its_limits():
-    """λ = 1: returns are the discounted sums of the rewards to come, whatever the values are (Eq. 18,
-    arXiv:1506.02438); λ = 0: advantages are the TD errors (Eq. 17)."""
+    """λ = 1: returns are discounted sums of rewards, whatever the values; λ = 0: advantages are TD errors."""
     mask, gamma = ragged(6, 3, 1, 6), 0.7
     rewards, values = noise(mask, 0) * mask, noise(mask, 1)
     _, returns = ppo.gae(rewards, values, mask, gamma, 1.0)
@@ -82,8 +74,7 @@ def test_gae_in_its_limits():
 
 
 def test_kl_reward_by_hand():
-    """− β (log π − log π_ref) at every token, and the score at the last token only; where policy and
-    reference are equal, the score alone."""
+    """The score is at the last token only; where policy and reference are equal, it is the whole reward."""
     mask, score = ragged(3, 1, 2, 3), torch.tensor([5.0, 6.0, -7.0, 2.0])
     logprob = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 9.0, 9.0], [-2.0, -2.0, 9.0], [-1.0, -2.0, -3.0]])
     reference = torch.tensor([[-1.5, -2.0, -2.0], [-3.0, 0.0, 0.0], [-1.0, -2.2, 0.0], [-1.0, -2.0, -3.0]])
@@ -91,33 +82,22 @@ def test_kl_reward_by_hand():
     close(rewards, [[-0.05, 0.0, 0.1 + 5], [-0.2 + 6, 0, 0], [0.1, -0.02 - 7, 0], [0, 0, 2]])
 
 
-def test_policy_loss_by_hand():
-    """max(− A ρ, − A clip(ρ, 0.8, 1.2)): clipped, without a gradient, only where the ratio is beyond 1 ± 0.2
-    in the direction that the advantage favours. The last token is masked."""
-    ratio = torch.tensor([[1.5, 0.5, 1.5, 0.5, 1.1, 1.1]])
-    advantages = torch.tensor([[2.0, 2.0, -2.0, -2.0, 3.0, 9.0]])
-    old = torch.tensor([[-0.5, -1.0, -2.0, -3.0, -0.1, -0.1]])
-    logprob = (old + ratio.log()).requires_grad_()
-    loss = ppo.policy_loss(logprob, old, advantages, torch.arange(6)[None] < 5, 0.2)
-    loss.backward()
-    close(loss.detach(), -2.4 - 1.0 + 3.0 + 1.6 - 3.3)
-    close(logprob.grad, [[0.0, -1.0, 3.0, 0.0, -3.3, 0.0]])  # − A ρ where it is not clipped
-
-
-def test_value_loss_by_hand():
-    """½ max((V − R)², (clip(V, V_old ± 0.2) − R)²): no gradient where V has moved more than 0.2 towards R.
-    The last token is masked."""
-    values = torch.tensor([[1.5, 1.5, 1.1, 0.5, 1.1]], requires_grad=True)
-    returns = torch.tensor([[2.0, 1.0, 0.0, 0.0, 9.0]])
-    loss = ppo.value_loss(values, torch.ones(1, 5), returns, torch.arange(5)[None] < 4, 0.2)
-    loss.backward()
-    close(loss.detach(), (0.8**2 + 0.5**2 + 1.1**2 + 0.8**2) / 2)
-    close(values.grad, [[0.0, 0.5, 1.1, 0.0, 0.0]])
+@pytest.mark.parametrize("loss, new, old, target, total, gradient", [
+    (ppo.policy_loss, np.log([1.5, 0.5, 1.5, 0.5, 1.1, 1.1]) - 1, -1, [2, 2, -2, -2, 3, 9],
+     -2.4 - 1.0 + 3.0 + 1.6 - 3.3, [0, -1, 3, 0, -3.3, 0]),  # − A ρ where ρ is not clipped
+    (ppo.value_loss, [1.5, 1.5, 1.1, 0.5, 1.1], 1, [2, 1, 0, 0, 9],
+     (0.8**2 + 0.5**2 + 1.1**2 + 0.8**2) / 2, [0, 0.5, 1.1, 0, 0])])  # V − R
+def test_clipped_losses_by_hand(loss, new, old, target, total, gradient):
+    """No gradient where ρ or V has moved more than 0.2 in the favoured direction; the last token is masked"""
+    new, target = torch.tensor(new).float()[None].requires_grad_(), torch.tensor(target)[None]
+    mask = torch.arange(target.shape[1])[None] < target.shape[1] - 1
+    result = loss(new, torch.full_like(target, old), target, mask, 0.2)
+    close(result.detach(), total)
+    close(torch.autograd.grad(result, new)[0], [gradient])
 
 
 def test_rloo_and_grpo_by_hand(world):
-    """Two samples: opposite advantages. Equal scores: none. RLOO's totals contain the KL of the whole answer;
-    every token has its answer's advantage, and padding none."""
+    """Equal scores: no advantages. RLOO's totals contain the KL of the answer; padding has no advantage."""
     close(ppo.rloo(torch.tensor([[6.0, 3.0, 0.0], [2.0, 2.0, 2.0]])), [[4.5, 0, -4.5], [0, 0, 0]])
     close(ppo.grpo(torch.tensor([[6.0, 3.0, 0.0], [2.0, 2.0, 2.0]])), [[3 / 3.0001, 0, -3 / 3.0001], [0] * 3])
     assert not ppo.grpo(torch.full((1, 8), 100.1)).any()
@@ -134,30 +114,27 @@ def test_rloo_and_grpo_by_hand(world):
     assert ppo.frac_equal_scores(scores, 2, world) == pytest.approx(2 / 3)
 
 
-def test_advantages_are_whitened_over_all_answers(world, monkeypatch):
-    """Mean 0 and standard deviation 1 over the tokens of all rollouts; returns are computed before whitening.
-    torchtune's numbers, to which the mean is added again: reward and value 1 at the last of four tokens."""
-    def compute_targets(rewards, values, masks):  # β = 1 and no score: the reward is − log π
-        outputs = [ppo.OldOutputs(mask, -r, 0 * r, v, None) for r, v, mask in zip(rewards, values, masks)]
-        scores = [torch.zeros(len(mask)) for mask in masks]
-        return ppo.compute_advantages(outputs, scores, arguments("--kl_coef", 1), world)
-    monkeypatch.setattr(ppo, "GAMMA", 0.9)
-    last, discounted = torch.tensor([[0.0, 0.0, 0.0, 1.0]]), [0.855**2 * 0.9, 0.855 * 0.9, 0.9, 0.0]
-    targets, = compute_targets([last], [last], [ragged(4)])
-    close(targets.advantages + sum(discounted) / 4, [[0.771871, 1.050591, 1.376581, -0.871621]], 2e-6)
-    close(targets.returns, [[*discounted[:3], 1.0]])
-    masks = [ragged(3, 1, 5), ragged(2, 2)]
-    results = compute_targets(*([noise(mask, seed) for mask in masks] for seed in (0, 7)), masks)
-    advantages = torch.cat([targets.advantages[mask] for targets, mask in zip(results, masks)])
-    close([advantages.mean(), advantages.std()], [0.0, 1.0])
-    assert not results[0].advantages[~masks[0]].any()
+def test_advantages_are_whitened_over_all_answers(world):
+    """Over the tokens of all rollouts; returns are computed before. A large mean costs no precision."""
+    scores, raw = [torch.tensor([3.0, -1.0, 0.5]), torch.tensor([0.0, 2.0])], []
+    outputs = [ppo.OldOutputs(mask, noise(mask, 0), noise(mask, 1), noise(mask, 2), None)
+               for mask in (ragged(3, 1, 5), ragged(2, 2))]
+    results = ppo.compute_advantages(outputs, scores, arguments("--kl_coef", 0.5, "--lam", 0.9), world)
+    for old, score, targets in zip(outputs, scores, results):
+        rewards = ppo.kl_reward(old.logprob, old.ref_logprob, score, old.token_mask, 0.5)
+        advantages, returns = ppo.gae(rewards, old.values, old.token_mask, 1.0, 0.9)
+        raw.append(advantages[old.token_mask])
+        close(targets.returns, returns)
+        assert not targets.advantages[~old.token_mask].any()
+    mean, std = torch.cat(raw).mean(), torch.cat(raw).std()
+    for old, advantages, targets in zip(outputs, raw, results):
+        close(targets.advantages[old.token_mask], (advantages - mean) / std)
     _, std = ppo.masked_mean_std([torch.tensor([1.0, 2, 3, 6]) + 2.0**20], [ragged(4)[0]], world)
-    assert std == pytest.approx((14 / 3) ** 0.5, rel=1e-6)  # a large mean costs no precision
+    assert std == pytest.approx((14 / 3) ** 0.5, rel=1e-6)
 
 
 def test_rollout_metrics_by_hand(world):
-    """Three answers in two rollouts, of 3, 1 and 2 tokens: means over answers; explained variance is over all
-    six tokens."""
+    """Of answers of 3, 1 and 2 tokens in two rollouts: means over answers, explained variance over tokens."""
     logprobs = [torch.tensor([[-1.0, -2.0, -0.5], [-4.0, 0.0, 0.0]]), torch.tensor([[-0.25, -0.75]])]
     kl = [torch.tensor([[0.25, 0.5, -0.25], [-0.25, 0.0, 0.0]]), torch.tensor([[1.0, 0.25]])]
     values = [torch.tensor([[1.0, 2.0, 3.0], [0.0, 9.0, 9.0]]), torch.tensor([[1.0, 2.0]])]
@@ -186,14 +163,7 @@ def prepared(trained, world, *argv, reward="reward"):
     prompts = ppo.read_prompts(args.data, processor, reward_checkpoint.processor, args, world)
     policy, _, scorer, critic = ppo.build_models(checkpoint, reward_checkpoint, args, world)
     return SimpleNamespace(args=args, processor=processor, scorer=scorer, policy=policy, critic=critic,
-                           prompts=prompts, examples=prompts.examples, world=world)
-
-
-def sample(bench, examples):
-    """Rollout of one micro-batch, in minibatch 1."""
-    group = [(data.collate(examples, bench.processor), examples, 1)]
-    policy = fsdp.unsharded(bench.policy, bench.args, bench.world)
-    return ppo.sample_answers(policy, group, bench.processor, bench.args, bench.world)[0]
+                           prompts=prompts, world=world)
 
 
 def old_outputs_of(bench, rollout):
@@ -219,105 +189,81 @@ def bench(trained, world):
 @pytest.fixture(scope="module")
 def micro_batches(bench):
     """(Rollout, OldOutputs, Targets) of prompts with one image, two and none, three samples each; and of two
-    more. As in a later epoch old log-probabilities and values differ, some far enough to be clipped; after
-    the answers' ends are other numbers."""
-    results = []
-    for examples in ([bench.examples[i] for i in (0, 1, 2, 7)], bench.examples[3:5]):
-        rollout = sample(bench, examples)
+    more. As in a later epoch old outputs differ, some far enough to be clipped; padding is not 0."""
+    results, policy = [], fsdp.unsharded(bench.policy, bench.args, bench.world)
+    groups = ([bench.prompts.examples[i] for i in indices] for indices in ((0, 1, 2, 7), (3, 4)))
+    group = [(data.collate(examples, bench.processor), examples, 1) for examples in groups]
+    for rollout in ppo.sample_answers(policy, group, bench.processor, bench.args, bench.world):
         old = old_outputs_of(bench, rollout)
         mask = old.token_mask
-        old = old._replace(logprob=old.logprob + noise(mask, 1, 0.3), values=old.values + noise(mask, 2, 0.3))
+        old = old._replace(logprob=old.logprob + noise(mask, 1, 0.3), values=old.values + noise(mask, 2, 0.3),
+                           ref_logprob=old.ref_logprob + noise(mask, 5, 0.5))
         results.append((rollout, old, ppo.Targets(noise(mask, 3), old.values + noise(mask, 4, 0.5))))
     rollout, old, _ = results[0]
-    assert len(old.token_mask.sum(1).unique()) > 2 and 0 < rollout.ended.sum() < len(rollout.ended)
+    assert len(old.token_mask.sum(1).unique()) > 2 and 1 < rollout.ended.sum() < len(rollout.ended)
     return results
 
 
-def at_all_positions(model, batch, head_fn):
-    positions = torch.arange(batch.ids.numel())
-    return model.hidden(batch, model.vision_tower(batch.pixels), positions, head_fn)
-
-
 def separate_sequences(bench, rollout):
-    """One sequence per answer, from logits and values at all positions → (ids [n], log-probabilities [n, V],
-    values [n]) of each answer"""
+    """→ ids [n], log-probabilities [n, V] and values [n] of each answer, in a sequence of its own"""
     outputs = []
     for example in rollout.examples:
         for ids in example.answers:
             one = dataclasses.replace(example, answers=[ids], token_masks=[np.ones(len(ids), bool)])
             batch = data.collate([one], bench.processor)
-            before = slice(batch.ids.shape[1] - len(ids) - 1, -1)  # the positions that predict each token
-            logits = at_all_positions(bench.policy, batch, F.linear)[before] / bench.args.temperature
-            hidden = at_all_positions(bench.critic, batch, lambda hidden, head: hidden)[before]
-            values = bench.critic.score(hidden)[:, 0]
+            before = torch.arange(-len(ids) - 1, -1) + batch.ids.numel()  # the position that predicts a token
+            features = bench.policy.vision_tower(batch.pixels)
+            logits = bench.policy.hidden(batch, features, before, F.linear) / bench.args.temperature
+            values = bench.critic.scores(batch, features, before)
             outputs.append((torch.from_numpy(ids).long(), logits.log_softmax(-1), values))
     return outputs
 
 
-def test_packed_samples_equal_one_sequence_per_answer(bench, micro_batches):
-    """Three samples packed behind their prompt, in micro-batches of unequal numbers of tokens: every gradient
-    of policy and critic, and the metrics, means per token, are those of one sequence per answer."""
-    b, rollouts = bench, [rollout for rollout, *_ in micro_batches]
-    metrics, count, _ = ppo.minibatch_backward(micro_batches, b.policy, b.critic, b.args, b.world)
+@pytest.mark.parametrize("advantage, single_step", [("gae", False), ("grpo", False), ("grpo", True)])
+def test_packed_samples_equal_one_sequence_per_answer(advantage, single_step, bench, micro_batches):
+    """Every gradient, log π, values and the metrics, means per token over unequal micro-batches. GRPO has the
+    KL to the reference in its loss, and no critic; in its single step π_old is π."""
+    args = SimpleNamespace(**{**vars(bench.args), "advantage": advantage, "kl_coef": 0.3})
+    critic = bench.critic if advantage == "gae" else None
+    batches = [(rollout, old._replace(logprob=None) if single_step else old, targets)
+               for rollout, old, targets in micro_batches]
+    metrics, count, logprobs = ppo.minibatch_backward(batches, bench.policy, critic, args, bench.world)
     gradients = pop_gradients(bench)
-    ids, logps, values = zip(*(output for rollout in rollouts for output in separate_sequences(b, rollout)))
-    logprob = torch.cat([logp.gather(1, i[:, None])[:, 0] for logp, i in zip(logps, ids)])  # [N]
-    values, tokens = torch.cat(values), torch.ones(len(logprob)).bool()
-    old_logprob, old_values, advantages, returns = (
-        torch.cat([getattr(batch[i], name)[batch[1].token_mask] for batch in micro_batches])
-        for i, name in ((1, "logprob"), (1, "values"), (2, "advantages"), (2, "returns")))
-    policy_loss = ppo.policy_loss(logprob, old_logprob, advantages, tokens, 0.2) / count
-    value_loss = ppo.value_loss(values, old_values, returns, tokens, 0.2) / count
+
+    ids, logps, values = map(torch.cat, zip(*(
+        output for rollout, *_ in micro_batches for output in separate_sequences(bench, rollout))))
+    old_logprob, ref_logprob, old_values, advantages, returns = (
+        torch.cat([{**old._asdict(), **targets._asdict()}[name][old.token_mask]
+                   for _, old, targets in micro_batches])
+        for name in ("logprob", "ref_logprob", "values", "advantages", "returns"))
+    logprob, tokens = logps.gather(1, ids[:, None])[:, 0], torch.ones(len(ids)).bool()  # [N]
+    old_logprob = logprob.detach() if single_step else old_logprob
+    policy_loss = ppo.policy_loss(logprob, old_logprob, advantages, tokens, 0.2) / len(ids)
+    value_loss = ppo.value_loss(values, old_values, returns, tokens, 0.2) / len(ids)
+    if not critic:
+        policy_loss = policy_loss + 0.3 * ppo.grpo_kl(logprob, ref_logprob, tokens) / len(ids)
     (policy_loss + value_loss).backward()
-    assert_same_gradients(gradients, pop_gradients(bench))
+    expected = pop_gradients(bench)
+    assert_same_gradients(gradients, {n: g for n, g in expected.items() if critic or n.startswith("policy")})
     logprob, values = logprob.detach(), values.detach()
-    now = [old_outputs_of(bench, rollout) for rollout in rollouts]
+    now = [old_outputs_of(bench, rollout) for rollout, *_ in micro_batches]
     close(torch.cat([old.logprob[old.token_mask] for old in now]), logprob, 1e-5)
     close(torch.cat([old.values[old.token_mask] for old in now]), values, 1e-5)
-    change, moved = logprob - old_logprob, (values - old_values).abs()
+    close(torch.cat([one[old.token_mask] for one, old in zip(logprobs, now)]), logprob, 1e-5)
+    change, entropy = logprob - old_logprob, -(logps.exp() * logps).sum(-1).mean()
     outside = (change.exp() < 0.8) | (change.exp() > 1.2)
-    entropy = torch.cat([-(logp.exp() * logp).sum(-1) for logp in logps]).mean()
-    assert count == len(logprob) and outside.any() and entropy > 0.1
+    assert count == len(ids) and outside.any() != single_step and entropy > 0.1
+    of_critic = {"val/clipfrac": ((values - old_values).abs() > 0.2).float().mean(), "loss/value": value_loss}
     assert metrics == pytest.approx({name: value.item() for name, value in {
         "policy/approxkl": change.square().mean() / 2, "policy/ratio": change.exp().mean(),
         "policy/clipfrac": outside.float().mean(), "policy/entropy": entropy, "loss/policy": policy_loss,
-        "val/clipfrac": (moved > 0.2).float().mean(), "loss/value": value_loss}.items()}, rel=1e-4)
-
-
-def test_grpo_of_packed_samples_equals_one_sequence_per_answer(bench, micro_batches):
-    """Clipped policy loss plus β KL, without a critic; old log-probabilities that are None are the present
-    ones."""
-    args = SimpleNamespace(**{**vars(bench.args), "advantage": "grpo", "kl_coef": 0.3})
-    micro_batches = [
-        (rollout, old._replace(ref_logprob=old.ref_logprob + noise(old.token_mask, 5, 0.5)), targets)
-        for rollout, old, targets in micro_batches]
-    for without_old in (False, True):
-        batches = [(rollout, old._replace(logprob=None) if without_old else old, targets)
-                   for rollout, old, targets in micro_batches]
-        metrics, count, logprobs = ppo.minibatch_backward(batches, bench.policy, None, args, bench.world)
-        gradients = pop_gradients(bench)
-        outputs = [output for rollout, *_ in batches for output in separate_sequences(bench, rollout)]
-        logprob = torch.cat([logp.gather(1, ids[:, None])[:, 0] for ids, logp, _ in outputs])  # [N]
-        old_logprob, ref_logprob, advantages = (
-            torch.cat([getattr(batch[i], name)[batch[1].token_mask] for batch in micro_batches])
-            for i, name in ((1, "logprob"), (1, "ref_logprob"), (2, "advantages")))
-        old_logprob = logprob.detach() if without_old else old_logprob
-        tokens = torch.ones(len(logprob)).bool()
-        loss = ppo.policy_loss(logprob, old_logprob, advantages, tokens, 0.2)
-        loss = (loss + 0.3 * ppo.grpo_kl(logprob, ref_logprob, tokens)) / count
-        loss.backward()
-        assert_same_gradients(gradients, {name: gradient for name, gradient in pop_gradients(bench).items()
-                                          if name in gradients})
-        assert metrics["loss/policy"] == pytest.approx(loss.item(), rel=1e-4) and "loss/value" not in metrics
-        now = torch.cat([x[old.token_mask] for x, (_, old, _) in zip(logprobs, micro_batches)])
-        close(now, logprob.detach(), 1e-5)
+        **(of_critic if critic else {})}.items()}, rel=1e-4)
 
 
 # ---- rollout and scores ----
 
 def test_tokens_are_drawn_by_inverse_cdf_of_the_policys_softmax(bench, micro_batches):
-    """Each token is the one at which the cumulative softmax of the training forward pass, without the tokens
-    that are never sampled, reaches the uniform keyed by (seed, minibatch, prompt, sample, step)."""
+    """At the uniform keyed by (seed, minibatch, prompt, sample, step), without the tokens never sampled."""
     rollout, args = micro_batches[0][0], bench.args
     prompts = [example.index for example in rollout.examples]
     uniforms = network.keyed_uniforms(args.seed, 1, prompts, 3, args.max_new_tokens).flatten(0, 1)
@@ -332,8 +278,7 @@ def test_tokens_are_drawn_by_inverse_cdf_of_the_policys_softmax(bench, micro_bat
 
 @pytest.mark.parametrize("reward", ["reward", "llama2", "tower"])
 def test_scores_are_the_reward_models(reward, bench, micro_batches, trained, world):
-    """Three answers packed behind one prompt, in the reward model's template and with the features of its own
-    vision tower, if it has one: the scores that it gives to one sequence per answer."""
+    """Of one sequence per answer, in its own template and with the features of its own vision tower."""
     b = bench if reward == "reward" else prepared(trained, world, reward=reward)
     scorer, rollout, expected = b.scorer, micro_batches[0][0], []
     assert scorer.shared_tower == (reward != "tower")
@@ -345,27 +290,25 @@ def test_scores_are_the_reward_models(reward, bench, micro_batches, trained, wor
             one = dataclasses.replace(prompt, answers=[ids], token_masks=[np.ones(len(ids), bool)])
             batch = data.collate([one], scorer.processor)
             with torch.no_grad():
-                hidden = at_all_positions(scorer.model, batch, lambda hidden, head: hidden)
-                expected.append(scorer.model.score(hidden[-1])[0])
+                features = scorer.model.vision_tower(batch.pixels)
+                expected += scorer.model.scores(batch, features, torch.tensor([batch.ids.numel() - 1]))
     fsdp.reshard(scorer.model)
     close(scores, torch.stack(expected), 1e-5)
     assert scores.std() > 0.01
 
 
-def test_normalised_scores(trained, world):
-    """--normalize_scores: complete answers of the first iteration get mean 0 and standard deviation 1, the
-    others the fixed score, and a critic that was the reward model predicts on that scale. One complete answer
-    or equal scores are refused."""
-    b = prepared(trained, world)
-    rollout = sample(b, b.examples)
-    scores, old = b.scorer.score(rollout, b.prompts), old_outputs_of(b, rollout)
-    assert 1 < rollout.ended.sum() < len(scores)
+def test_normalised_scores(bench, micro_batches, world):
+    """Complete answers get mean 0 and deviation 1, the others a fixed score; the critic's values follow. One
+    complete answer or equal scores are refused."""
+    rollout = micro_batches[0][0]
+    scores, old = bench.scorer.score(rollout, bench.prompts), old_outputs_of(bench, rollout)
     mean, std = ppo.fit_score_scale([scores], [rollout], world)
-    normalised, = ppo.postprocess_scores([scores], [rollout], torch.tensor([mean, std]), b.args)
-    close([normalised[rollout.ended].mean(), normalised[rollout.ended].std()], [0.0, 1.0], 1e-5)
+    normalised, = ppo.postprocess_scores([scores], [rollout], torch.tensor([mean, std]), bench.args)
+    close(torch.stack(torch.std_mean(normalised[rollout.ended])), [1.0, 0.0], 1e-5)
     assert (normalised[~rollout.ended] == -1).all()
-    ppo.rescale_head(b.critic.score, mean, std)
-    values = old_outputs_of(b, rollout).values
+    ppo.rescale_head(bench.critic.score, mean, std)
+    values = old_outputs_of(bench, rollout).values
+    ppo.rescale_head(bench.critic.score, -mean / std, 1 / std)
     close(values[old.token_mask], (old.values[old.token_mask] - mean) / std, 1e-5)
     for ended, message in ((1, "but 1 of the first iteration's answers have their end token"),
                            (2, "but all complete answers of iteration 1 score 4.0: leave it out")):
@@ -380,9 +323,9 @@ def test_normalised_scores(trained, world):
 def run(trained, world, tmp_path_factory):
     """Options → the folder that a run leaves, and the models that it built; every run is started once."""
     @functools.cache
-    def started(*argv, reward="reward"):
+    def started(*argv):
         out = tmp_path_factory.mktemp("run") / "out"
-        return out, inside("ppo", *files(trained, reward), *SMALL, "--out", out, *argv)
+        return out, inside("ppo", *files(trained), *SMALL, "--out", out, *argv)
     return started
 
 
@@ -394,22 +337,21 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def reward_weights(trained, world):
-    args = tiny.options(model=str(trained / "reward"))
-    return tiny.state(fsdp.build(fsdp.open_checkpoint(args, world), args, world, score=True))
-
-
 def recorded(monkeypatch, owner, name):
-    """→ a list that gets arguments and result of every call"""
+    """→ a list of (arguments, result) of every call"""
     calls, original = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args: calls.append((args, original(*args))) or calls[-1][1])
     return calls
 
 
-def test_first_minibatch_has_ratio_1_and_kl_0(run):
-    """In every iteration, at its first step; before the first update the KL to the reference is 0 as well,
-    after it not. All metrics are finite."""
-    lines = tiny.log(run(*TWICE)[0])
+ADAPTERS = "--lora_rank", 4, "--max_steps", 2, "--lr", "1e-2", "--train"
+RUNS = {"all": TWICE, "adapters": (*ADAPTERS, "llm"), "both": (*ADAPTERS, "projector,llm")}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_first_minibatch_has_ratio_1_and_kl_0(name, run):
+    """The ratio in every iteration, the KL to the reference before the first update."""
+    lines = tiny.log(run(*RUNS[name])[0])
     for line in lines:
         assert line["first/policy/ratio"] == pytest.approx(1, abs=1e-5)
         assert abs(line["first/policy/approxkl"]) < 1e-10 and line["first/policy/clipfrac"] == 0
@@ -418,30 +360,45 @@ def test_first_minibatch_has_ratio_1_and_kl_0(run):
     assert abs(lines[0]["objective/kl"]) < 1e-5 and abs(lines[1]["objective/kl"]) > 1e-4
 
 
-def test_what_is_trained_moves_and_nothing_else(run, trained, world):
-    """Every tensor of the policy's projector and LLaMA, and of the critic's with its scalar head, changes;
-    vision tower, reference, reward model and the critic's unused LM head do not. One tower serves all."""
-    out, (policy, reference, reward, critic) = run(*TWICE)
-    base, start = weights(trained / "model"), reward_weights(trained, world)
-    for before, model, expected in ((base, policy, TRAINED["policy"]), (base, reference, ()),
-                                    (start, reward, ()), (start, critic, TRAINED["critic"])):
-        assert changed(before, tiny.state(model)) == {name for name in before if name.startswith(expected)}
-    assert not changed(weights(out), tiny.state(policy)) and not (out / "score.safetensors").exists()
-    assert len({id(model.vision_tower) for model in (policy, reference, reward, critic)}) == 1
+def adapted(model):
+    return {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, network.LoRA)}
+
+
+PROJECTOR = "multi_modal_projector."
+
+
+@pytest.mark.parametrize("name, of_policy, of_critic", [
+    ("all", (PROJECTOR, "language_model."), (PROJECTOR, "language_model.model.", "score.")),
+    ("adapters", (), ("score.",)), ("both", (PROJECTOR,), (PROJECTOR, "score."))])
+def test_what_is_trained_moves_and_nothing_else(name, of_policy, of_critic, run, trained, world):
+    """Vision tower, reference, reward model, the critic's unused LM head and what has adapters stay bit for
+    bit. Where adapters alone are trained the policy without them is the reference. One tower serves all."""
+    out, models = run(*RUNS[name])
+    policy, *reference, reward, critic = models
+    args = tiny.options(model=str(trained / "reward"))
+    start = tiny.state(fsdp.build(fsdp.open_checkpoint(args, world), args, world, score=True))
+    base, lora = weights(trained / "model"), adapted(policy)
+    for before, model, moved in ((base, policy, of_policy), *((base, model, ()) for model in reference),
+                                 (start, reward, ()), (start, critic, of_critic)):
+        assert changed(before, tiny.state(model)) == {name for name in before if name.startswith(moved)}
+    moved = {name for name in base if name.startswith(of_policy)}
+    assert changed(base, weights(out)) == lora.keys() | moved and not (out / "score.safetensors").exists()
+    assert len(reference) == bool(moved) and len({id(model.vision_tower) for model in models}) == 1
+    assert adapted(critic).keys() == lora.keys() and not adapted(reward)
+    assert all(adapter.on for adapter in lora.values())
+    assert all(adapter.lora_B.weight.full_tensor().any() for adapter in adapted(critic).values())
 
 
 def test_minibatches_are_shuffled_per_epoch(trained, world, tmp_path, monkeypatch):
-    """Ten prompts in minibatches of three, four per iteration: each is full and used once per epoch, in an
-    order keyed by (seed, iteration, epoch); a prompt that comes twice gets other samples. Metrics are means
-    over tokens."""
+    """Ten prompts in minibatches of three: each is full and used once per epoch, in an order keyed by (seed,
+    iteration, epoch); a prompt that comes twice gets other samples. Metrics are means over tokens."""
     rollouts, steps = (recorded(monkeypatch, ppo, name) for name in ("sample_answers", "minibatch_backward"))
     inside("ppo", *files(trained), *SMALL, "--batch_size", 3, "--rollout_batch", 12, "--ppo_epochs", 3,
            "--max_steps", 2, "--seed", 3, "--out", tmp_path / "out")
     rollouts = [rollout for _, result in rollouts for rollout in result]
-    prompts = [[example.id for example in rollout.examples] for rollout in rollouts]
-    assert len(prompts) == 8 and all(len(set(ids)) == 3 for ids in prompts)
     answers = [{example.id: [ids.tolist() for ids in example.answers] for example in rollout.examples}
                for rollout in rollouts]
+    assert len(answers) == 8 and all(len(minibatch) == 3 for minibatch in answers)
     twice = [(a[name], b[name]) for a, b in zip(answers, answers[3:]) for name in a.keys() & b.keys()]
     assert twice and any(a != b for a, b in twice)
     number = {id(rollout): m % 4 for m, rollout in enumerate(rollouts)}
@@ -459,8 +416,7 @@ def test_minibatches_are_shuffled_per_epoch(trained, world, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
 def test_a_run_without_a_critic(advantage, trained, tmp_path, monkeypatch):
-    """The first ratio is 1. GRPO's forward pass that the update saves changes nothing, to the bit; and a run
-    that was stopped after a step and resumed is the same run."""
+    """The first ratio is 1. A resumed run is the same, and so is GRPO with a forward pass of its own."""
     argv = [*files(trained), *ONE_STEP, "--advantage", advantage, "--out"]
 
     def run(name, *options):
@@ -479,24 +435,19 @@ def test_a_run_without_a_critic(advantage, trained, tmp_path, monkeypatch):
 
 
 def test_learning_rates_and_critic_warmup(trained, world, tmp_path, monkeypatch):
-    """Linear warm-up and half a cosine over six iterations. In the first two only the critic is trained; the
-    policy's rates and records of --ptx_data begin after them. Adam's ε is 1e-5."""
-    optimizers, rates, step = recorded(monkeypatch, ppo, "adam"), ([], []), torch.optim.AdamW.step
-    loaders = recorded(monkeypatch, data, "Loader")
-
-    def recording_step(optimizer):
-        (lr,), (eps,) = ({group[name] for group in optimizer.param_groups} for name in ("lr", "eps"))
-        assert eps == 1e-5
-        rates[optimizer is optimizers[1][1]].append(lr)
-        return step(optimizer)
-    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
+    """Linear warm-up and half a cosine; the policy's rates and --ptx_data begin after two iterations."""
+    optimizers, loaders = recorded(monkeypatch, ppo, "adam"), recorded(monkeypatch, data, "Loader")
     inside("ppo", *files(trained), *ONE_STEP, "--max_new_tokens", 2, "--max_steps", 6, "--critic_warmup", 2,
            "--warmup", 2, "--critic_lr", "5e-3", "--ptx_data", trained / "turns.json", "--out", tmp_path)
     lines = tiny.log(tmp_path)
     policy = [1e-3 * factor for factor in (0, 0, 1 / 3, 2 / 3, 1, 1 / 2)]
     critic = [5e-3 * factor for factor in (1 / 3, 2 / 3, 1, 0.5 + 0.125**0.5, 1 / 2, 0.5 - 0.125**0.5)]
-    assert [line["lr"] for line in lines] == pytest.approx(policy) and rates[0] == pytest.approx(policy[2:])
-    assert [line["critic_lr"] for line in lines] == pytest.approx(critic) == rates[1]
+    assert [line["lr"] for line in lines] == pytest.approx(policy)
+    assert [line["critic_lr"] for line in lines] == pytest.approx(critic)
+    for (_, optimizer), rate, steps in zip(optimizers, (policy[-1], critic[-1]), (4, 6), strict=True):
+        assert {int(state["step"]) for state in optimizer.state.values()} == {steps}
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(rate) and group["eps"] == 1e-5
     assert arguments("--lr", 2).critic_lr == 2 and arguments("--critic_lr", 0).critic_lr == 0
     for line in lines:
         for name in ("policy/ratio", "loss/policy", "grad_norm/policy", "loss/ptx"):
@@ -504,41 +455,32 @@ def test_learning_rates_and_critic_warmup(trained, world, tmp_path, monkeypatch)
     assert [start for (_, start, *_), _ in loaders] == [0, 0, 1, 2, 3]  # of prompts, and of --ptx_data
 
 
-def test_critic_from_the_policy_and_scores_from_a_function(trained, world, tmp_path, monkeypatch):
-    """--critic policy: V = 0 at first, so the first loss is half the mean of the squared returns. The
-    function FILE.py:FUNCTION, imported as a module, gets a record and its answers' texts; its scores are
-    logged as they are."""
+def test_critic_from_the_policy_and_scores_from_a_function(bench, trained, world, tmp_path, monkeypatch):
+    """V = 0 at first, so the first loss is half the mean of the squared returns. The function, imported as a
+    module, gets a prompt's record, of several data files, and its answers' texts."""
     advantages = recorded(monkeypatch, ppo, "compute_advantages")
     metrics = recorded(monkeypatch, ppo, "rollout_metrics")
-    (tmp_path / "f.py").write_text("import sys\ndef red(record, texts):\n    assert __name__ in sys.modules\n"
+    (tmp_path / "f.py").write_text("records = []\ndef red(record, texts):\n    records.append(record)\n"
                                    "    return [text.split().count('red') for text in texts]")
     *_, critic = inside(
         "ppo", *files(trained, f"{tmp_path}/f.py:red"), *ONE_STEP, "--critic", "policy", "--seed", 2,
-        "--missing_eos_score", -3, "--samples_per_prompt", 8, "--out", tmp_path / "out")
+        "--missing_eos_score", -3, "--samples_per_prompt", 8, "--out", tmp_path / "out", "--data",
+        trained / "rows.json", trained / "turns.json")
     (((old,), *_), (targets,)), line = advantages[0], tiny.log(tmp_path / "out")[0]
     mean_square = float(targets.returns[old.token_mask].square().mean())
     assert not old.values.any() and critic.score.weight.full_tensor().any()
     assert line["first/loss/value"] == pytest.approx(mean_square / 2, rel=1e-5)
-    processor = fsdp.open_checkpoint(tiny.arguments("ppo", *files(trained)), world).processor
     ((rollout,), (logged,), *_), _ = metrics[0]
+    asked = [(tiny.ONE_TURN + tiny.MIXED)[example.index] for example in rollout.examples]
+    assert sys.modules["reward_function"].records == asked
     ids = [answer for example in rollout.examples for answer in example.answers]
-    scores = [processor.text(answer).split().count("red") if int(answer[-1]) in processor.stop else -3.0
-              for answer in ids]
+    texts, stop = map(bench.processor.text, ids), bench.processor.stop
+    scores = [text.split().count("red") if int(i[-1]) in stop else -3.0 for i, text in zip(ids, texts)]
     assert logged.tolist() == scores and max(scores) > 0 > min(scores)
-    assert line["objective/scores"] == pytest.approx(np.mean(scores), rel=1e-6)
-
-
-def test_the_record_of_a_prompt_from_several_files(trained, world):
-    """A reward function gets the one of the prompt's index."""
-    args = tiny.arguments("ppo", *files(trained), "--data", trained / "rows.json", trained / "turns.json")
-    processor = fsdp.open_checkpoint(args, world).processor
-    prompts = ppo.read_prompts(args.data, processor, None, args, world)
-    assert [prompts.records[e.index] for e in prompts.examples] == tiny.ONE_TURN + tiny.MIXED
 
 
 def test_a_word_is_learned(trained, tmp_path):
-    """python ppo.py with a function that counts one word: its count rises from hardly ever to every other
-    answer, and with it the KL."""
+    """python ppo.py: the word that a function counts comes hardly ever, then in every other answer."""
     out = tmp_path / "out"
     done = tiny.command(
         "ppo", *files(trained, "rewards.py:red"), *ONE_STEP, "--samples_per_prompt", 6, "--ppo_epochs", 3,
@@ -551,68 +493,28 @@ def test_a_word_is_learned(trained, tmp_path):
     assert done.out.count("'score': ") == 3 and f"wrote {out}" in done.out
 
 
-def test_evaluations_change_nothing_and_ptx_is_sfts_loss(run, trained, world, tmp_path, monkeypatch):
-    """With --eval_data log and weights are bit for bit those without, and no more prompts are decoded at once
-    than --decode_batch or those of an iteration. At --lr 0 two evaluations, of samples with the same keys,
-    are equal; and loss/ptx is the mean of sft.py's losses, in sft.py's order."""
-    def prompts_of(call):
-        (_, group, *_), _ = call
-        return sum(len(examples) for _, examples, _ in group)
-    (expected, _), groups = run(*TWICE), recorded(monkeypatch, ppo, "sample_answers")
+def test_evaluations_change_nothing_and_ptx_is_sft(run, trained, world, tmp_path, monkeypatch):
+    """Log and weights are bit for bit those without. At --lr 0 two evaluations are equal; without rewards and
+    KL the loss is --ptx_coef times sft.py's, in its order. No more prompts are decoded at once than asked."""
+    def most_prompts():  # that were decoded at once
+        return max(sum(len(examples) for _, examples, _ in group) for (_, group, *_), _ in calls)
+    (expected, _), calls = run(*TWICE), recorded(monkeypatch, ppo, "sample_answers")
     out, _ = run(*TWICE, "--eval_data", trained / "rows.json", "--eval_every", 1, "--decode_batch", 3)
-    assert max(prompts_of(group) for group in groups) == 3
+    assert most_prompts() == 3
     lines = [{k: v for k, v in line.items() if not k.startswith("eval_")} for line in tiny.log(out)]
     assert lines == tiny.log(expected) and not changed(weights(out), weights(expected))
     assert len({line["eval_objective/scores"] for line in tiny.log(out)}) == 2
-    groups.clear()
+    calls.clear()
     out, _ = run("--lr", 0, "--max_steps", 2, "--eval_data", trained / "rows.json", "--eval_every", 1,
-                 "--ptx_data", trained / "turns.json", "--rollout_batch", 5, "--micro_batch", 1)
-    assert max(prompts_of(group) for group in groups) == 5
+                 "--rollout_batch", 5, "--micro_batch", 1, "--ptx_data", trained / "turns.json", "--ptx_coef",
+                 2.5, "--reward_model", trained / "rewards.py:nought", "--critic", "policy", "--kl_coef", 0,
+                 "--missing_eos_score", 0)
     lines = tiny.log(out)
     first, second = ({k: v for k, v in line.items() if k.startswith("eval_")} for line in lines)
-    assert first == second and abs(first["eval_objective/kl"]) < 1e-5
+    assert first == second and abs(first["eval_objective/kl"]) < 1e-5 and most_prompts() == 5
     assert {name.removeprefix("eval_") for name in first} < lines[0].keys()
     inside("sft", *files(trained)[:2], "--data", trained / "turns.json", *files(trained)[6:], "--out",
            tmp_path / "sft", "--batch_size", 5, "--micro_batch", 5, "--max_steps", 4, "--lr", 0)
-    losses = np.reshape([line["loss"] for line in tiny.log(tmp_path / "sft")], (2, 2))
-    assert [line["loss/ptx"] for line in lines] == pytest.approx(losses.mean(1).tolist(), rel=1e-5)
-
-
-def adapted(model):
-    return {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, network.LoRA)}
-
-
-@pytest.mark.parametrize("train", ["llm", "projector,llm"])
-def test_lora(train, run, trained, world):
-    """The reference is the policy without adapters, or a second model if the projector is trained; the KL
-    starts at 0; the base stays bit for bit, and so do reward model and the critic's base."""
-    out, (policy, *reference, reward, critic) = run(
-        "--lora_rank", 4, "--max_steps", 2, "--lr", "1e-2", "--train", train)
-    first, second = tiny.log(out)
-    assert abs(first["objective/kl"]) < 1e-5 < abs(second["objective/kl"])
-    base, start, lora = weights(trained / "model"), reward_weights(trained, world), adapted(policy)
-    projector = {name for name in base if name.startswith("multi_modal_projector.") and "projector" in train}
-    assert changed(base, tiny.state(policy)) == projector
-    assert changed(base, weights(out)) == lora.keys() | projector
-    assert all(module.on for module in lora.values())
-    assert [changed(base, tiny.state(model)) for model in reference] == ([set()] if projector else [])
-    assert adapted(critic).keys() == lora.keys() and not adapted(reward)
-    assert changed(start, tiny.state(critic)) == {"score.weight", "score.bias"} | projector
-    assert all(module.lora_B.weight.full_tensor().any() for module in adapted(critic).values())
-
-
-def test_ptx_gradients_are_sfts(bench, trained, world):
-    """--ptx_coef times the gradient of sft.py's loss is added to the gradient that is there already; the loss
-    is sft.py's, over all micro-batches."""
-    b = bench
-    examples = fsdp.read_examples([str(trained / "turns.json")], "turns", b.processor, b.args, world)
-    batch = data.collate(examples[:5], bench.processor)
-    loss = -bench.policy(batch, bench.policy.vision_tower(batch.pixels)).mean()
-    (2.5 * loss).backward()
-    expected = pop_gradients(bench)
-    micro_batches = [data.collate(part, bench.processor) for part in (examples[:2], examples[2:5])]
-    for coefficient in (1, 1.5):
-        args = arguments("--ptx_data", "turns.json", "--ptx_coef", coefficient)
-        result = ppo.ptx_backward(micro_batches, bench.policy, args, world)
-        assert result == pytest.approx(loss.item(), rel=1e-5)
-    assert_same_gradients(pop_gradients(bench), expected)
+    for name, theirs, factor in ("loss/ptx", "loss", 1), ("grad_norm/policy", "grad_norm", 2.5):
+        expected = factor * np.reshape([line[theirs] for line in tiny.log(tmp_path / "sft")], (2, 2)).mean(1)
+        assert [line[name] for line in lines] == pytest.approx(expected.tolist(), rel=1e-5)

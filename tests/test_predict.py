@@ -24,7 +24,7 @@ def arguments(trained, out, *options, data="rows.json"):
 
 @pytest.fixture(scope="module")
 def run(trained, tmp_path_factory):
-    """Options → predict.py's lines and what it printed; every run is started once."""
+    """Options → predict.py's lines and what it printed."""
     @functools.cache
     def started(*options, data="rows.json"):
         out = tmp_path_factory.mktemp("out") / "answers.jsonl"
@@ -52,8 +52,7 @@ def inputs(record, processor, trained, answer=None):
 
 
 def test_greedy_answers_are_transformers(trained, run):
-    """Each answer equals that of transformers.generate, which suppresses <image> and <pad> too; the lines
-    are in the file's order and hold the prompt."""
+    """Without <image> and <pad>, as ours. Lines are in the file's order and hold the prompt."""
     model = hf.LlavaForConditionalGeneration.from_pretrained(trained / "model").eval()
     processor = hf.AutoProcessor.from_pretrained(trained / "model")
     banned = [processor.tokenizer.pad_token_id, processor.tokenizer.convert_tokens_to_ids("<image>")]
@@ -96,8 +95,7 @@ def test_questions_are_turns_of_a_conversation(prepare, ranks, trained, tmp_path
 
 
 def test_samples_do_not_depend_on_the_batch(run):
-    """Any --micro_batch draws the same answers; log-probabilities are equal to rounding. Another seed draws
-    others; one sample is the first of many; top_k 1 is greedy."""
+    """Another seed draws others; one sample is the first of many; top_k 1 is greedy."""
     expected = run(*SAMPLED)[0]
     for size in (1, 10):
         for line, other in zip(expected, run(*SAMPLED, "--micro_batch", size)[0], strict=True):
@@ -124,8 +122,7 @@ def reward_by_transformers(folder):
 
 @pytest.mark.parametrize("name", ["reward", "tower", "llama2"])
 def test_scores_and_rewards_are_transformers(name, trained, run):
-    """--score: the summed log-probability of each answer, end token included, and its length in tokens;
-    --reward_model: its reward by the reward model's own tower and template."""
+    """Log-probability and length of each answer with its end token; rewards by an own tower and template."""
     answers = ["a red circle", "no"], ["yes"], ["a", "a blue star", "no"], ["a human, a human, a human"]
     records = [{**record, "conversations": [record["conversations"][0], {"from": "gpt", "value": values}]}
                for record, values in zip(ONE_TURN, answers)]
@@ -152,9 +149,8 @@ def test_scores_and_rewards_are_transformers(name, trained, run):
 @pytest.mark.parametrize("name, options, passes", [
     ("reward", [], 1), ("tower", [], 2), ("reward", ["--image_mode", "pad"], 2)])
 def test_the_best_of_three(name, options, passes, trained, run, world, tmp_path, monkeypatch):
-    """Answers are those drawn without a reward model; `answer` is the best rewarded. Each reward equals that
-    of the sampled ids in a sequence of their own, with the images as the reward model sees them. The distinct
-    images of a micro-batch pass one tower if both models have the same one and the same image mode."""
+    """Answers are those drawn without a reward model, each reward that of the sampled ids by themselves. The
+    distinct images of a micro-batch pass one tower if both models have the same tower and image mode."""
     images, rewarded, forward, add = [], [], CLIPVision.forward, predict.add_rewards
 
     def recording_add(answers, examples, *rest):
@@ -185,29 +181,25 @@ def test_the_best_of_three(name, options, passes, trained, run, world, tmp_path,
 
 
 def test_prompts_that_are_too_long_have_no_answer(run, trained):
-    """For --max_len, or in the reward model's template: the answer is null, in its place; it is counted, and
-    the other answers do not change."""
-    tiny.write_rows(trained / "long.json", [ONE_TURN[1], {**ONE_TURN[3], "conversations": [
-        {"from": "human", "value": "What is it? " * 60}, {"from": "gpt", "value": "a star"}]}, ONE_TURN[0]])
-    results, printed = run("--max_len", 150, data="long.json")
-    assert [line["answer"] is None for line in results] == [False, True, False]
-    assert "3 records, 1 too long" in printed and " of 3" in printed
+    """In either model's template: null in its place, and counted; the other answers do not change."""
+    tiny.write_rows(trained / "long.json", [*ONE_TURN, tiny.row(10, None, "What is it? " * 60, "a star")])
     tiny.shutil.copytree(trained / "reward", trained / "more words")
     jinja = trained / "more words" / "chat_template.jinja"
     jinja.write_text(jinja.read_text().replace("A chat between", "A polite chat between"))
     processor = hf.AutoProcessor.from_pretrained(trained / "model")
     longest = max(inputs(record, processor, trained).input_ids.shape[1] for record in ONE_TURN)
-    results, printed = run(*SAMPLED, "--max_len", longest + 1, "--reward_model", trained / "more words")
-    answered = [line["answers"] is not None for line in results]
-    assert 0 < sum(answered) < 10 and f"10 records, {10 - sum(answered)} too long" in printed
-    for line, expected in zip(results, run(*SAMPLED)[0], strict=True):
+    results, printed = run(*SAMPLED, "--max_len", longest + 1, "--reward_model", trained / "more words",
+                           data="long.json")
+    answered = [line["answer"] is not None for line in results]
+    assert answered == [line["answers"] is not None for line in results] and 0 < sum(answered[:10]) < 10
+    assert f"11 records, {11 - sum(answered)} too long" in printed and "of 11" in printed and not answered[10]
+    for line, expected in zip(results, run(*SAMPLED)[0]):
         assert [a["text"] for a in line["answers"] or expected["answers"]] == [
             a["text"] for a in expected["answers"]]
 
 
 def test_other_fields_of_a_record_are_copied(run, trained):
-    """question_id, category, …; its own label goes before the gpt turn's, only a text can be matched, and a
-    prompt without an answer has none. Each line is JSON."""
+    """Its own label goes before the gpt turn's, and only a text can be matched. Each line is JSON."""
     first = run()[0]
     more = [{"question_id": 3, "category": ["a"], "answer": "no", "prompt": "x", "label": first[0]["answer"]},
             {}, {"label": 5}, {"label": None, "score": float("nan"), "text": "\ud83d"}]
@@ -226,13 +218,10 @@ def test_other_fields_of_a_record_are_copied(run, trained):
 # ---- the output file ----
 
 def test_overwrite(trained, run, tmp_path):
-    """python, into a folder that does not exist yet. --overwrite is needed to replace the file; --out is no
-    data file."""
+    """python, into a new folder, and again. --out is no data file."""
     out, rows = tmp_path / "new" / "answers.jsonl", tmp_path / "rows.jsonl"
     done = tiny.command("predict", *arguments(trained, out, *SAMPLED))
     assert done.code == 0 and "wrote" in done.out and "Traceback" not in done.err, done.err
-    done = fork("predict", *arguments(trained, out))
-    assert done.code == 2 and "which exists: --resume continues it, --overwrite replaces it" in done.error
     assert lines(out) == run(*SAMPLED)[0]
     assert fork("predict", *arguments(trained, out, "--overwrite")).code == 0 and lines(out) == run()[0]
     rows.write_bytes((trained / "rows.json").read_bytes())
@@ -240,42 +229,27 @@ def test_overwrite(trained, run, tmp_path):
     assert done.code == 2 and f"got --out {rows}, which is --data too" in done.error
 
 
-@pytest.fixture(scope="module")
-def killed(trained, tmp_path_factory):  # the output file of a run that was killed before its third batch
-    out = tmp_path_factory.mktemp("killed") / "answers.jsonl"
+def test_resume_keeps_complete_lines(trained, run, tmp_path):
+    """Up to the first that is damaged or not its record's. Other or unknown options are refused."""
+    out = tmp_path / "answers.jsonl"
     fork("predict", *arguments(trained, out), prepare=functools.partial(tiny.at_call, "predict.generate", 3))
-    return out
-
-
-DAMAGE = {  # of the six lines that are there: how many of them stay
-    "none": (lambda lines: lines, 6),
-    "truncated": (lambda lines: [*lines[:5], lines[5][:-30]], 5),
-    "NULs": (lambda lines: [*lines[:3], b"\0" * 999], 3),
-    "a line removed": (lambda lines: [*lines[:1], *lines[2:]], 1),
-    "another prompt": (lambda lines: [line.replace(b"USER", b"User") for line in lines], 0)}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_resume_keeps_complete_lines(damage, trained, killed, run, tmp_path):
-    """Every batch is on disk before the next is decoded. --resume keeps the lines up to the first that is not
-    its record's, and changes nothing once all are complete; other or unknown options are refused."""
-    (damaged, n), out = DAMAGE[damage], tmp_path / "answers.jsonl"
-    options = tiny.shutil.copy(f"{killed}.args.json", f"{out}.args.json")
-    out.write_bytes(b"".join(damaged(killed.read_bytes().splitlines(keepends=True))))
+    six = out.read_bytes().splitlines(keepends=True)  # killed before its third batch: every line is on disk
+    removed, edited = [six[0], *six[2:]], [line.replace(b"USER", b"User") for line in six]
+    for damaged, n in ([*six[:5], six[5][:-30]], 5), ([*six[:3], b"\0" * 999], 3), (removed, 1), (edited, 0):
+        out.write_bytes(b"".join(damaged))
+        done = fork("predict", *arguments(trained, out, "--resume"))
+        assert f"{out}: {n} complete lines stay, the rest is answered again" in done.out and len(six) == 6
+        assert lines(out) == run()[0] and done.out.split(".jsonl: ")[-1] == run()[1].split(".jsonl: ")[-1]
+    done = fork("predict", *arguments(trained, out, "--resume"))
+    assert done.code == 0 and "stay" not in done.out and lines(out) == run()[0]
     done = fork("predict", *arguments(trained, out, "--resume", "--seed", 1))
     assert done.code == 2 and "--seed 0 then, 1 now" in done.error
-    for complete in (n, 10):
-        done = fork("predict", *arguments(trained, out, "--resume"))
-        assert done.code == 0 and lines(out) == run()[0]
-        assert done.out.splitlines()[-1].split(": ")[1] == run()[1].splitlines()[-1].split(": ")[1]
-        said = f"{out}: {n} complete lines stay, the rest is answered again" in done.out
-        assert said == (complete == n and damage != "none")
-    tiny.os.remove(options)
+    tiny.os.remove(f"{out}.args.json")
     assert "answers.jsonl.args.json is gone" in fork("predict", *arguments(trained, out, "--resume")).error
 
 
 def test_numbers_that_are_not_finite_are_refused(trained, tmp_path):
-    """Weights hold NaN: the record is named, with exit code 1, and no NaN is written."""
+    """The record is named, and no NaN is written."""
     tiny.shutil.copytree(trained / "model", tmp_path / "model")
     tensors = load_file(trained / "model" / "model.safetensors")
     tensors["language_model.model.norm.weight"][3] = torch.nan

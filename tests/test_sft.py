@@ -17,8 +17,7 @@ def files(place):
 
 
 def test_loss_by_hand():
-    """Probabilities 1/2, 1/4 and 1/8 in a step of four tokens, in micro-batches of unequal size: their sum is
-    (1 + 2 + 3) log 2 / 4, not a mean of means."""
+    """Probabilities 1/2, 1/4 and 1/8 in unequal micro-batches of a step of four tokens."""
     token_logps = torch.tensor([0.5, 0.25, 0.125]).log()
     losses = [sft.sft_loss(part, 4).item() for part in (token_logps[:2], token_logps[2:], token_logps[:0])]
     assert losses == pytest.approx([0.75 * math.log(2), 0.75 * math.log(2), 0])
@@ -32,9 +31,8 @@ def fake_wandb():  # prints its calls
 
 
 def test_projector_pre_training(place, tmp_path):
-    """--train projector --template plain: the first loss is the mean over the caption and its newline of the
-    logits that transformers computes; the export keeps the template. --wandb is started with the project,
-    called with the metrics, and finished."""
+    """The first loss is transformers', over the caption and its newline; the export keeps the template, and
+    --wandb is started with the project, called with the metrics, and finished."""
     file, out = tiny.write_rows(tmp_path / "one.json", [MIXED[0]]), tmp_path / "out"
     done = fork("sft", *files(place), "--data", file, "--out", out, "--max_steps", 1, "--train", "projector",
                 "--template", "plain", "--wandb", "mine", prepare=fake_wandb)
@@ -54,8 +52,7 @@ def test_projector_pre_training(place, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_user_fine_tunes(ranks, place, tmp_path):
-    """The loss falls by half, answers are shown, records above --max_len are counted, and the export can be
-    trained on."""
+    """Answers are shown, records above --max_len are counted, and the export can be trained on."""
     out, argv = tmp_path / "out", [*files(place), "--max_len", 140]
     done = tiny.command(
         "sft", *argv, "--out", out, "--eval_data", place / "rows.json", "--eval_every", 15, "--batch_size", 9,
