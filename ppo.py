@@ -175,7 +175,7 @@ class OldOutputs(NamedTuple):
         return (self.logprob - self.ref_logprob).sum(1)
 
 
-class Targets(NamedTuple):
+class Estimates(NamedTuple):
     """What the losses of an iteration's updates use; padding of the advantages is 0."""
     advantages: torch.Tensor  # [A, L]; those of GAE are whitened
     returns: torch.Tensor  # [A, L], from GAE's advantages before whitening; None without a critic
@@ -341,32 +341,32 @@ def logprobs_and_values(rollout, policy, reference, critic, args, with_policy=Tr
 
 
 def group_advantages(old_outputs, scores, args):
-    """RLOO's or GRPO's advantages → Targets per rollout."""
-    K, targets = args.samples_per_prompt, []
+    """RLOO's or GRPO's advantages → Estimates per rollout."""
+    K, estimates = args.samples_per_prompt, []
     for old, score in zip(old_outputs, scores):  # score [A]: the K samples of a prompt are neighbours
         if args.advantage == "rloo":
             advantages = rloo((score - args.kl_coef * old.kl()).view(-1, K))  # [B, K]
         else:
             advantages = grpo(score.view(-1, K))
-        targets.append(Targets(advantages.view(-1, 1) * old.token_mask, None))
-    return targets
+        estimates.append(Estimates(advantages.view(-1, 1) * old.token_mask, None))
+    return estimates
 
 
 def compute_advantages(old_outputs, scores, args, world):
-    """KL rewards, GAE, and whitening over all tokens of the iteration → Targets per rollout."""
+    """KL rewards, GAE, and whitening over all tokens of the iteration → Estimates per rollout."""
     if args.advantage != "gae":
         return group_advantages(old_outputs, scores, args)
     masks = [old.token_mask for old in old_outputs]
     rewards = [kl_reward(old.logprob, old.ref_logprob, score, old.token_mask, args.kl_coef)
                for old, score in zip(old_outputs, scores)]
-    estimates = [gae(reward, old.values, old.token_mask, GAMMA, args.lam)
+    raw = [gae(reward, old.values, old.token_mask, GAMMA, args.lam)
                  for reward, old in zip(rewards, old_outputs)]
-    mean, std = masked_mean_std([advantages for advantages, _ in estimates], masks, world)
-    return [Targets((advantages - mean) / (std + 1e-8) * mask, returns)
-            for (advantages, returns), mask in zip(estimates, masks)]
+    mean, std = masked_mean_std([advantages for advantages, _ in raw], masks, world)
+    return [Estimates((advantages - mean) / (std + 1e-8) * mask, returns)
+            for (advantages, returns), mask in zip(raw, masks)]
 
 
-def policy_backward(rollout, old, targets, policy, count, args):
+def policy_backward(rollout, old, estimates, policy, count, args):
     """Backward pass of a micro-batch's policy loss / count; count: the minibatch's tokens on all ranks.
     → log π [A, L], and metrics: tensors whose sums, divided by count, are means per token.
 
@@ -377,7 +377,7 @@ def policy_backward(rollout, old, targets, policy, count, args):
     logprob, entropy = policy(batch, rollout.features, args.temperature, entropy=True)  # [N] each
     logprob, mask = data.pad_by_sequence(logprob, batch.answer, batch.token_shape)  # [A, L]
     old_logprob = logprob.detach() if old.logprob is None else old.logprob
-    loss = policy_loss(logprob, old_logprob, targets.advantages, mask, args.clip_range)
+    loss = policy_loss(logprob, old_logprob, estimates.advantages, mask, args.clip_range)
     if args.advantage == "grpo":
         loss = loss + args.kl_coef * grpo_kl(logprob, old.ref_logprob, mask)
     (loss / count).backward()
@@ -388,19 +388,19 @@ def policy_backward(rollout, old, targets, policy, count, args):
         "policy/clipfrac": (ratio - 1).abs() > args.clip_range, "policy/entropy": entropy}
 
 
-def critic_backward(rollout, old, targets, critic, count, args):
+def critic_backward(rollout, old, estimates, critic, count, args):
     """Backward pass of a micro-batch's value loss / count → metrics, as in policy_backward. val/clipfrac is
     the share of values outside V_old ± ε, even where the loss takes the other term."""
     values = critic.scores(rollout.batch, old.critic_features, rollout.batch.logit_position)  # [N]
     values, mask = data.pad_by_sequence(values, rollout.batch.answer, rollout.batch.token_shape)  # [A, L]
-    loss = value_loss(values, old.values, targets.returns, mask, args.clip_range)
+    loss = value_loss(values, old.values, estimates.returns, mask, args.clip_range)
     (loss / count).backward()
     change = (values.detach() - old.values).abs() * mask  # [A, L]
     return {"loss/value": loss, "val/clipfrac": change > args.clip_range}
 
 
 def minibatch_backward(minibatch, policy, critic, args, world):
-    """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Targets). A model that is None is not
+    """Backward passes of a minibatch: a list of (Rollout, OldOutputs, Estimates). A model that is None is not
     trained. → metrics, means over the minibatch's tokens on all ranks, the number of these tokens, and log π
     [A, L] per micro-batch. FSDP sums gradients over ranks."""
     count, = world.sum(sum(len(rollout.batch.target) for rollout, *_ in minibatch))
@@ -472,13 +472,13 @@ def rollout_metrics(rollouts, scores, old_outputs, beta, world):
             "answer/length": length, "answer/no_eos": no_eos}
 
 
-def explained_variance(old_outputs, targets, world):
+def explained_variance(old_outputs, estimates, world):
     """1 − Var(R − V_old) / Var(R) over all tokens: 1 is a perfect critic, 0 one that is no better than a
     constant."""
     masks = [old.token_mask for old in old_outputs]
-    errors = [target.returns - old.values for target, old in zip(targets, old_outputs)]
+    errors = [estimate.returns - old.values for estimate, old in zip(estimates, old_outputs)]
     _, error_std = masked_mean_std(errors, masks, world)
-    _, return_std = masked_mean_std([target.returns for target in targets], masks, world)
+    _, return_std = masked_mean_std([estimate.returns for estimate in estimates], masks, world)
     return 1 - error_std**2 / max(return_std**2, 1e-12)
 
 
@@ -788,7 +788,7 @@ def main():
         seconds["forward"] = log.seconds()
 
         # rewards and values [A, L] → advantages and returns [A, L]
-        targets = compute_advantages(old_outputs, scores, args, world)
+        estimates = compute_advantages(old_outputs, scores, args, world)
 
         # epochs over fixed minibatches, each epoch in its own order
         train_policy = iteration > args.critic_warmup
@@ -799,7 +799,7 @@ def main():
             start = (iteration - 1 - args.critic_warmup) * len(order)
             ptx_batches = data.Loader(ptx_steps, start, start + len(order), args.workers)
         active = optimizers if train_policy else {"critic": optimizers["critic"]}
-        micro_batches = list(zip(rollouts, old_outputs, targets))
+        micro_batches = list(zip(rollouts, old_outputs, estimates))
         n = len(micro_batches) // minibatch_count  # micro-batches per minibatch, the same on every rank
         results = []
         for m, ptx_micro_batches in zip(order, ptx_batches):
@@ -817,7 +817,7 @@ def main():
         line["lr"] = rates["policy"] if train_policy else 0.0
         if critic:
             line["critic_lr"] = rates["critic"]
-            line["val/explained_variance"] = explained_variance(old_outputs, targets, world)
+            line["val/explained_variance"] = explained_variance(old_outputs, estimates, world)
         else:
             line["frac_reward_zero_std"] = frac_equal_scores(scores, args.samples_per_prompt, world)
         tokens, = world.sum(sum(int((rollout.batch.branch >= 0).sum()) for rollout in rollouts))

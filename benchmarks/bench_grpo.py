@@ -61,9 +61,9 @@ def ours(setup):
         scores = [scorer.score(rollout, prompts)]
         old = ppo.logprobs_and_values(rollout, policy, reference, None, args, not ppo.updates_once(args))
         fsdp.reshard(policy, reference)
-        targets, = ppo.compute_advantages([old], scores, args, world)
+        estimates, = ppo.compute_advantages([old], scores, args, world)
         metrics, _, per_step, _ = ppo.ppo_step(
-            [(rollout, old, targets)], None, {"policy": policy}, optimizers, 1, args, world)
+            [(rollout, old, estimates)], None, {"policy": policy}, optimizers, 1, args, world)
         return [per_step["grad_norm/policy"], metrics["policy/entropy"]]
     return step
 

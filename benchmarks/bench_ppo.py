@@ -44,8 +44,8 @@ def ours(setup):
         scores = ppo.postprocess_scores(scores, [rollout], moments, args)
         old = ppo.logprobs_and_values(rollout, policy, reference, critic, args)
         fsdp.reshard(policy, reference, critic, reward_model)
-        targets, = ppo.compute_advantages([old], scores, args, world)
-        metrics, *_ = ppo.ppo_step([(rollout, old, targets)], None, models, optimizers, 1, args, world)
+        estimates, = ppo.compute_advantages([old], scores, args, world)
+        metrics, *_ = ppo.ppo_step([(rollout, old, estimates)], None, models, optimizers, 1, args, world)
         return [metrics["loss/value"], -old.logprob.mean().item()]
     return step
 

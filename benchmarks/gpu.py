@@ -396,8 +396,8 @@ def ppo_iteration(found, args):
                        for rollout in rollouts]
         fsdp.reshard(policy, critic, scorer.model)
         times.append(G.clock())
-        targets = ppo.compute_advantages(old_outputs, scores, settings, world)
-        minibatch = list(zip(rollouts, old_outputs, targets))
+        estimates = ppo.compute_advantages(old_outputs, scores, settings, world)
+        minibatch = list(zip(rollouts, old_outputs, estimates))
         results = [ppo.ppo_step(minibatch, None, models, optimizers, iteration, settings, world)
                    for _ in range(settings.ppo_epochs)]
         times.append(G.clock())

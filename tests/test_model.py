@@ -394,7 +394,7 @@ def test_no_step_reads_from_the_device():
     advantages, returns = ppo.gae(ppo.kl_reward(value, value, value[:, 0], mask, 0.1), value, mask, 1.0, 0.95)
     rollout = ppo.Rollout([], mixed, None, features.detach(), None)
     old = ppo.OldOutputs(mask, value, value, value, features.detach())
-    ppo.policy_backward(rollout, old, ppo.Targets(advantages, returns), model, 9, ppo_args)
+    ppo.policy_backward(rollout, old, ppo.Estimates(advantages, returns), model, 9, ppo_args)
     prompts = make_batch(*PROMPTS).to("meta")
     uniforms = torch.empty(len(PROMPTS), 2, 4, dtype=torch.float64, device="meta")
     with torch.no_grad():

@@ -107,9 +107,9 @@ def test_rloo_and_grpo_by_hand(world):
     old = ppo.OldOutputs(ragged(2, 1), logprob, logprob - kl, None, None)
     for advantage, expected in (("rloo", 2.3), ("grpo", 0.5**0.5)):  # totals 1 − .4 and 3 − .1
         args = arguments("--advantage", advantage, "--samples_per_prompt", 2, "--kl_coef", 0.4)
-        targets, = ppo.compute_advantages([old], [torch.tensor([1.0, 3.0])], args, world)
-        close(targets.advantages, torch.tensor([[-1.0, -1.0], [1.0, 0.0]]) * expected, 1e-4)
-        assert targets.returns is None
+        estimates, = ppo.compute_advantages([old], [torch.tensor([1.0, 3.0])], args, world)
+        close(estimates.advantages, torch.tensor([[-1.0, -1.0], [1.0, 0.0]]) * expected, 1e-4)
+        assert estimates.returns is None
     scores = [torch.tensor([1.0, 1.0, 2.0, 3.0]), torch.tensor([4.0, 4.0])]
     assert ppo.frac_equal_scores(scores, 2, world) == pytest.approx(2 / 3)
 
@@ -120,15 +120,15 @@ def test_advantages_are_whitened_over_all_answers(world):
     outputs = [ppo.OldOutputs(mask, noise(mask, 0), noise(mask, 1), noise(mask, 2), None)
                for mask in (ragged(3, 1, 5), ragged(2, 2))]
     results = ppo.compute_advantages(outputs, scores, arguments("--kl_coef", 0.5, "--lam", 0.9), world)
-    for old, score, targets in zip(outputs, scores, results):
+    for old, score, estimates in zip(outputs, scores, results):
         rewards = ppo.kl_reward(old.logprob, old.ref_logprob, score, old.token_mask, 0.5)
         advantages, returns = ppo.gae(rewards, old.values, old.token_mask, 1.0, 0.9)
         raw.append(advantages[old.token_mask])
-        close(targets.returns, returns)
-        assert not targets.advantages[~old.token_mask].any()
+        close(estimates.returns, returns)
+        assert not estimates.advantages[~old.token_mask].any()
     mean, std = torch.cat(raw).mean(), torch.cat(raw).std()
-    for old, advantages, targets in zip(outputs, raw, results):
-        close(targets.advantages[old.token_mask], (advantages - mean) / std)
+    for old, advantages, estimates in zip(outputs, raw, results):
+        close(estimates.advantages[old.token_mask], (advantages - mean) / std)
     _, std = ppo.masked_mean_std([torch.tensor([1.0, 2, 3, 6]) + 2.0**20], [ragged(4)[0]], world)
     assert std == pytest.approx((14 / 3) ** 0.5, rel=1e-6)
 
@@ -148,7 +148,7 @@ def test_rollout_metrics_by_hand(world):
          "objective/non_score_reward": -0.05, "objective/rlhf_reward": 1.95, "answer/length": 2.0,
          "answer/no_eos": 1 / 3}, rel=1e-6)
     # R = 2, 2, 4, −2, 1, 5 of variance 30 / 5; R − V = 1, 0, 1, −2, 0, 3 of 13.5 / 5
-    variance = ppo.explained_variance(outputs, [ppo.Targets(None, r) for r in returns], world)
+    variance = ppo.explained_variance(outputs, [ppo.Estimates(None, r) for r in returns], world)
     assert variance == pytest.approx(1 - 13.5 / 30, rel=1e-6)
 
 
@@ -188,8 +188,8 @@ def bench(trained, world):
 
 @pytest.fixture(scope="module")
 def micro_batches(bench):
-    """(Rollout, OldOutputs, Targets) of prompts with one image, two and none, three samples each; and of two
-    more. As in a later epoch old outputs differ, some far enough to be clipped; padding is not 0."""
+    """(Rollout, OldOutputs, Estimates) of prompts with one image, two and none, three samples each; and of
+    two more. As in a later epoch old outputs differ, some far enough to be clipped; padding is not 0."""
     results, policy = [], fsdp.unsharded(bench.policy, bench.args, bench.world)
     groups = ([bench.prompts.examples[i] for i in indices] for indices in ((0, 1, 2, 7), (3, 4)))
     group = [(data.collate(examples, bench.processor), examples, 1) for examples in groups]
@@ -198,7 +198,7 @@ def micro_batches(bench):
         mask = old.token_mask
         old = old._replace(logprob=old.logprob + noise(mask, 1, 0.3), values=old.values + noise(mask, 2, 0.3),
                            ref_logprob=old.ref_logprob + noise(mask, 5, 0.5))
-        results.append((rollout, old, ppo.Targets(noise(mask, 3), old.values + noise(mask, 4, 0.5))))
+        results.append((rollout, old, ppo.Estimates(noise(mask, 3), old.values + noise(mask, 4, 0.5))))
     rollout, old, _ = results[0]
     assert len(old.token_mask.sum(1).unique()) > 2 and 1 < rollout.ended.sum() < len(rollout.ended)
     return results
@@ -225,16 +225,16 @@ def test_packed_samples_equal_one_sequence_per_answer(advantage, single_step, be
     KL to the reference in its loss, and no critic; in its single step π_old is π."""
     args = SimpleNamespace(**{**vars(bench.args), "advantage": advantage, "kl_coef": 0.3})
     critic = bench.critic if advantage == "gae" else None
-    batches = [(rollout, old._replace(logprob=None) if single_step else old, targets)
-               for rollout, old, targets in micro_batches]
+    batches = [(rollout, old._replace(logprob=None) if single_step else old, estimates)
+               for rollout, old, estimates in micro_batches]
     metrics, count, logprobs = ppo.minibatch_backward(batches, bench.policy, critic, args, bench.world)
     gradients = pop_gradients(bench)
 
     ids, logps, values = map(torch.cat, zip(*(
         output for rollout, *_ in micro_batches for output in separate_sequences(bench, rollout))))
     old_logprob, ref_logprob, old_values, advantages, returns = (
-        torch.cat([{**old._asdict(), **targets._asdict()}[name][old.token_mask]
-                   for _, old, targets in micro_batches])
+        torch.cat([{**old._asdict(), **estimates._asdict()}[name][old.token_mask]
+                   for _, old, estimates in micro_batches])
         for name in ("logprob", "ref_logprob", "values", "advantages", "returns"))
     logprob, tokens = logps.gather(1, ids[:, None])[:, 0], torch.ones(len(ids)).bool()  # [N]
     old_logprob = logprob.detach() if single_step else old_logprob
@@ -466,8 +466,8 @@ def test_critic_from_the_policy_and_scores_from_a_function(bench, trained, world
         "ppo", *files(trained, f"{tmp_path}/f.py:red"), *ONE_STEP, "--critic", "policy", "--seed", 2,
         "--missing_eos_score", -3, "--samples_per_prompt", 8, "--out", tmp_path / "out", "--data",
         trained / "rows.json", trained / "turns.json")
-    (((old,), *_), (targets,)), line = advantages[0], tiny.log(tmp_path / "out")[0]
-    mean_square = float(targets.returns[old.token_mask].square().mean())
+    (((old,), *_), (estimates,)), line = advantages[0], tiny.log(tmp_path / "out")[0]
+    mean_square = float(estimates.returns[old.token_mask].square().mean())
     assert not old.values.any() and critic.score.weight.full_tensor().any()
     assert line["first/loss/value"] == pytest.approx(mean_square / 2, rel=1e-5)
     ((rollout,), (logged,), *_), _ = metrics[0]
