@@ -237,10 +237,9 @@ RATES = {"multi_modal_projector.linear_1.weight": 1e-2, "language_model.model.no
 def test_two_learning_rates_and_decay(script, folder, tmp_path):
     """AdamW's first step is of the rate's size: --projector_lr, or --lr. Weight decay is of matrices only."""
     start, after = base(folder, script, "lora"), {}
+    argv = f"{FILES[script]} --batch_size 10 --max_steps 1 --warmup 0 --lr 1e-3 --projector_lr 1e-2".split()
     for decay in (0, 0.5):
-        argv = (f"{FILES[script]} --batch_size 10 --max_steps 1 --warmup 0 --lr 1e-3 --projector_lr 1e-2"
-                f" --weight_decay {decay}")
-        done = fork(script, *argv.split(), "--out", tmp_path / str(decay))
+        done = fork(script, *argv, "--weight_decay", decay, "--out", tmp_path / str(decay))
         assert done.code == 0, done.err
         assert tiny.log(tmp_path / str(decay))[0]["lr"] == pytest.approx(1e-3)
         after[decay] = weights(tmp_path / str(decay))
@@ -309,7 +308,6 @@ ENDS = {  # (script, ranks, options, when it ends, exit code, last words, the la
     "ppo: kill": ("ppo", 1, "", in_update(6), *KILLED, 1),
     "ppo: kill, two ranks": ("ppo", 2, "", in_update(16, rank=1), *GONE, 2),
     "predict: kill": ("predict", 2, "", in_call("predict.generate", 3, rank=1), *GONE, "lines"),
-    "exception": ("sft", 1, "", in_update(5, tiny.fail), 1, "ValueError: a bug", 4),
     "exception, two ranks": ("dpo", 2, "", in_update(3, tiny.fail, 1), 1, "ValueError: a bug", 2),
     "SIGINT": ("sft", 1, "", in_update(5, tiny.interrupt), 130, "ended by SIGINT", 4),
     "SIGINT, two ranks": ("rm", 2, "", in_update(4, tiny.interrupt, 1), *GONE, 3),
@@ -443,8 +441,8 @@ def test_signals_of_a_user(case, uninterrupted, tmp_path):
         for number, to in signals:
             job.signal(number, to)
             tiny.time.sleep(len(signals) - 1)
-        done = job.end()
-    assert done.seconds < 30 and done.code == code and said in done.out + done.err, done
+        done = job.end(30)
+    assert done.code == code and said in done.out + done.err, done
     assert fsdp.checkpoint_steps(out)[-1] == last and not (out / "model.safetensors").exists()
     assert_resumed("sft", ranks, "", out, uninterrupted)
 
