@@ -1,11 +1,8 @@
 """data.py: token ids against those of the full string, pixels against transformers' processors, batches and
-steps against brute force from their definitions, and what is refused by name.
+steps against brute force, and what is refused. Tokenizers are of LLaMA-2's and LLaMA-3's kind; the real ones
+are used where they are present. In golden strings «…» is supervised.
 
-Two tiny tokenizers are trained, of LLaMA-2's and of LLaMA-3's kind. The real ones are used too where they are
-present. In golden strings «…» marks what is supervised.
-
-Legend: P prompt length, S edge of an image in pixels.
-"""
+Legend: P prompt length, S edge of an image in pixels."""
 import dataclasses
 import functools
 import io
@@ -44,15 +41,6 @@ TOKENS, S = 4, 8  # of an image: 8 × 8 pixels in patches of 4 × 4
 
 # ---- tokenizers ----
 
-CORPUS = [
-    "A chat between a curious human and an artificial intelligence assistant.",
-    "What is it? A cat, black.",
-    "The assistant gives helpful, detailed, and polite answers to the human's questions.",
-    "USER: Hi there. ASSISTANT: Hello there. [INST] <<SYS>>\nBe kind.\n<</SYS>> [/INST]",
-    "<image></s> user assistant It is kind.\n end.\n\n \n\nbe",
-    "Compare the two with the blue sky. Which colour is the dog?\n"] * 6
-
-
 def llama3_like():
     """Byte-level BPE: no space and no BOS added; the EOS does not end a turn. With ChatML's tokens too."""
     words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -62,7 +50,7 @@ def llama3_like():
         pre_tokenizers.Split(Regex(words), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(
+    tokenizer.train_from_iterator(tiny.CORPUS, trainers.BpeTrainer(
         vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     names = "begin_of_text end_of_text start_header_id end_header_id eot_id im_start im_end"
     tokenizer.add_special_tokens([f"<|{name}|>" for name in names.split()])
@@ -84,10 +72,6 @@ def folders(tmp_path_factory):
     return found | {name: real / name for name in ("llama2", "llama3") if (real / name).is_dir()}
 
 
-def vocab_size(folder):
-    return Tokenizer.from_file(f"{folder}/tokenizer.json").get_vocab_size()
-
-
 def make_config(vocab_size=200_000, image_token=-1):
     """What load_processor reads and writes of a LlavaConfig."""
     return SimpleNamespace(
@@ -96,8 +80,8 @@ def make_config(vocab_size=200_000, image_token=-1):
         vision_config=SimpleNamespace(image_size=S, patch_size=4))
 
 
-def load(folder, template="vicuna", config=None, tokenizer=None, image_mode="auto"):
-    args = SimpleNamespace(template=template, tokenizer=tokenizer, image_mode=image_mode, max_len=2048)
+def load(folder, template="vicuna", config=None, **options):
+    args = tiny.options(template=template, **options)
     return data.load_processor(str(folder), config or make_config(), args)[0]
 
 
@@ -165,8 +149,7 @@ TINY_PAIRS = [pair for pair in PAIRS if "tiny" in pair[1]]
 
 @pytest.mark.parametrize("template, name", PAIRS)
 def test_piecewise_ids_are_those_of_the_full_string(loaded, template, name):
-    """Answers and what ends them are supervised, or only the last; their end stops sampling. The prompt as
-    text is the string up to the last answer."""
+    """So are the mask, of all answers or the last, the tokens that stop sampling and the prompt as text."""
     processor, rng = loaded(name, template), random.Random(0)
     tokenizer = processor.tokenizer
     for turns, system, golden in GOLDEN[template]:
@@ -193,8 +176,7 @@ TRICKY = ["cat", "A", "7", " ", "  ", "   ", "\n", "\n\n", "\t", " \n ", "<image
 
 @pytest.mark.parametrize("name", NAMES)
 def test_records_tokenised_together_have_the_ids_of_one_at_a_time(folders, loaded, monkeypatch, name):
-    """Every text has the ids that tokenizer.json gives it in full, a typed special token too, in few calls:
-    where words are apart, each is tokenised once, else the texts of many records in one batch."""
+    """And those that tokenizer.json gives the full text, typed special tokens included, in few calls."""
     one_by_one, rng = loaded(name).template, random.Random(1)
     together, batches = load(folders[name]), []
     learn, tokenizer = together.template.learn, together.tokenizer
@@ -275,8 +257,7 @@ def with_template(folder, out, jinja):
 @pytest.mark.parametrize("where", ["chat_template.jinja", "chat_template.json", "processor_config.json"])
 @pytest.mark.parametrize("case", AUTO)
 def test_the_checkpoints_own_template_gives_the_ids_of_the_full_string(folders, tmp_path, case, where):
-    """A processor's template, in a .json file, comes before its language model's. generation_config's end
-    tokens stop sampling too; a template that is named brings its own."""
+    """A processor's template, in a .json file, comes first. generation_config's end tokens stop sampling."""
     jinja, name, stop, eos, golden = AUTO[case]
     folder = with_template(folders[name], tmp_path, jinja)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
@@ -296,8 +277,7 @@ def test_the_checkpoints_own_template_gives_the_ids_of_the_full_string(folders, 
 
 @pytest.mark.parametrize("flags", [{}, {"normalized": True}, {"lstrip": True, "rstrip": True}], ids="-".join)
 def test_added_tokens_that_a_template_writes_are_control_tokens(folders, tmp_path, flags):
-    """Though no flag says so: ids in its text, text in a user's, the end of a turn, no part of an answer.
-    Other added tokens stay as they are. An export keeps all this."""
+    """Though no flag says so: ids in its text, text in a user's. An export keeps this."""
     tokens = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     folder = with_template(folders["tiny2"], tmp_path / "folder", ROLES)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -318,7 +298,7 @@ def test_added_tokens_that_a_template_writes_are_control_tokens(folders, tmp_pat
     assert Counter(i for i in coded if i in ids) == expected
     assert processor.stop == {ids[-1], processor.tokenizer.eos_token_id}
     assert processor.text([*ids, *processor.template.ids(typed[0]), ids[-1]]) == typed[0]
-    b = processor.tokenizer.convert_tokens_to_ids("<b>")
+    b = processor.tokenizer.convert_tokens_to_ids("<b>")  # an added token that stays as it is
     assert b in coded and b not in processor.template.special_ids.values()
     data.save_processor(processor, make_config(), str(tmp_path))
     again = load(tmp_path, "auto")
@@ -356,8 +336,7 @@ def test_a_template_that_cannot_be_used_is_refused(folders, tmp_path, monkeypatc
     (IMAGE_FIRST[:1], ["A cat"]), (IMAGE_LATER[:3], ["A dog"]),
     (IMAGE_FIRST[:1], ["A cat", "A cat, black, and the blue sky", "It is a dog"])])
 def test_max_len_cuts_each_answer_by_itself_and_never_an_image_or_the_prompt(loaded, turns, answers):
-    """At every max_len: the prompt in full or no example; then all supervised tokens that fit, and nothing
-    behind the last of them. An answer's end token goes first."""
+    """The prompt in full or no example; all supervised tokens that fit, and nothing behind the last."""
     processor, images = loaded("tiny2"), [f"{i}.png" for i in range("".join(turns).count("<image>"))]
     conversation = data.Conversation("1", *roles_and_contents([*turns, ""]), answers, images)
 
@@ -386,14 +365,11 @@ def test_max_len_cuts_each_answer_by_itself_and_never_an_image_or_the_prompt(loa
 
 @pytest.mark.parametrize("which", ["turns", "answers", "ranked", "prompt"])
 def test_records_whose_prompt_does_not_fit_are_counted(loaded, which):
-    """None left is an error that names --max_len. A prompt without room for an answer does not fit."""
+    """None left is an error that names --max_len."""
     short = data.Conversation("1", ["human"], ["Hi"], ["Hello", "No"], [])
     with_image = data.Conversation("2", ["human"], ["<image>\nHi"], ["Hello", "No"], ["a.png"])
     processor = loaded("tiny2", "llama2")
     P = len(processor.example(0, short, [])[0].prompt)
-    for room in (0, 1):
-        tight = dataclasses.replace(processor, max_len=P + room)
-        assert (tight.example(0, short, ["Hello"])[0] is not None) == (room == 1)
     processor = dataclasses.replace(processor, max_len=P + 3)  # <image> and "\n" take TOKENS + 2
     examples, counts = data.build_examples([(3, with_image), (5, short), (8, with_image)], processor, which)
     answers = {"turns": 1, "prompt": 0}.get(which, 2)
@@ -409,21 +385,15 @@ def noise(width, height, seed=0):
     return Image.fromarray((np.random.RandomState(seed).rand(height, width, 3) * 255).astype(np.uint8))
 
 
-def peer_pixels(image, size, mode, resize=None, resample=data.BICUBIC, **settings):
-    """What transformers makes of an image."""
-    kind, pad = {"crop": (CLIPImageProcessorPil, {}), "pad": (LlavaImageProcessorPil, {"do_pad": True})}[mode]
-    processor = kind(size={"shortest_edge": resize or size}, crop_size={"height": size, "width": size},
-                     resample=resample, do_convert_rgb=True, **pad, **settings)
-    return torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"][0]))
-
-
 @pytest.mark.parametrize("resample", data.FILTERS)
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 @pytest.mark.parametrize("size, resize", [(7, 7), (24, 24), (24, 37), (56, 56)])
 def test_pixels_equal_transformers(mode, size, resize, resample):
-    """For every aspect ratio: odd and even, enlarged and reduced, wide and tall; with a checkpoint's own mean
-    and deviation, also in the background. Two levels of a byte differ by more than 0.007."""
+    """Odd and even, enlarged and reduced, wide and tall, with a checkpoint's own mean and deviation."""
     mean, std = ((0.5, 0.4, 0.2), (0.5, 0.1, 0.2)) if resize > size else (data.CLIP_MEAN, data.CLIP_STD)
+    kind, pad = {"crop": (CLIPImageProcessorPil, {}), "pad": (LlavaImageProcessorPil, {"do_pad": True})}[mode]
+    peer = kind(size={"shortest_edge": resize}, crop_size={"height": size, "width": size}, resample=resample,
+                do_convert_rgb=True, image_mean=mean, image_std=std, **pad)
     for short, ratio in itertools.product((1, 2, 5, 23, 24, 57, 80), (1, 1.31, 2, 2.04, 4.01, 7.3, 33.37)):
         long = max(short, round(short * ratio))
         for edges in ((short, long), (long, short)):
@@ -432,15 +402,14 @@ def test_pixels_equal_transformers(mode, size, resize, resample):
                 image = image.point(lambda value: 255 * (value > 127))  # overshoots at both ends
             pixels = data.to_pixels(image, size, mode, mean, std, resize, resample)
             assert pixels.dtype == torch.float32 and pixels.shape == (3, size, size)
-            peer = peer_pixels(image, size, mode, resize, resample, image_mean=mean, image_std=std)
-            assert (pixels - peer).abs().max() < 2e-6, edges
+            expected = peer(image, return_tensors="pt")["pixel_values"][0]
+            assert (pixels - expected).abs().max() < 2e-6, edges  # levels of a byte differ by 0.007 or more
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 @pytest.mark.parametrize("edges", [(1, 20000), (65535, 2)])
 def test_a_narrow_image_takes_little_memory(mode, edges):
-    """A file of a hundred bytes does not take gigabytes. White is (1 - mean) / std; the background, if there
-    is any, is the mean colour as a byte."""
+    """White is (1 - mean) / std; the background, if there is any, is the mean colour as a byte."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     white = Image.new("RGB", edges, (255, 255, 255))
     pixels = data.to_pixels(white, 336, mode, (0.5, 0.4, 0.2), (0.5, 0.1, 0.2))
@@ -543,8 +512,7 @@ def assert_equal_batches(batch, other, *, but=()):
 
 
 def test_a_batch_by_hand(images, monkeypatch):
-    """Two ranked answers, two turns with an image between them, and a prompt; another batch without examples.
-    Each distinct image is decoded once, and not at all where its pixels are at hand."""
+    """Two ranked answers, two turns with an image between them, and a prompt. Each image is decoded once."""
     decoded, read_image = [], data.read_image
     monkeypatch.setattr(data, "read_image", lambda path: decoded.append(path) or read_image(path))
     a, b = f"{images}/a.png", f"{images}/b.png"
@@ -581,12 +549,13 @@ def test_a_batch_by_hand(images, monkeypatch):
 
 
 def test_an_image_lost_during_the_run_is_named(tmp_path, images):
-    """With its record, whether it was deleted or truncated."""
+    """With its file and record, whether it was deleted or truncated."""
     good, cut = f"{images}/a.png", tmp_path / "cut.png"
     cut.write_bytes(Path(good).read_bytes()[:60])
     for path in (str(cut), str(tmp_path / "lost.png")):
-        examples = [example(i, [1, IMAGE_ID], images=[image]) for i, image in enumerate([good, path])]
-        words = rf"record 1 \(id r\\x1b1\): cannot read the image {path}: .*readable when the run"
+        examples = [example(i, [1, IMAGE_ID], images=[image]) for i, image in ((3, good), (4, path))]
+        examples[1].file = "b.json", 3
+        words = rf"^b.json: record 1 \(id r\\x1b4\): cannot read the image {path}: .*readable when the run"
         for workers in (0, 1):
             with pytest.raises(data.UserError, match=words):
                 list(data.Loader(make_steps(examples), 0, 1, workers))
@@ -609,8 +578,7 @@ def make_steps(examples, batch_size=8, micro_batch=2, rank=0, world_size=1, **op
 @pytest.mark.parametrize("by_length", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_steps_do_not_depend_on_ranks_or_micro_batches(shuffle, by_length):
-    """Step k takes the same examples in the same order, which is that of their lengths or of the file. Every
-    rank has equally many micro-batches."""
+    """In the order of lengths or of the file. Every rank has equally many micro-batches."""
     examples, options = make_examples(29), dict(shuffle=shuffle, by_length=by_length, seed=3)
     for step in range(8):
         expected = sum(make_steps(examples, **options).groups(step), [])
@@ -628,8 +596,7 @@ def test_steps_do_not_depend_on_ranks_or_micro_batches(shuffle, by_length):
 
 
 def test_every_example_comes_once_per_epoch_in_an_order_of_seed_and_epoch():
-    """Whatever was asked before. drop_last: full steps only; over epochs every example still comes; fewer
-    examples than a step takes are one short step."""
+    """drop_last: full steps only; over epochs every example still comes; too few are one short step."""
     def epochs(n=29, which=(0, 1, 2), **options):
         steps = make_steps(make_examples(n), by_length=False, **options)
         return [[sum(steps.groups(epoch * len(steps) + k), []) for k in range(len(steps))] for epoch in which]
@@ -663,7 +630,7 @@ def test_a_loader_yields_the_steps_batches_in_every_pass(images, workers):
 class RecordedSteps:
     """Stands for data.Steps: item k is k. Notes which steps were begun, and by which threads."""
 
-    def __init__(self, wait=lambda step: None):
+    def __init__(self, wait):
         self.wait, self.begun, self.threads = wait, [], set()
 
     def __getitem__(self, step):
@@ -675,8 +642,7 @@ class RecordedSteps:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_keeps_the_order_and_a_bound(monkeypatch, workers):
-    """At most two steps per worker and the one due are begun before they are asked for; a step's error comes
-    where it is due. Threads decode; no process is forked."""
+    """At most two steps per worker and the one due are begun; an error comes where it is due."""
     def wait(step):
         time.sleep(0.02 * (step % 3))
         if step == 12:
@@ -719,8 +685,7 @@ GOOD = make_record(HUMAN, GPT, id="good")
 
 
 def test_a_record_becomes_a_conversation(images):
-    """Roles and contents up to the final answer, stripped; answers best first. Missing placeholders go to the
-    first human turn, those that are there stay; only a human turn has any."""
+    """Texts are stripped. Missing placeholders go to the first human turn; only a human turn has any."""
     record = make_record(
         ("system", " See <image> "), ("human", "  Hi\n"), ("gpt", " An <image> "), ("human", "<image> two"),
         ("gpt", [" best ", "worst"]), image=["a.png", "b.png"], id=12)
@@ -740,8 +705,7 @@ def test_a_record_becomes_a_conversation(images):
     ("./sub/../a.png", ["a.png"]), (["b.png", "a.png", "b.png"], ["b.png", "a.png", "b.png"]),
     ("b.png, sub/c.png", ["b.png", "sub/c.png"]), ("x,y.png", ["x,y.png"]), ("in.png", ["in.png"]), ("", [])])
 def test_paths_of_images(images, tmp_path, value, names):
-    """A path, a list, paths joined by commas unless a file has the full name, or null. The folder may be a
-    link."""
+    """A path, a list, paths joined by commas unless a file has the full name. The folder may be a link."""
     (tmp_path / "link").symlink_to(images)
     for folder in (images, str(tmp_path / "link")):
         assert data.image_list(value, folder) == [f"{folder}/{name}" for name in names]
@@ -947,11 +911,9 @@ def test_the_digest_is_of_all_that_is_read(images):
 
 @pytest.mark.parametrize("spare", [0, 2, 10])
 def test_missing_tokens_are_added_and_never_sampled(folders, spare):
-    """<image> and <pad>. The vocabulary grows to a multiple of 64 where the model has no room; ids beyond the
-    tokenizer's are not sampled either."""
-    size = vocab_size(folders["tiny2"])
-    config, args = make_config(size + spare), SimpleNamespace(
-        template="vicuna", tokenizer=None, image_mode="auto", max_len=9)
+    """Nor are ids beyond the tokenizer's. The vocabulary grows to a multiple of 64 where there is no room."""
+    size = Tokenizer.from_file(f"{folders['tiny2']}/tokenizer.json").get_vocab_size()
+    config, args = make_config(size + spare), tiny.options(max_len=9)
     processor, resized = data.load_processor(str(folders["tiny2"]), config, args)
     new = size + spare if spare else -(-(size + 2) // 64) * 64
     assert resized == (None if spare else (size, new)) and config.text_config.vocab_size == new
@@ -973,11 +935,10 @@ def test_tokens_that_are_there_are_used(folders, tmp_path):
 def train_sentencepiece(folder, **options):
     """A folder with only a tokenizer.model of LLaMA's kind: runs of spaces have the lowest scores."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    file, lines = io.BytesIO(), [line.replace("\n", " ").replace(",", ",   ") for line in CORPUS]
+    file, lines = io.BytesIO(), [line.replace(",", ",   ") for line in tiny.CORPUS * 6]
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=file, **{
         "model_type": "bpe", "vocab_size": 400, "byte_fallback": True, "normalization_rule_name": "identity",
-        "minloglevel": 2,
-        "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, **options})
+        "minloglevel": 2, "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, **options})
     run = "▁▁".encode()  # a piece is a string, and its score as a float
     model, found = re.subn(b"\n" + bytes([len(run)]) + run + b"\x15....",
                            lambda m: m[0][:-4] + struct.pack("<f", -1e9), file.getvalue(), flags=re.DOTALL)
@@ -989,8 +950,7 @@ def train_sentencepiece(folder, **options):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_is_converted(tmp_path, prefix):
-    """SentencePiece's own ids for any text, and the added tokens'; nothing is written beside the model;
-    transformers reads the same ids from an export."""
+    """SentencePiece's own ids for any text, also in an export; nothing is written beside the model."""
     folder, config = tmp_path / "llava", make_config()
     original = train_sentencepiece(folder, add_dummy_prefix=prefix)
     (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 401, "<pad>": 400}))
@@ -1004,7 +964,7 @@ def test_sentencepiece_is_converted(tmp_path, prefix):
     data.save_processor(processor, config, str(tmp_path / "out"))
     peer = AutoTokenizer.from_pretrained(tmp_path / "out")
     words = [" ", "  ", "   ", "\n", "▁", "</s>", "e\u0301", "ﬁ", "日", "👩‍👩‍👧", "7"]
-    words += " ".join(CORPUS).split()
+    words += tiny.CORPUS[0].split()
     for _ in range(300):
         text = "".join(rng.choices(words, k=rng.randrange(9)))
         expected = original.encode(text)
@@ -1050,7 +1010,7 @@ def test_a_tokenizer_that_is_missing_foreign_or_corrupt_is_refused(folders, tmp_
 @pytest.mark.parametrize("template, name", TINY_PAIRS)
 def test_an_export_loads_again_as_it_was_and_transformers_reads_it(folders, tmp_path, template, name, mode):
     """With --template auto and --image_mode auto; transformers' processor gives our ids, text and pixels."""
-    config = make_config(vocab_size(folders[name]))
+    config = make_config()
     processor = load(folders[name], template, config, image_mode=mode)
     data.save_processor(processor, config, str(tmp_path))
     (tmp_path / "config.json").write_text('{"image_aspect_ratio": "pad", "text_config": {}}')  # says nothing
@@ -1080,8 +1040,7 @@ def test_an_export_loads_again_as_it_was_and_transformers_reads_it(folders, tmp_
 
 @pytest.mark.parametrize("second", ["vicuna", "the LLaMA's own"])
 def test_nothing_of_plain_is_left_in_the_second_stage(folders, tmp_path, capsys, second):
-    """LLaVA's recipe: the projector with `plain`, whose checkpoint is known as such and holds its LLaMA's own
-    template; then another template."""
+    """LLaVA's recipe: first `plain`, whose checkpoint keeps its LLaMA's own template; then another one."""
     stage1, stage2, config = tmp_path / "1", tmp_path / "2", make_config()
     turns = ["<image>\nDescribe it.", "A red square\nA blue circle"]
     plain = load(with_template(folders["tiny3"], tmp_path / "llama", CHATML), "plain", config)

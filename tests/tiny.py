@@ -1,10 +1,5 @@
-"""A LLaVA small enough to be made in a moment, images and records for it, ways to run the scripts on them, to
-end them early and to compare what they leave.
-
-The model has random weights, large enough for every part to matter: a CLIP tower (2 layers, 4 patches), a
-projector and a LLaMA (2 layers, width 32) with a tokenizer of LLaMA's kind. transformers' model with the same
-weights, `peer`, is what tests compare with.
-"""
+"""A tiny LLaVA with random weights, images and records for it, ways to run the scripts, to end them early and
+to compare results. `peer` is transformers' model with the same weights."""
 import argparse
 import base64
 import contextlib
@@ -26,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
@@ -38,8 +34,9 @@ import transformers as hf  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
-PATCHES = 4  # of a picture of 16 × 16 in patches of 8 × 8
+PATCHES = 4  # of an image of 16 × 16 in patches of 8 × 8
 CORPUS = [
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
     "detailed, and polite answers to the human's questions. USER: ASSISTANT: ",
@@ -49,8 +46,7 @@ CORPUS = [
 # ---- a checkpoint ----
 
 def make_tokenizer(folder, specials=True):
-    """LLaMA's kind: "▁" is a space, every text gets one in front, unknown letters become bytes. specials:
-    with <pad> and <image>."""
+    """LLaMA's kind; "▁" is a space, unknown letters become bytes. specials: with <pad> and <image>."""
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     learned.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=121, show_progress=False))
@@ -143,14 +139,9 @@ def write(folder, tensors, files=1):
 
 
 def write_processor(folder, size=16):
-    """What stands beside the weights: picture settings, chat template, generation configuration."""
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True,
-        "size": {"shortest_edge": size}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    """Image settings and chat template."""
+    crop_size = {"height": size, "width": size}
+    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop_size).save_pretrained(folder)
     shutil.copy(ROOT / "templates" / "vicuna.jinja", folder / "chat_template.jinja")
 
 
@@ -197,7 +188,6 @@ MIXED = [  # pictures, text alone, two pictures, several turns; of unequal lengt
     row(9, "p1.png", "a star?", "yes, a star"),
 ]
 
-
 RANKED = [  # answers best first: two, three and five of them, of unequal lengths; a picture twice
     row(0, "p0.png", "<image>\nDescribe the image.", ["a red circle", "a blue square and a green star. yes"]),
     row(1, None, "yes or no?", ["no", "yes, yes", "a human"]),
@@ -208,7 +198,6 @@ RANKED = [  # answers best first: two, three and five of them, of unequal length
     row(5, "p4.png", "Describe the picture.", ["a green circle and a red star", "a curious picture"]),
     row(6, "p0.png", "What is in the image?", ["a red circle", "detailed, helpful and polite"]),
 ]
-
 
 MARGINS = [*RANKED,  # and a margin, four answers, three after an earlier turn
            {**row(7, "p5.png", "What is it?", ["a green star", "a picture, a star"]), "margin": 0.75},
@@ -227,14 +216,10 @@ def best(rows, n):
 
 PAIRS = best(RANKED, 2)
 
-
 REWARDS = """
 def red(row, texts):
     assert row["conversations"][0]["from"] == "human"
     return [text.split().count("red") for text in texts]
-
-def nought(row, texts):
-    return [0.0] * len(texts)
 
 def short(row, texts):
     return [1.0] * (len(texts) - 1)
@@ -290,13 +275,14 @@ def options(**changes):
     return args
 
 
+def command_line(script, argv):
+    return mock.patch.object(sys, "argv", [f"{script}.py", *map(str, argv)])
+
+
 def arguments(script, *argv):
     """What a script makes of a command line."""
-    before, sys.argv = sys.argv, [f"{script}.py", *map(str, argv)]
-    try:
+    with command_line(script, argv):
         return importlib.import_module(script).parse_args()
-    finally:
-        sys.argv = before
 
 
 def state(model):
@@ -315,8 +301,7 @@ def reload(folder, dtype=torch.float32):
 
 
 def assert_same_gradients(ours, theirs, tolerance=1e-5):
-    """Relative norms, tensor by tensor. Where a gradient is zero but for rounding (a key's bias has none),
-    relative to the largest."""
+    """Relative norms, per tensor; relative to the largest where a gradient is rounding alone (key biases)."""
     assert ours.keys() == theirs.keys() and ours
     floor = 1e-3 * max(tensor.norm() for tensor in theirs.values())
     for name, tensor in theirs.items():
@@ -324,8 +309,7 @@ def assert_same_gradients(ours, theirs, tolerance=1e-5):
 
 
 def assert_same_log(ours, theirs, tolerance=1e-5):
-    """Every step once and every metric: losses, gradient norms and rates to `tolerance`, the others, which
-    may be small differences of large numbers, to 1e-4."""
+    """Losses, gradient norms and rates to `tolerance`; other metrics may be small differences: to 1e-4."""
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs):
         assert a.keys() == b.keys()
@@ -354,7 +338,6 @@ class Run:
     code: int
     out: str
     err: str
-    seconds: float = 0.0
 
     @property
     def error(self):
@@ -363,15 +346,15 @@ class Run:
         return errors[-1] if errors else ""
 
 
-def command(script, *argv, ranks=1):
-    """A script as a user runs it, from another folder: `python script.py …`, or torchrun."""
-    with Job(script, *argv, ranks=ranks) as job:
+def command(script, *argv):
+    """`python script.py argv…`, as a user runs it, from another folder."""
+    with Job(script, *argv) as job:
         return job.end(240)
 
 
 def fork(script, *argv, ranks=1, prepare=None):
-    """The same, but forked from a process that has imported everything: two seconds, not ten. prepare() is
-    called in every rank first and may patch what it likes. → rank 0's Run"""
+    """The same, forked from a process that has imported everything: two seconds, not ten. prepare() is called
+    in every rank first. → rank 0's Run"""
     return spread(functools.partial(main, script, argv, prepare), ranks)
 
 
@@ -384,28 +367,23 @@ def main(script, argv, prepare=None):
 
 
 def inside(script, *argv):
-    """A script's main in this very process and in the process group that it is in, if there is one. Errors
-    are raised. → the models that it built"""
-    import torch.distributed as dist
+    """A script's main in this process and its process group, if it has one. → the models that it built"""
     fsdp, models = importlib.import_module("fsdp"), []
-    build, start, there = fsdp.build, dist.init_process_group, dist.is_initialized()
-    before = sys.argv
+    build, dist = fsdp.build, torch.distributed
 
     def recording_build(*args, **kwargs):
         models.append(build(*args, **kwargs))
         return models[-1]
-    fsdp.build, sys.argv = recording_build, [f"{script}.py", *map(str, argv)]
-    dist.init_process_group = (lambda *args, **kwargs: None) if there else start
-    try:
+    start = mock.Mock() if dist.is_initialized() else dist.init_process_group
+    with (mock.patch.object(fsdp, "build", recording_build), command_line(script, argv),
+          mock.patch.object(dist, "init_process_group", start), contextlib.ExitStack() as stack):
+        stack.callback(unwatch)
         importlib.import_module(script).main()
-    finally:
-        fsdp.build, dist.init_process_group, sys.argv = build, start, before
-        unwatch()
     return models
 
 
 def unwatch():
-    """Gives signals and locks back that a run in this process took for as long as the process lasts."""
+    """Gives signals and locks back that a run in this process took."""
     fsdp = importlib.import_module("fsdp")
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -417,8 +395,7 @@ def unwatch():
 
 
 def spread(function, ranks, timeout=200):
-    """function() in `ranks` processes, with torchrun's environment. Once one fails, the others end too. →
-    rank 0's Run, with a failed rank's exit code"""
+    """function() in `ranks` processes, as under torchrun. → rank 0's Run, with a failed rank's exit code"""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sft", "predict", "tiny"])
     with socket.socket() as s:
@@ -490,28 +467,21 @@ def fill_disk(folder, *_):
             pass
 
 
-def at_path(event, pattern, act=die, after=False):
-    """Calls act() when Python is about to do something with a path: an audit event (open, os.rename,
-    os.mkdir, shutil.rmtree, …; os.replace is os.rename too) one of whose arguments matches. after: when it is
-    done, at the next event of any kind."""
-    state = "waiting"
+def at_path(event, pattern, act=die):
+    """Calls act() before the first audit event (open, os.rename, os.mkdir, …) with a path that matches."""
+    waiting = True
 
     def hook(name, arguments):
-        nonlocal state
-        if state == "waiting" and name == event and any(
+        nonlocal waiting
+        if waiting and name == event and any(
                 isinstance(a, str | os.PathLike) and re.search(pattern, os.fspath(a)) for a in arguments):
-            state = "next"
-            if after:
-                return
-        if state == "next":
-            state = "done"
+            waiting = False
             act()
     sys.addaudithook(hook)
 
 
 def at_call(name, number, act=die, rank=0):
-    """Calls act(*arguments) on one rank before the number-th call of a function, "module.function" or
-    "module.class.method"."""
+    """Calls act(*arguments) on one rank before the number-th call of "module.function"."""
     owner, name = pkgutil.resolve_name(name.rpartition(".")[0]), name.rpartition(".")[2]
     function, calls = getattr(owner, name), []
 
@@ -523,34 +493,20 @@ def at_call(name, number, act=die, rank=0):
     setattr(owner, name, counted)
 
 
-def at_optimizer_step(number, act=die, rank=0):
-    """act() before the number-th step of any optimiser: gradients are there, and no weight has moved."""
-    at_call("torch.optim.AdamW.step", number, act, rank)
-
-
 class Job:
-    """A script as a user starts it, `python` or for several ranks torchrun, that signals reach while it runs.
-    prepare: as of fork(); what it patches has to be in a module of tests/.
+    """A script as a user starts it, `python` or torchrun, that signals reach while it runs. prepare: as of
+    fork(), from a module of tests/. The end of the block asserts that no process is left."""
 
-        with Job("sft", *argv, "--out", out, ranks=2) as job:
-            job.wait(lambda: len(job.log()) >= 3)       # or job.wait(lambda: "rows" in job.out())
-            job.signal(signal.SIGKILL, to=1)            # rank 1; to="launcher" (torchrun's process); to="all"
-            done = job.end()                            # a Run, with the seconds since the last signal
-
-    end() and the end of the block assert that no process of the job is left."""
-
-    def __init__(self, script, *argv, ranks=1, prepare=None, cwd=None, **env):
+    def __init__(self, script, *argv, ranks=1, prepare=None, cwd=None):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        self.argv, self.ranks = [*map(str, argv)], ranks
         file = [ROOT / "tests" / "tiny.py", script] if prepare else [ROOT / f"{script}.py"]
-        self.marker = f"{os.getpid()}-{time.monotonic_ns()}"
-        env |= {"TINY_JOB": self.marker, "TINY_PREPARE": base64.b64encode(pickle.dumps(prepare)).decode()}
+        self.ranks, self.marker = ranks, f"{os.getpid()}-{time.monotonic_ns()}"
+        env = {"TINY_JOB": self.marker, "TINY_PREPARE": base64.b64encode(pickle.dumps(prepare)).decode()}
         self.folder = tempfile.TemporaryDirectory()
         streams = {name: open(Path(self.folder.name) / name, "w") for name in ("stdout", "stderr")}
-        command = [sys.executable, *(torchrun if ranks > 1 else []), *file, *self.argv]
-        self.launcher = subprocess.Popen(command, env={**os.environ, **env}, cwd=cwd or self.folder.name,
+        command = [sys.executable, *(torchrun if ranks > 1 else []), *file, *map(str, argv)]
+        self.launcher = subprocess.Popen(command, env=os.environ | env, cwd=cwd or self.folder.name,
                                          start_new_session=True, **streams)
-        self.since = time.monotonic()
 
     def __enter__(self):
         return self
@@ -566,12 +522,6 @@ class Job:
 
     def out(self, stream="stdout"):
         return (Path(self.folder.name) / stream).read_text()
-
-    def log(self):
-        """The complete lines of log.jsonl so far."""
-        path = Path(self.argv[self.argv.index("--out") + 1]) / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [line for line in lines if line.endswith("\n")]
 
     def processes(self):
         """The job's processes that still run → {pid: its rank, None for torchrun's own and for helpers}."""
@@ -597,25 +547,17 @@ class Job:
 
     def signal(self, number, to="launcher"):
         """to: "launcher", "all" (every process, as a scheduler does), or a rank."""
-        pids = {"launcher": [self.launcher.pid], "all": [*self.processes()]}.get(to) or [
-            pid for pid, rank in self.processes().items() if rank == to]
-        assert pids, (to, self.processes())
+        pids = [self.launcher.pid] if to == "launcher" else [
+            pid for pid, rank in self.processes().items() if to in ("all", rank)]
         for pid in pids:
             os.kill(pid, number)
-        self.since = time.monotonic()
 
-    def end(self, timeout=90):
-        """Waits for the end. → Run, whose seconds are those since the last signal"""
-        try:
-            code = self.launcher.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise AssertionError((f"still running after {timeout} s", self.processes(), self.out(),
-                                  self.out("stderr"))) from None
-        seconds = time.monotonic() - self.since
-        while self.processes() and time.monotonic() - self.since < seconds + 2:
+    def end(self, timeout):
+        """Waits for the end, at most `timeout` seconds."""
+        code, ended = self.launcher.wait(timeout), time.monotonic()
+        while self.processes() and time.monotonic() < ended + 2:
             time.sleep(0.05)  # torchrun's children may outlive it by a moment
-        assert not self.processes(), self.processes()
-        return Run(code, self.out(), self.out("stderr"), seconds)
+        return Run(code, self.out(), self.out("stderr"))
 
 
 if __name__ == "__main__":  # a Job with `prepare`
