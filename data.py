@@ -877,7 +877,7 @@ class Processor:
     resize: int  # the shorter edge before S is cropped
     resample: int  # Pillow's filter
     pad: int
-    stop: frozenset  # ids that end an answer
+    end_ids: frozenset  # ids that end an answer
     banned: frozenset  # ids that are never generated
     max_len: int
 
@@ -917,7 +917,7 @@ class Processor:
 
     def text(self, ids):
         """The ids of an answer as text, without the token that ends it."""
-        end = len(ids) - (len(ids) > 0 and int(ids[-1]) in self.stop)
+        end = len(ids) - (len(ids) > 0 and int(ids[-1]) in self.end_ids)
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
     def pixels(self, image):
@@ -1111,7 +1111,7 @@ def save_processor(processor, config, folder):
         "patch_size": config.vision_config.patch_size, "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": config.vision_feature_select_strategy}
     # plain's newline ends a caption, and no other answer
-    eos = processor.stop - processor.template.stop_ids() if processor.template.plain else processor.stop
+    eos = processor.end_ids - processor.template.stop_ids() if processor.template.plain else processor.end_ids
     generation = {
         "bos_token_id": processor.tokenizer.bos_token_id, "eos_token_id": sorted(eos),
         "pad_token_id": processor.pad}

@@ -266,7 +266,7 @@ def sample_answers(model, group, processor, args, world, any_running=torch.any):
         keyed_uniforms(args.seed, number, [example.index for example in examples] or [0], K, max_new_tokens)
         for _, examples, number in group])
     all_answers, _ = generate(  # K lists of ids per prompt, end token included; their log-probabilities
-        model, data.join_prompts(batches), torch.cat(features), max_new_tokens, processor.stop,
+        model, data.join_prompts(batches), torch.cat(features), max_new_tokens, processor.end_ids,
         processor.banned, uniforms, K, args.temperature, any_running=any_running,
         cuda_graph=args.rollout == "gathered")
     rollouts, answers = [], iter(all_answers)
@@ -277,7 +277,7 @@ def sample_answers(model, group, processor, args, world, any_running=torch.any):
             for example, own in zip(examples, samples)]
         # batch.pixels spare collate reading the images again; the features are there already
         packed = dataclasses.replace(data.collate(examples, processor, batch.pixels), pixels=None)
-        ended = [int(ids[-1]) in processor.stop for example in examples for ids in example.answers]
+        ended = [int(ids[-1]) in processor.end_ids for example in examples for ids in example.answers]
         ended = torch.tensor(ended, dtype=torch.bool, device=world.device)
         rollouts.append(Rollout(examples, packed.to(world.device), batch.pixels, image_features, ended))
     return rollouts

@@ -58,7 +58,7 @@ def sample(model, batch, features, processor, examples, args, any_rank, stream=N
         indices = [example.index for example in examples]
         uniforms = keyed_uniforms(args.seed, 0, indices, args.num_samples, args.max_new_tokens)
     ids, logps = generate(
-        model, batch, features, args.max_new_tokens, processor.stop, processor.banned, uniforms,
+        model, batch, features, args.max_new_tokens, processor.end_ids, processor.banned, uniforms,
         args.num_samples, args.temperature, args.top_k, args.top_p, any_rank, not args.sharded, stream)
     ids = ids[:len(examples)]  # a batch of padding has one sequence, but no example
     answers = [[{"text": processor.text(tokens), "logprob": logp} for tokens, logp in zip(*samples)]

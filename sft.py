@@ -73,7 +73,7 @@ def show_answers(model, examples, processor, world, log, max_new_tokens=64):
         prompts.append(dataclasses.replace(example, answers=[], token_masks=[], images=images))
     batch = data.collate(prompts, processor).to(world.device)
     features = model.vision_tower(batch.pixels)
-    answers, _ = generate(model, batch, features, max_new_tokens, processor.stop, processor.banned,
+    answers, _ = generate(model, batch, features, max_new_tokens, processor.end_ids, processor.banned,
                           any_running=world.any, cuda_graph=False)
     fsdp.reshard(model)
     for example, (ids,) in zip(examples, answers):

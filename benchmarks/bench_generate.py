@@ -21,7 +21,7 @@ import predict
 def ours(setup):
     model = fsdp.unsharded(fsdp.build(setup.checkpoint, setup.options, setup.world),
                            setup.options, setup.world)
-    processor = dataclasses.replace(setup.processor, stop=frozenset(), banned=frozenset())
+    processor = dataclasses.replace(setup.processor, end_ids=frozenset(), banned=frozenset())
 
     @torch.no_grad()
     def step():

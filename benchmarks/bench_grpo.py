@@ -46,7 +46,7 @@ def ours(setup):
     optimizers = {"policy": ppo.adam(policy, common.LR, args)}
     prompts = ppo.Prompts(setup.examples, [{}] * len(setup.examples), {})
     unanswered = [dataclasses.replace(example, answers=[], token_masks=[]) for example in setup.examples]
-    endless = dataclasses.replace(processor, stop=frozenset(), banned=processor.banned | processor.stop)
+    endless = dataclasses.replace(processor, end_ids=frozenset(), banned=processor.banned | processor.end_ids)
     numbers = itertools.count(1)  # of minibatches
 
     def generate():

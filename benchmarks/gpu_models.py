@@ -103,7 +103,7 @@ def make_checkpoint(args, size):
         image_token_index=image_token, image_seq_length=patches, tie_word_embeddings=False)
     processor = data.Processor(
         None, None, image_token, patches, side, "crop", data.CLIP_MEAN, data.CLIP_STD, side, 3, pad=0,
-        stop=frozenset({2}), banned=frozenset({0, image_token}), max_len=8192)
+        end_ids=frozenset({2}), banned=frozenset({0, image_token}), max_len=8192)
     processor.pixels = lambda path: np.random.default_rng(int(path)).random((3, side, side), np.float32)
     fsdp.load_weights = draw_weights
     return fsdp.Checkpoint("model", config, [], {}, processor, None, ("",))

@@ -44,7 +44,7 @@ def grpo(reward, samples, timed):
         config = GRPOConfig(
             num_generations=samples, max_completion_length=args.max_new_tokens, beta=args.kl_coef,
             temperature=args.temperature, top_k=0, shuffle_dataset=False,
-            generation_kwargs={"suppress_tokens": [*setup.processor.banned, *setup.processor.stop]},
+            generation_kwargs={"suppress_tokens": [*setup.processor.banned, *setup.processor.end_ids]},
             adam_beta2=fsdp.ADAM_BETAS[1], adam_epsilon=1e-5,  # ppo.adam's
             **{**options(setup), "per_device_train_batch_size": setup.args.batch * samples})
         processor = AutoProcessor.from_pretrained(setup.folder)

@@ -155,7 +155,7 @@ def test_piecewise_ids_are_those_of_the_full_string(loaded, template, name):
     for turns, system, golden in GOLDEN[template]:
         assert_golden(processor, golden, turns, system)
         ids, mask = encode(processor, turns, system)
-        assert processor.stop == {ids[-1], tokenizer.eos_token_id}
+        assert processor.end_ids == {ids[-1], tokenizer.eos_token_id}
         last = [i >= len(ids) - mask[::-1].index(False) for i in range(len(ids))]
         assert encode(processor, turns, system, all_turns=False) == (ids, last)
         conversation = data.Conversation("1", *roles_and_contents(turns, system), turns[-1:], [])
@@ -270,8 +270,8 @@ def test_the_checkpoints_own_template_gives_the_ids_of_the_full_string(folders, 
     tokenizer = processor.tokenizer
     stop = [token.replace("</s>", tokenizer.eos_token) for token in stop]
     eos = eos if isinstance(eos, list) else [eos]
-    assert processor.stop == {*tokenizer.convert_tokens_to_ids(stop), *eos} - {None}
-    assert load(folder, "vicuna").stop == {tokenizer.eos_token_id}
+    assert processor.end_ids == {*tokenizer.convert_tokens_to_ids(stop), *eos} - {None}
+    assert load(folder, "vicuna").end_ids == {tokenizer.eos_token_id}
     assert tokenizer.chat_template == jinja  # what an export will hold
 
 
@@ -296,13 +296,13 @@ def test_added_tokens_that_a_template_writes_are_control_tokens(folders, tmp_pat
     coded = encode(processor, typed)[0]
     expected = Counter(i for i in encode(processor, ["a", "b"])[0] if i in ids)
     assert Counter(i for i in coded if i in ids) == expected
-    assert processor.stop == {ids[-1], processor.tokenizer.eos_token_id}
+    assert processor.end_ids == {ids[-1], processor.tokenizer.eos_token_id}
     assert processor.text([*ids, *processor.template.ids(typed[0]), ids[-1]]) == typed[0]
     b = processor.tokenizer.convert_tokens_to_ids("<b>")  # an added token that stays as it is
     assert b in coded and b not in processor.template.special_ids.values()
     data.save_processor(processor, make_config(), str(tmp_path))
     again = load(tmp_path, "auto")
-    assert encode(again, typed) == encode(processor, typed) and again.stop == processor.stop
+    assert encode(again, typed) == encode(processor, typed) and again.end_ids == processor.end_ids
 
 
 ANY, NO_TOKEN = r"--template vicuna\|llama2", "an answer with '<|%s|>', which is no token"
@@ -928,7 +928,7 @@ def test_tokens_that_are_there_are_used(folders, tmp_path):
     tokenizer.add_special_tokens({"additional_special_tokens": special, "pad_token": tokenizer.eos_token})
     tokenizer.save_pretrained(tmp_path)
     processor = load(tmp_path, config=make_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>")))
-    assert processor.pad in processor.stop and processor.banned == {processor.image_token}
+    assert processor.pad in processor.end_ids and processor.banned == {processor.image_token}
     assert len(processor.tokenizer) == len(tokenizer) and "<other>" in processor.template.special_ids
 
 
@@ -959,7 +959,7 @@ def test_sentencepiece_is_converted(tmp_path, prefix):
     processor, rng = load(folder, config=config), random.Random(0)
     tokens = ["<s>", "</s>", "<pad>", "<extra>", "<image>"]
     assert processor.tokenizer.convert_tokens_to_ids(tokens) == [1, 2, 400, 401, 402]
-    assert sorted(folder.iterdir()) == before and processor.pad == 400 and processor.stop == {2}
+    assert sorted(folder.iterdir()) == before and processor.pad == 400 and processor.end_ids == {2}
     assert processor.tokenizer("a").input_ids == [1, *original.encode("a")]
     data.save_processor(processor, config, str(tmp_path / "out"))
     peer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -1035,7 +1035,7 @@ def test_an_export_loads_again_as_it_was_and_transformers_reads_it(folders, tmp_
     torch.testing.assert_close(torch.as_tensor(coded["pixel_values"]), batch.pixels, rtol=0, atol=1e-6)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {
         "bos_token_id": peer.tokenizer.bos_token_id, "pad_token_id": peer.tokenizer.pad_token_id,
-        "eos_token_id": [peer.tokenizer.eos_token_id] if template == "plain" else sorted(processor.stop)}
+        "eos_token_id": [peer.tokenizer.eos_token_id] if template == "plain" else sorted(processor.end_ids)}
 
 
 @pytest.mark.parametrize("second", ["vicuna", "the LLaMA's own"])
@@ -1048,13 +1048,13 @@ def test_nothing_of_plain_is_left_in_the_second_stage(folders, tmp_path, capsys,
     auto, original = load(stage1, "auto"), stage1 / "additional_chat_templates/original.jinja"
     said = f"{stage1} was trained with --template plain: using that; its LLaMA's own: --template {original}\n"
     assert said in capsys.readouterr().out and encode(auto, turns) == encode(plain, turns)
-    assert auto.stop == plain.stop and auto.text(encode(auto, turns)[0][2:]) == turns[1]
+    assert auto.end_ids == plain.end_ids and auto.text(encode(auto, turns)[0][2:]) == turns[1]
 
     own = load(tmp_path / "llama", "vicuna" if second == "vicuna" else "auto")
     processor = load(stage1, "vicuna" if second == "vicuna" else str(original), config)
     data.save_processor(processor, config, str(stage2))
     for again in (processor, load(stage2, "auto")):
-        assert encode(again, turns) == encode(own, turns) and again.stop == own.stop
+        assert encode(again, turns) == encode(own, turns) and again.end_ids == own.end_ids
         assert again.text([i for i, supervised in zip(*encode(again, turns)) if supervised]) == turns[1]
     assert (stage2 / "additional_chat_templates/original.jinja").read_text() == CHATML  # for yet another run
 

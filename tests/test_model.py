@@ -71,7 +71,7 @@ def make_batch(*records, image_tokens=tiny.PATCHES):
     """data.collate (tests/test_data.py compares it with its definition), with 33 as the padding's id."""
     processor = data.Processor(
         tokenizer=None, template=None, image_token=IMAGE, image_tokens=image_tokens, size=16, mode="crop",
-        mean=data.CLIP_MEAN, std=data.CLIP_STD, resize=16, resample=data.BICUBIC, pad=33, stop=frozenset(),
+        mean=data.CLIP_MEAN, std=data.CLIP_STD, resize=16, resample=data.BICUBIC, pad=33, end_ids=frozenset(),
         banned=frozenset(), max_len=2000)
     examples = [data.Example(i, str(i), np.array(prompt), [*map(np.array, answers)],
                              [np.array(answer) < USER for answer in answers], images)

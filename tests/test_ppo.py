@@ -474,7 +474,7 @@ def test_critic_from_the_policy_and_scores_from_a_function(bench, trained, world
     asked = [(tiny.ONE_TURN + tiny.MIXED)[example.index] for example in rollout.examples]
     assert sys.modules["reward_function"].records == asked
     ids = [answer for example in rollout.examples for answer in example.answers]
-    texts, stop = map(bench.processor.text, ids), bench.processor.stop
+    texts, stop = map(bench.processor.text, ids), bench.processor.end_ids
     scores = [text.split().count("red") if int(i[-1]) in stop else -3.0 for i, text in zip(ids, texts)]
     assert logged.tolist() == scores and max(scores) > 0 > min(scores)
 
