@@ -275,7 +275,8 @@ def parse(parser, data_file, shapes, argv=None):
         data.template_text(args.template)  # raises where there is none
     name = os.path.splitext(os.path.basename(parser.prog))[0]
     name += "" if hasattr(args, "save_every") else ".jsonl"
-    args.out = args.out or os.path.join(ROOT, "runs", name)
+    if not getattr(args, "prompt", None):  # predict.py's, which writes nothing
+        args.out = args.out or os.path.join(ROOT, "runs", name)
     return args
 
 

@@ -109,9 +109,10 @@ def parse_args():
     add("--sharded", action="store_true", help="keep weights sharded during decoding: less memory, slower")
     args = fsdp.parse(parser, data_file="test.json",
                       shapes=dict(micro_batch=64, max_new_tokens=32, **fsdp.left_by("sft")))
-    if args.prompt and (args.score or args.reward_model or args.num_samples > 1 or args.resume):
-        parser.error("got --prompt with --score, --reward_model, --num_samples or --resume, need none: it "
-                     "prints one answer")
+    ignored = [name for name in ("data", "out", "num_samples", "score", "reward_model", "resume")
+               if args.prompt and getattr(args, name) != parser.get_default(name)]
+    if ignored:
+        parser.error(f"got --{ignored[0]} with --prompt, which prints one answer to one conversation")
     if args.image and not args.prompt:
         parser.error("got --image without --prompt, need a question about it")
     if args.score and (args.num_samples > 1 or args.temperature is not None or args.top_k or args.top_p < 1):

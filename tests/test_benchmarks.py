@@ -26,7 +26,7 @@ def metrics_by_title(script):
 @pytest.mark.parametrize("script, titles", [
     ("bench_rm", ["RM against transformers"]), ("bench_ppo", ["PPO against transformers"]),
     ("bench_sft", ["SFT against transformers"]), ("bench_sft --peer trl", ["SFT against trl"]),
-    ("bench_load", ["load"]), ("bench_dpo", ["DPO against TRL"]),
+    ("bench_load", ["load"]), ("bench_dpo", ["DPO against TRL"]), ("bench_grpo", ["GRPO against TRL"]),
     ("bench_generate", ["prefill", "prefill and greedy decoding", "8 samples of a picture"]),
     ("bench_growth", ["DPO step", "answers 1 → 8", "image 28 → 56", "vocab 200 → 400", "ranks 1 → 2"])])
 def test_both_sides_compute_the_same(script, titles):

@@ -552,7 +552,9 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--num_samples 2 --temperature 0": "need a temperature above 0",
         "--data {}/prompt.json --score": "(id row 10): got no answer",
         "--top_k 5": "got --top_k or --top_p, but greedy decoding: give --temperature, or",
-        "--score --num_samples 2": "got --score with options of sampling"}}
+        "--score --num_samples 2": "got --score with options of sampling",
+        "--prompt Why?": "got --data with --prompt, which prints one answer",
+        "--image images/p0.png": "got --image without --prompt, need a question about it"}}
 
 
 def short_run(script, options, wrong, out, **how):

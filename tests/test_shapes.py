@@ -218,3 +218,9 @@ def test_samples_are_ranked_by_the_truth(folder, tmp_path):
     run("--rank", file, "--world", folder, "--pairs_out", tmp_path / "ranked.json", "--mix")
     ranked, synthetic = records(tmp_path, "ranked")
     assert answers(ranked) == best_first and synthetic == records(folder, "pairs")[0]
+
+
+def test_the_reward_by_hand():
+    record = {"objects": ["red star", "blue circle"]}
+    texts = "a red star and a blue circle.", "a red star and a green star.", "a red star", "I do not know."
+    assert shapes.reward(record, texts) == [1.0, 0.5 - 0.5, 0.5 - 1.0, -1.0]
