@@ -6,13 +6,16 @@ its answers. `image` is a path, a list of paths, comma-joined paths, or absent; 
 file's own folder, or from --images. <image> may stand anywhere in a human turn; missing ones go first. A
 `margin` beside `conversations` may say by how much the first of two answers is better. Other fields are
 allowed, but not those that other layouts use for images, system prompts, preferences or loss masks, since
-nothing would be learnt of them. What people wrote is always text: a typed "</s>" never ends a turn. An
-answer beyond --max_len loses its tail; a record whose prompt alone is longer is left out.
+nothing would be learnt from them. Where only a prompt is needed, a gpt turn at the end is left out. What
+people wrote is always text: a typed "</s>" never ends a turn. An answer beyond --max_len loses its tail; a
+record whose prompt alone is longer is left out. Images are JPEG, PNG, WebP, GIF, BMP or TIFF files.
 
---template is `auto` (the checkpoint's own chat template), a name, or the path of a .jinja file. An added
-token that a template writes is a control token, and ends answers. A checkpoint that was trained with
-`plain` is read as `plain` and keeps its LLaMA's template: --template
-runs/stage1/additional_chat_templates/original.jinja.
+--template is `auto` (the checkpoint's own chat template), a name, or the path of a .jinja file; with a name
+or a path nothing is taken from generation_config.json. Messages are tokenised one by one, so a tokenizer of
+the SentencePiece kind puts a space before the text after an image. An added token that a template writes is
+a control token, whether or not the tokenizer flags it: it ends answers, and is text where a user typed it.
+A checkpoint that was trained with `plain` is read as `plain`. It keeps its LLaMA's own template for LLaVA's
+second stage: --template runs/stage1/additional_chat_templates/original.jinja.
 
 Prompt and answers are packed into one sequence, in which each answer attends to the prompt and to itself:
 

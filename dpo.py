@@ -13,8 +13,8 @@ The SFT loss is the mean of − log π(y_t) over all target tokens of the step's
 --sft_coef (after arXiv:2404.19733, Eq. 1, which takes the mean of each answer).
 
 DPO can be solved without looking at the image. The image loss of mDPO (arXiv:2406.11839; λ is --image_coef)
-makes the chosen answer likelier with its image than with a corrupted one, a small crop of it. For every
---loss, it is the mean over records (0 for those without an image) of
+makes the chosen answer likelier with its image than with a corrupted one, a small crop of it. With every
+--loss but simpo it is the mean over records (0 for those without an image) of
 
     − log σ(β (r_w − r_c))  − log σ(β r_w)
 
@@ -34,8 +34,8 @@ Departures from the DPO paper:
 
 Legend: N target tokens, A answers of a micro-batch (and C more with corrupted images), L target tokens of the
 longest answer, B records, K most answers per record, M images, I features per image. In a data.Batch, answer
-[N] is the answer of each target token, sequence [A] the record of each answer; token_shape is (A, L). A rank
-that has no records left in a step gets a micro-batch of padding, as all ranks take part in every pass:
+[N] is the answer of each target token, sequence [A] the record of each answer; token_shape is (A + C, L).
+A rank that has no records left in a step gets a micro-batch of padding, as all ranks take part in every pass:
 B = K = 0 there.
 """
 import argparse
@@ -258,7 +258,7 @@ def chosen_tokens(examples):
     return sum(int(example.token_masks[0].sum()) for example in examples)
 
 
-def image_losses(chosen_logratio, chosen_length, corrupted_logps, reference, args):
+def image_terms(chosen_logratio, chosen_length, corrupted_logps, reference, args):
     """→ the image loss of each record that has an image [C], and its margin β (r_w − r_c) in nats per answer.
 
     chosen_logratio, chosen_length [B]: of the chosen answers with their images, in nats and in tokens;
@@ -271,8 +271,8 @@ def image_losses(chosen_logratio, chosen_length, corrupted_logps, reference, arg
     chosen_logratio = chosen_logratio.index_select(0, index)  # [C], like all below
     corrupted_logratio = corrupted_logps - ref_logps
     unit = chosen_length.index_select(0, index) if args.length_norm else 1
-    losses = image_loss(chosen_logratio / unit, corrupted_logratio / unit, args.beta)
-    return losses, args.beta * (chosen_logratio - corrupted_logratio).detach()
+    terms = image_loss(chosen_logratio / unit, corrupted_logratio / unit, args.beta)
+    return terms, args.beta * (chosen_logratio - corrupted_logratio).detach()
 
 
 def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, args):
@@ -307,10 +307,10 @@ def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, 
     metrics = dpo_metrics(losses, rewards, policy_logps, logratio.detach() / length, answer_mask)
     if args.image_coef:
         chosen = (logratio[:, :1].sum(1), length[:, :1].sum(1))  # [B] each
-        losses, margins = image_losses(*chosen, all_logps[A:], reference, args)
-        loss = loss + args.image_coef * losses.sum() / record_count
+        terms, margins = image_terms(*chosen, all_logps[A:], reference, args)  # [C] each
+        loss = loss + args.image_coef * terms.sum() / record_count
         # means over all records too: a record without an image counts 0
-        metrics |= {"loss/image": losses.detach().sum(), "rewards/image_margins": margins.sum()}
+        metrics |= {"loss/image": terms.detach().sum(), "rewards/image_margins": margins.sum()}
     return loss, {"loss": loss.detach(), "loss/sft": sft_loss.detach(),
                   **{name: total / record_count for name, total in metrics.items()}}
 

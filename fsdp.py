@@ -33,7 +33,8 @@ When a run ends early, with the exit code of a rank (torchrun's own is 1):
     the disk is full                   one line; with room, --resume gives the uninterrupted run           1
 
 args.json records what a run depends on: options, content of the data files, samples of the checkpoint's
-files, what its chat template rendered, a reward function's file. --resume refuses what has changed.
+files, what its chat template rendered, a reward function's file. --resume refuses what has changed. A
+second run on the same --out is refused. On GPUs each line of log.jsonl has rank 0's peak memory.
 """
 import argparse
 import concurrent.futures
@@ -1304,9 +1305,10 @@ EVAL_DUE = {"eval_due": 1}  # logged if SIGTERM interrupts an evaluation; --resu
 
 
 class Log:
-    """Writes log.jsonl, one object per step, and on rank 0 an aligned line to the terminal once a second, or
-    into a file every ten steps or ten seconds. After a resume log.jsonl holds every step once, and
-    Weights & Biases continue the same run."""
+    """Writes log.jsonl, one object per step, and on rank 0 an aligned line at most once a second to a
+    terminal, every ten steps or ten seconds to a file; always for the first and last step and for
+    evaluations. After a resume log.jsonl holds every step once, and Weights & Biases continues the same run,
+    in which repeated steps keep their first values."""
 
     def __init__(self, args, world, steps, done, shown=("loss", "lr", "grad_norm")):
         self.args, self.steps, self.first, self.start = args, steps, done, time.time()
@@ -1359,7 +1361,8 @@ class Log:
             write_text(self.path, "".join([*lines, json.dumps(self.last_line) + "\n"]))
             self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
             if self.wandb:
-                self.wandb.log(metrics, step=self.first)
+                # a continued run drops what is logged to an earlier step; this joins the next one's
+                self.wandb.log(metrics, step=self.first + 1)
         self.seconds()
 
     def seconds(self):

@@ -3,7 +3,7 @@ and its relatives without a critic, RLOO and GRPO (--advantage).
 
 Four models: the policy π, the reference π_ref (the policy before training, frozen), the scorer (the reward
 model, frozen, or a function) and the critic V. Policy and reference start from --model, the critic from
---reward_model, or with --critic policy from --model (V is 0 at first then). Each iteration samples answers y
+--reward_model, or with --critic policy from --model, where V starts at 0. Each iteration samples answers y
 to --rollout_batch prompts x, then takes --ppo_epochs passes over them. A pass takes one optimiser step per
 minibatch of --batch_size prompts; a minibatch is one or more micro-batches, one forward pass each.
 
@@ -360,7 +360,7 @@ def compute_advantages(old_outputs, scores, args, world):
     rewards = [kl_reward(old.logprob, old.ref_logprob, score, old.token_mask, args.kl_coef)
                for old, score in zip(old_outputs, scores)]
     raw = [gae(reward, old.values, old.token_mask, GAMMA, args.lam)
-                 for reward, old in zip(rewards, old_outputs)]
+           for reward, old in zip(rewards, old_outputs)]
     mean, std = masked_mean_std([advantages for advantages, _ in raw], masks, world)
     return [Estimates((advantages - mean) / (std + 1e-8) * mask, returns)
             for (advantages, returns), mask in zip(raw, masks)]
@@ -449,8 +449,8 @@ def ppo_step(minibatch, ptx_micro_batches, models, optimizers, iteration, args, 
 
 def update_metrics(results):
     """Results of ppo_step → means over the iteration's steps, and first/* of its first step alone. In the
-    first step π is still π_old: a ratio other than 1 or an approxkl other than 0 reveals a bug (but with
-    updates_once they are so by construction)."""
+    first step π is still π_old: a ratio other than 1 or an approxkl other than 0 reveals a bug
+    (with updates_once they are 1 and 0 by construction)."""
     metrics, tokens, per_step, _ = zip(*results)
     means = {name: np.average([step[name] for step in metrics], weights=tokens) for name in metrics[0]}
     means |= {f"first/{name}": value for name, value in metrics[0].items()}
@@ -549,7 +549,7 @@ def parse_args():
         help="of sampling and of all log-probabilities but those of --ptx_data")
     add("--decode_batch", type=fsdp.non_negative_int, default=0,
         help="prompts that a rank decodes together, in full micro-batches (0: all of an iteration); more is "
-        "faster and takes more memory")
+        "faster and takes more memory: a 7B's cache has 0.5 MB per token")
     add("--rollout", choices=["gathered", "sharded"], default="gathered",
         help="full weights on every rank while decoding, or sharded ones: less memory, slower")
     add("--missing_eos_score", type=fsdp.finite, default=-1.0,

@@ -109,10 +109,13 @@ def parse_args():
     add("--sharded", action="store_true", help="keep weights sharded during decoding: less memory, slower")
     args = fsdp.parse(parser, data_file="test.json",
                       shapes=dict(micro_batch=64, max_new_tokens=32, **fsdp.left_by("sft")))
-    ignored = [name for name in ("data", "out", "num_samples", "score", "reward_model", "resume")
+    ignored = [name for name in ("data", "images", "skip_bad_rows", "out", "overwrite", "resume", "score",
+                                 "num_samples", "reward_model")
                if args.prompt and getattr(args, name) != parser.get_default(name)]
     if ignored:
         parser.error(f"got --{ignored[0]} with --prompt, which prints one answer to one conversation")
+    if any(data.IMAGE in prompt for prompt in (args.prompt or [])[1:]):
+        parser.error(f"got {data.IMAGE} in a later --prompt, need it in the first, to which --image belongs")
     if args.image and not args.prompt:
         parser.error("got --image without --prompt, need a question about it")
     if args.score and (args.num_samples > 1 or args.temperature is not None or args.top_k or args.top_p < 1):
@@ -130,6 +133,9 @@ def ask(checkpoint, args, world):
     """Prints an answer to each --prompt, as it grows if the output is a terminal."""
     processor, turns, printed = checkpoint.processor, [], ""
     images = [os.path.abspath(path) for path in args.image]
+    for path in args.image:
+        if not os.path.isfile(path):
+            raise data.UserError(f"got --image {path}: no such file")
 
     def stream(ids):
         nonlocal printed
@@ -157,6 +163,8 @@ def ask(checkpoint, args, world):
                               world.any if args.sharded else torch.any,
                               stream if sys.stdout.isatty() else None)
         check_answers([example], [answer])
+        if not answer[0]["text"]:
+            raise data.UserError(f"the model answered nothing to --prompt {prompt!r}")
         turns.append({"from": "gpt", "value": answer[0]["text"]})
         if world.rank == 0:
             print(answer[0]["text"].removeprefix(printed), flush=True)

@@ -3,8 +3,8 @@
 Our side calls ppo.py's own functions in its order, from reading the images on; theirs is the GRPOTrainer's
 train(). Both sample (TRL with the key-value cache of transformers), with the same β, reward function and
 reference. Both then learn from the same given answers in place of the sampled ones, which are as many and as
-long, so that their results can be compared: the gradient's norm and the mean entropy. Neither samples an end
-token before the last. Generation is also timed apart.
+long, so that their results can be compared: the gradient's norm and the mean entropy. Neither ever samples
+an end token. Generation is also timed apart.
 
     python benchmarks/bench_grpo.py                     # pip install -r benchmarks/requirements.txt
 """
@@ -57,7 +57,6 @@ def ours(setup):
     def step():
         given = dataclasses.replace(setup.batch, pixels=None)
         rollout = timed("ours", generate)._replace(examples=setup.examples, batch=given)
-        rollout.ended[:] = True
         scores = [scorer.score(rollout, prompts)]
         old = ppo.logprobs_and_values(rollout, policy, reference, None, args, not ppo.updates_once(args))
         fsdp.reshard(policy, reference)

@@ -554,6 +554,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--top_k 5": "got --top_k or --top_p, but greedy decoding: give --temperature, or",
         "--score --num_samples 2": "got --score with options of sampling",
         "--prompt Why?": "got --data with --prompt, which prints one answer",
+        "--prompt Why? --prompt <image>": "got <image> in a later --prompt, need it in the first",
         "--image images/p0.png": "got --image without --prompt, need a question about it"}}
 
 

@@ -134,10 +134,12 @@ def test_a_shared_prompt_equals_separate_sequences(records, place, world):
     assert any(name.startswith("vision_tower.") for name in shared)
 
 
-def test_image_loss_equals_separate_sequences(place, world):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_image_loss_equals_separate_sequences(per_token, place, world):
     """Of prompts with corrupted images. Records without an image have no term."""
     model, processor, examples = prepared(place, world)
-    args = tiny.arguments("dpo", *files(place), "--image_coef", 2.0, "--beta", 0.3)
+    args = tiny.arguments("dpo", *files(place), "--image_coef", 2.0, "--beta", 0.3,
+                          *["--length_norm"] * per_token)
     examples = [example for example in examples if len(example.answers) == 2][:4]
     assert {bool(example.images) for example in examples} == {True, False}
     with torch.no_grad():
@@ -152,9 +154,12 @@ def test_image_loss_equals_separate_sequences(place, world):
         batch = dpo.collate_with_corrupted(examples, processor, 5)
         loss, metrics = dpo.micro_batch_loss(model, batch, reference, len(examples), 50, args)
     fsdp.reshard(model)
-    share = len(separate) / len(examples)  # log-ratios of 1, of rejected answers 0, of corrupted images −2
-    image = share * (S(0.3 * 3) + S(0.3))
-    assert float(loss) == pytest.approx(S(0.3) + 2 * image, rel=1e-5)
+    # log-ratios of 1, of rejected answers 0, of corrupted images −2
+    lengths = [float(e.token_masks[0].sum()) if per_token else 1.0 for e in examples]
+    terms = [S(0.3 * 3 / n) + S(0.3 / n) for e, n in zip(examples, lengths) if e.images]
+    image, share = sum(terms) / len(examples), len(separate) / len(examples)
+    pairs = sum(S(0.3 / n) for n in lengths) / len(examples)
+    assert float(loss) == pytest.approx(pairs + 2 * image, rel=1e-5)
     assert float(metrics["loss/image"]) == pytest.approx(image, rel=1e-5)
     assert float(metrics["rewards/image_margins"]) == pytest.approx(0.9 * share, rel=1e-4)
 

@@ -27,7 +27,8 @@ def test_forks_apply_and_run(name, place, trained, tmp_path):
         shutil.copy(file, tmp_path)
     shutil.copytree(tiny.ROOT / "templates", tmp_path / "templates")
     subprocess.run(["git", "apply", diff], cwd=tmp_path, check=True)
-    argv = f"--model {trained}/model --images {place}/images --out {tmp_path}/out --batch_size 4 --max_steps 1"
+    argv = (f"--model {trained}/model --images {place}/images --out {tmp_path}/out --batch_size 4"
+            " --max_steps 1")
     if script == "dpo":
         argv += f" --data {place}/pairs.json"
     else:

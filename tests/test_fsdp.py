@@ -561,3 +561,19 @@ def test_what_the_hub_cannot_give_is_said(tmp_path, hub):
     part, none = fetch(["org/old@v1", "org/none"], tmp_path, {**env, "HF_HUB_OFFLINE": "1"})[0]
     assert "need weights, but the hub cannot be asked (HF_HUB_OFFLINE?), and its cache has no" in part
     assert "HF_HUB_OFFLINE is set while" in none
+
+
+@pytest.mark.parametrize("terminal, shown", [
+    (True, [1, 3, 4, 6, 8, 10, 12, 14, 16, 17, 19, 21, 23, 24]), (False, [1, 4, 10, 17, 20, 24])])
+def test_terminal_lines_come_at_a_pace(terminal, shown, world, monkeypatch, capsys, tmp_path):
+    """Steps of 0.6 s, step 17 of 11 s, step 4 with an evaluation. log.jsonl has all."""
+    clock = [0.0]
+    monkeypatch.setattr(fsdp.time, "time", lambda: clock[0])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    log = fsdp.Log(SimpleNamespace(out=str(tmp_path), wandb=None), world, 24, 0)
+    for step in range(1, 25):
+        clock[0] += 11 if step == 17 else 0.6
+        log.step(step, 9, 0.6, loss=1.0, **({"eval_loss": 2.0} if step == 4 else {}))
+    printed = capsys.readouterr().out.splitlines()
+    assert [int(line.split("/")[0]) for line in printed] == shown and "eval_loss 2" in printed[shown.index(4)]
+    assert [line["step"] for line in tiny.log(tmp_path)] == [*range(1, 25)]

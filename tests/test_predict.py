@@ -71,8 +71,9 @@ def test_greedy_answers_are_transformers(trained, run):
     assert 0 < right and f"10 records, 0 too long, 0 cut, exact match {right / 10:.4f} of 10" in printed
 
 
-def on_terminal():
-    sys.stdout.isatty = lambda: True
+def on_terminal():  # each piece that is written ends with a bar
+    write = sys.stdout.write
+    sys.stdout.isatty, sys.stdout.write = lambda: True, lambda text: write(text + "|" * (text != "\n"))
 
 
 @pytest.mark.parametrize("prepare, ranks", [(None, 2), (on_terminal, 1)])
@@ -91,7 +92,11 @@ def test_questions_are_turns_of_a_conversation(prepare, ranks, trained, tmp_path
     for prompt in asked:
         argv += ["--prompt", prompt]
     done = fork("predict", *argv, ranks=ranks, prepare=prepare)
-    assert done.code == 0 and done.out == "".join(f"{answer}\n" for answer in expected), done
+    if prepare:
+        assert all(line.count("|") > 2 for line in done.out.splitlines()), done.out
+    assert done.code == 0 and done.out.replace("|", "") == "".join(f"{answer}\n" for answer in expected), done
+    done = fork("predict", *argv, "--image", trained / "images" / "none.png")
+    assert done.code == 2 and "none.png: no such file" in done.err
 
 
 def test_samples_do_not_depend_on_the_batch(run):

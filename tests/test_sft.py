@@ -1,5 +1,6 @@
 """sft.py: its loss by hand, and runs as a user starts them."""
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -26,16 +27,18 @@ def test_loss_by_hand():
 def fake_wandb():  # prints its calls
     def say(*args, **named):
         print("wandb", args, sorted(named))
-    wandb = SimpleNamespace(init=lambda **named: say(named["project"]) or wandb, log=say, finish=say)
+    wandb = SimpleNamespace(init=lambda **named: say(named["project"], named["id"], named["resume"]) or wandb,
+                            log=say, finish=say)
     sys.modules["wandb"], wandb.__spec__ = wandb, SimpleNamespace()
 
 
 def test_projector_pre_training(place, tmp_path):
     """The first loss is transformers', over the caption and its newline; the export keeps the template, and
-    --wandb is started with the project, called with the metrics, and finished."""
+    --wandb is started with the project, called with the metrics, and finished; a resume continues its run."""
     file, out = tiny.write_rows(tmp_path / "one.json", [MIXED[0]]), tmp_path / "out"
-    done = fork("sft", *files(place), "--data", file, "--out", out, "--max_steps", 1, "--train", "projector",
-                "--template", "plain", "--wandb", "mine", prepare=fake_wandb)
+    argv = [*files(place), "--data", file, "--out", out, "--max_steps", 1, "--train", "projector",
+            "--template", "plain", "--wandb", "mine"]
+    done = fork("sft", *argv, prepare=fake_wandb)
     peer = tiny.hf.LlavaForConditionalGeneration.from_pretrained(place / "model").eval()
     processor = tiny.hf.AutoProcessor.from_pretrained(out)
     encoded = processor(text="<s><image>a red circle\n", images=Image.open(place / "images" / "p0.png"),
@@ -47,7 +50,10 @@ def test_projector_pre_training(place, tmp_path):
     plain = (tiny.ROOT / "templates" / "plain.jinja").read_text()
     assert (out / "chat_template.jinja").read_text() == plain
     start, step, finish = (line for line in done.out.splitlines() if line.startswith("wandb"))
-    assert start == "wandb ('mine',) []" and finish == "wandb () ['exit_code']" and "'loss'" in step
+    assert finish == "wandb () ['exit_code']" and "'loss'" in step
+    assert re.fullmatch(r"wandb \('mine', '[0-9a-f]{8}', 'allow'\) \[\]", start)
+    same, other = (fork("sft", *argv, how, prepare=fake_wandb).out for how in ("--resume", "--overwrite"))
+    assert start in same and start not in other
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
