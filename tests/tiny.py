@@ -346,9 +346,9 @@ class Run:
         return errors[-1] if errors else ""
 
 
-def command(script, *argv):
-    """`python script.py argv…`, as a user runs it, from another folder."""
-    with Job(script, *argv) as job:
+def command(script, *argv, ranks=1):
+    """A script as a user runs it, from another folder: `python script.py argv…`, or torchrun."""
+    with Job(script, *argv, ranks=ranks) as job:
         return job.end(240)
 
 
