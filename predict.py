@@ -109,13 +109,13 @@ def parse_args():
     add("--sharded", action="store_true", help="keep weights sharded during decoding: less memory, slower")
     args = fsdp.parse(parser, data_file="test.json",
                       shapes=dict(micro_batch=64, max_new_tokens=32, **fsdp.left_by("sft")))
+    if any(data.IMAGE in prompt for prompt in (args.prompt or [])[1:]):
+        parser.error(f"got {data.IMAGE} in a later --prompt, need it in the first, to which --image belongs")
     ignored = [name for name in ("data", "images", "skip_bad_rows", "out", "overwrite", "resume", "score",
                                  "num_samples", "reward_model")
                if args.prompt and getattr(args, name) != parser.get_default(name)]
     if ignored:
         parser.error(f"got --{ignored[0]} with --prompt, which prints one answer to one conversation")
-    if any(data.IMAGE in prompt for prompt in (args.prompt or [])[1:]):
-        parser.error(f"got {data.IMAGE} in a later --prompt, need it in the first, to which --image belongs")
     if args.image and not args.prompt:
         parser.error("got --image without --prompt, need a question about it")
     if args.score and (args.num_samples > 1 or args.temperature is not None or args.top_k or args.top_p < 1):
