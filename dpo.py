@@ -5,9 +5,9 @@ r"""Direct preference optimisation (DPO): a vision-LLM learns from ranked answer
     h = (log π(y_w) − log π_ref(y_w)) − (log π(y_l) − log π_ref(y_l))        y_w chosen, y_l rejected
 
 log π(y) is the sum of log π(y_t | x, y_1 … y_{t−1}), in nats, over the answer's target tokens: its text and
-its end token. DPO: arXiv:2305.18290, Eq. 7; for more than two ranked answers Eq. 20. With --loss another
-function of h replaces − log σ(β h). The reference π_ref is the policy before its first step, or --ref_model;
---loss simpo has none.
+its end token; with --length_norm and for simpo, divided by their number. DPO: arXiv:2305.18290, Eq. 7; for
+more than two ranked answers Eq. 20. With --loss another function of h replaces − log σ(β h). The reference
+π_ref is the policy before its first step, or --ref_model; --loss simpo has none.
 
 The SFT loss is the mean of − log π(y_t) over all target tokens of the step's chosen answers, and c is
 --sft_coef (after arXiv:2404.19733, Eq. 1, which takes the mean of each answer).
@@ -34,7 +34,8 @@ Departures from the DPO paper:
 
 Legend: N target tokens, A answers of a micro-batch (and C more with corrupted images), L target tokens of the
 longest answer, B records, K most answers per record, M images, I features per image. In a data.Batch, answer
-[N] is the answer of each target token, sequence [A] the record of each answer; token_shape is (A + C, L).
+[N] is the index of each target token's answer, sequence [A + C] that of each answer's sequence: for the first
+A, its record; token_shape is (A + C, L), answer_shape (B + C, K).
 A rank that has no records left in a step gets a micro-batch of padding, as all ranks take part in every pass:
 B = K = 0 there.
 """
@@ -64,9 +65,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # [B]
     if loss == "sigmoid" and not label_smoothing:
         return -F.logsigmoid(beta * h)  # DPO, Eq. 7, arXiv:2305.18290
-    if loss == "simpo":  # SimPO, arXiv:2405.14734, without a reference: its log-probabilities are 0
+    if loss == "simpo":  # SimPO, arXiv:2405.14734, without a reference: ref_… are 0
         return -F.logsigmoid(beta * h - simpo_gamma)
-    if loss == "hinge":  # RSO's hinge-norm, arXiv:2309.06657: SLiC (Eq. 1, arXiv:2305.10425) of log-ratios
+    if loss == "hinge":  # RSO's hinge-norm, arXiv:2309.06657: SLiC's (Eq. 1, arXiv:2305.10425) on log-ratios
         return torch.relu(1 - beta * h)
     if loss == "ipo":  # IPO, Eq. 17, arXiv:2310.12036
         return (h - 1 / (2 * beta)).square()
@@ -85,8 +86,8 @@ def listwise_dpo_loss(policy_logps, ref_logps, answer_mask, beta):
 
 
 def image_loss(chosen_logratio, corrupted_logratio, beta):
-    """mDPO's conditional and anchor terms of each record [C] (Eq. 5 and 6, arXiv:2406.11839), from
-    log π − log π_ref of its chosen answer [C] with its image and with a corrupted one."""
+    """mDPO's conditional and anchor terms of each record [C] (Eq. 5, and 6 with δ = 0, arXiv:2406.11839),
+    from log π − log π_ref of its chosen answer [C] with its image and with a corrupted one."""
     return (-F.logsigmoid(beta * (chosen_logratio - corrupted_logratio))
             - F.logsigmoid(beta * chosen_logratio))
 
@@ -129,8 +130,8 @@ def parse_args():
         help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA "
         "but no --llm: llm)")
     add("--projector_lr", type=fsdp.non_negative,
-        help="peak rate of the projector (default: --lr; a tenth of --lr's default if --lora_rank is given "
-        "and --lr is not)")
+        help="peak rate of the projector (default: --lr; with --lora_rank and no --lr a tenth of the default "
+        "--lr, see fsdp.parse)")
     add("--beta", type=fsdp.positive,
         help="β: implicit reward per nat of log-ratio to the reference, IPO's τ (default: 0.1; simpo: 2)")
     add("--loss", choices=["sigmoid", "ipo", "hinge", "robust", "simpo"], default="sigmoid",
@@ -169,8 +170,9 @@ def parse_args():
 
 def get_reference(model, splits, world, args):
     """→ {"training": records, "held_out": records}: per record {"logps": [nats of each answer]}, and with
-    --image_coef "corrupted", nats of the chosen answer with corrupted images. splits: the data.Steps of both
-    names. Computed once and written to OUT/reference.json; a resumed run reads that."""
+    --image_coef "corrupted", nats of the chosen answer with corrupted images. splits: {"training":
+    data.Steps, "held_out": data.Steps}. Computed once and written to OUT/reference.json; a resumed run reads
+    that."""
     if args.loss == "simpo":  # no reference
         return {split: [{"logps": [0.0] * len(example.answers)} for example in steps.examples]
                 for split, steps in splits.items()}
@@ -193,9 +195,10 @@ def reference_pass(model, steps, world, args):
             logps, _ = sequence_logprobs(model, batch.to(world.device))  # [A], [A + C] with --image_coef
             logps = iter(logps.tolist())
             results |= {i: {"logps": [next(logps) for _ in steps.examples[i].answers]} for i in indices}
+            # those with corrupted images follow all others (collate_with_corrupted)
             for i in (i for i in indices if args.image_coef and steps.examples[i].images):
                 results[i]["corrupted"] = next(logps)
-    fsdp.reshard(model)  # as after every pass without gradients
+    fsdp.reshard(model)  # backward would; else the next forward pass misses the optimiser's update
     all_results = {i: record for part in world.gather(results) for i, record in part.items()}
     return [all_results[i] for i in range(len(all_results))]
 
@@ -209,11 +212,12 @@ def read_reference(path, splits, image_coef):
     try:
         reference = data.read_json(*os.path.split(path))
         unchanged = reference.pop("sha256") == sha256(reference)
-        counts = {split: [(len(record["logps"]), "corrupted" in record) for record in reference[split]]
+        # (number of answers, whether there are corrupted images) per record
+        layout = {split: [(len(record["logps"]), "corrupted" in record) for record in reference[split]]
                   for split in splits}
     except (UserError, AttributeError, KeyError, TypeError):
         unchanged = False
-    if not unchanged or counts != {
+    if not unchanged or layout != {
             split: [(len(example.answers), bool(image_coef and example.images)) for example in steps.examples]
             for split, steps in splits.items()}:
         raise UserError(f"{path} was changed since the run began: remove it, and --resume computes it again")
@@ -303,13 +307,13 @@ def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, 
     loss = losses.sum() / record_count + args.sft_coef * sft_loss
 
     logratio = policy_logps - ref_logps  # [B, K], nats per answer
-    rewards = args.beta * (policy if args.loss == "simpo" else logratio).detach()
+    rewards = args.beta * (policy - ref if args.loss == "simpo" else logratio).detach()
     metrics = dpo_metrics(losses, rewards, policy_logps, logratio.detach() / length, answer_mask)
     if args.image_coef:
         chosen = (logratio[:, :1].sum(1), length[:, :1].sum(1))  # [B] each
         terms, margins = image_terms(*chosen, all_logps[A:], reference, args)  # [C] each
         loss = loss + args.image_coef * terms.sum() / record_count
-        # means over all records too: a record without an image counts 0
+        # divided by record_count below, as the others are: a record without an image counts 0
         metrics |= {"loss/image": terms.detach().sum(), "rewards/image_margins": margins.sum()}
     return loss, {"loss": loss.detach(), "loss/sft": sft_loss.detach(),
                   **{name: total / record_count for name, total in metrics.items()}}

@@ -31,13 +31,13 @@ OpenAI Baselines. RLOO: arXiv:2402.14740. GRPO: arXiv:2402.03300, section 4.1. -
 arXiv:2203.02155, Eq. 2.
 
 Departures from these papers, and other choices:
-- The optimiser is AdamW with β 0.9 and 0.95, and gradients are clipped to a global norm of 1. The critic has
-  its own optimiser and learning rate, and its gradients are clipped apart from the policy's.
+- The optimiser is AdamW with betas 0.9 and 0.95, and gradients are clipped to a global norm of 1. The critic
+  has its own optimiser and learning rate, and its gradients are clipped apart from the policy's.
 - Both losses are means over all tokens of a minibatch on all ranks. Whitening is over all tokens of an
   iteration on all ranks. Rewards are not whitened, nor are RLOO's and GRPO's advantages. GRPO's paper takes
   the mean of each answer first, which favours long answers among the wrong ones (arXiv:2503.20783).
-- RLOO takes PPO's clipped loss. With one optimiser step per iteration its gradient is REINFORCE's, divided by
-  the number of tokens.
+- RLOO takes PPO's clipped loss. With one optimiser step per iteration its gradient is REINFORCE's, summed
+  over the answers and divided by the number of tokens.
 - The prompts of a minibatch stay the same in all epochs of an iteration; the order of minibatches changes.
 - The uniform number behind each sampled token depends only on (seed, minibatch, prompt, sample, token index),
   so samples do not depend on the number of ranks or on batching.
@@ -58,8 +58,9 @@ Legend: B prompts, K samples per prompt, A = B · K answers, L tokens of the lon
 answers, T positions of a packed sequence (a prompt and its K answers), M images, I features per image,
 D width of the vision tower, S edge of an image in pixels. In a data.Batch, target [N] holds the answer
 tokens, logit_position [N] the position that predicts each, answer [N] the answer that each belongs to,
-last_token [A] the position of each answer's last token, branch [B, T] −1 at padding; token_shape is (A, L).
-A rank that has no prompts left in a step gets a micro-batch of padding, as all ranks take part in every pass.
+last_token [A] the position of each answer's last token; branch [B, T] is 0 in the prompt, k in its answer k
+and −1 at padding; token_shape is (A, L). A rank that has no prompts left in a step gets a micro-batch of
+padding, as all ranks take part in every pass.
 """
 import argparse
 import dataclasses
@@ -90,8 +91,8 @@ SHOW_EVERY = 10  # iterations between printed answers; --save_rollouts writes al
 def kl_reward(logprob, ref_logprob, score, token_mask, beta):
     """r_t = − β (log π_old − log π_ref), plus the score [A] at each answer's last token (Eq. 2,
     arXiv:1909.08593)."""
-    last_token = token_mask & ~nn.functional.pad(token_mask, (0, 1))[:, 1:]
-    return (-beta * (logprob - ref_logprob) + last_token * score[:, None]) * token_mask
+    is_last = token_mask & ~nn.functional.pad(token_mask, (0, 1))[:, 1:]  # [A, L]: no token to its right
+    return (-beta * (logprob - ref_logprob) + is_last * score[:, None]) * token_mask
 
 
 def gae(rewards, values, token_mask, gamma, lam):
@@ -113,7 +114,7 @@ def rloo(totals):
 
 
 def grpo(scores):
-    """A prompt's K scores [B, K], shifted and scaled to mean 0, deviation 1 (section 4.1.2,
+    """Each prompt's K scores [B, K], shifted and scaled to mean 0, deviation 1 (section 4.1.2,
     arXiv:2402.03300)."""
     scores = scores - scores[:, :1]  # makes equal scores exactly 0
     return (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)
@@ -165,7 +166,7 @@ class Rollout(NamedTuple):
 class OldOutputs(NamedTuple):
     """What the models compute for the sampled tokens before any update of the iteration; padding is 0."""
     token_mask: torch.Tensor  # [A, L] bool
-    logprob: torch.Tensor  # [A, L] log π_old; None where the update computes it (updates_once)
+    logprob: torch.Tensor  # [A, L] log π_old; None where the update computes it (old_logprob_from_update)
     ref_logprob: torch.Tensor  # [A, L] log π_ref
     values: torch.Tensor  # [A, L] V_old; None without a critic
     critic_features: torch.Tensor  # [M, I, D] from the critic's vision tower; None without a critic
@@ -232,7 +233,7 @@ def generate_rollouts(policy, steps, first, count, batches, processor, args, wor
     """Samples answers to the prompts of minibatches first … first + count − 1 of `steps` → Rollouts, one per
     micro-batch; [] once SIGTERM stops it on any rank. batches: an iterator, whose next item is the list of
     the next minibatch's micro-batches. With --rollout gathered each rank holds the full weights and decodes
-    at its own pace, so it may not wait for other ranks: stop.heard is SIGTERM on this rank, stop.asked on
+    at its own pace, so it must not wait for other ranks: stop.heard is SIGTERM on this rank, stop.asked on
     any."""
     sharded = args.rollout == "sharded"
     model = policy if sharded else fsdp.unsharded(policy, args, world)
@@ -245,9 +246,9 @@ def generate_rollouts(policy, steps, first, count, batches, processor, args, wor
                       for step in range(first, first + count)
                       for batch, indices in zip(next(batches), steps.groups(step)))
     # Decoding reads all weights once per token, for however many prompts: micro-batches are decoded together.
-    at_once = args.decode_batch or -(-args.rollout_batch // world.size)
-    rollouts, together = [], max(1, at_once // args.micro_batch)
-    while group := list(itertools.islice(prompt_batches, together)):
+    prompts_at_once = args.decode_batch or -(-args.rollout_batch // world.size)
+    rollouts, batches_at_once = [], max(1, prompts_at_once // args.micro_batch)
+    while group := list(itertools.islice(prompt_batches, batches_at_once)):
         rollouts += sample_answers(model, group, processor, args, world, any_running)
         if (stop.asked(world) if sharded else stop.heard):
             break
@@ -265,7 +266,9 @@ def sample_answers(model, group, processor, args, world, any_running=torch.any):
     uniforms = torch.cat([
         keyed_uniforms(args.seed, number, [example.index for example in examples] or [0], K, max_new_tokens)
         for _, examples, number in group])
-    all_answers, _ = generate(  # K lists of ids per prompt, end token included; their log-probabilities
+    # K lists of ids per prompt, end token included. Their log-probabilities are not used: those of the
+    # forward pass that the update repeats make the first ratio 1 (logprobs_and_values).
+    all_answers, _ = generate(
         model, data.join_prompts(batches), torch.cat(features), max_new_tokens, processor.end_ids,
         processor.banned, uniforms, K, args.temperature, any_running=any_running,
         cuda_graph=args.rollout == "gathered")
@@ -275,7 +278,7 @@ def sample_answers(model, group, processor, args, world, any_running=torch.any):
         examples = [
             dataclasses.replace(example, answers=own, token_masks=[np.ones(len(ids), bool) for ids in own])
             for example, own in zip(examples, samples)]
-        # batch.pixels spare collate reading the images again; the features are there already
+        # batch.pixels spares collate reading the images again. pixels=None: the features are computed already
         packed = dataclasses.replace(data.collate(examples, processor, batch.pixels), pixels=None)
         ended = [int(ids[-1]) in processor.end_ids for example in examples for ids in example.answers]
         ended = torch.tensor(ended, dtype=torch.bool, device=world.device)
@@ -312,7 +315,7 @@ def postprocess_scores(scores, rollouts, score_mean_std, args):
             for rollout, score in zip(rollouts, scores)]
 
 
-def updates_once(args):
+def old_logprob_from_update(args):
     """Whether log π_old is left to the update: in GRPO with one optimiser step per iteration, where π is
     still π_old. (PPO's rewards and RLOO's advantages contain log π_old.)"""
     return args.advantage == "grpo" and args.ppo_epochs == 1 and args.rollout_batch == args.batch_size
@@ -353,7 +356,8 @@ def group_advantages(old_outputs, scores, args):
 
 
 def compute_advantages(old_outputs, scores, args, world):
-    """KL rewards, GAE, and whitening over all tokens of the iteration → Estimates per rollout."""
+    """KL rewards, GAE, and whitening over all tokens of the iteration → Estimates per rollout. (RLOO and
+    GRPO: group_advantages.)"""
     if args.advantage != "gae":
         return group_advantages(old_outputs, scores, args)
     masks = [old.token_mask for old in old_outputs]
@@ -450,7 +454,7 @@ def ppo_step(minibatch, ptx_micro_batches, models, optimizers, iteration, args, 
 def update_metrics(results):
     """Results of ppo_step → means over the iteration's steps, and first/* of its first step alone. In the
     first step π is still π_old: a ratio other than 1 or an approxkl other than 0 reveals a bug
-    (with updates_once they are 1 and 0 by construction)."""
+    (with old_logprob_from_update they are 1 and 0 by construction)."""
     metrics, tokens, per_step, _ = zip(*results)
     means = {name: np.average([step[name] for step in metrics], weights=tokens) for name in metrics[0]}
     means |= {f"first/{name}": value for name, value in metrics[0].items()}
@@ -588,7 +592,7 @@ def parse_args():
         for option in ("critic", "critic_lr", "critic_warmup", "lam"):
             if getattr(args, option) != parser.get_default(option):
                 parser.error(f"got --{option} with --advantage {args.advantage}, which has no critic")
-        args.critic_warmup = 0  # the shapes data set's default is not
+        args.critic_warmup = 0  # on the shapes data set the default is 2
     args.critic_lr = args.lr if args.critic_lr is None else args.critic_lr
     return args
 
@@ -780,7 +784,7 @@ def main():
 
         # sequences → log π_old, log π_ref, V_old [A, L]
         old_outputs = [
-            logprobs_and_values(rollout, policy, reference, critic, args, not updates_once(args))
+            logprobs_and_values(rollout, policy, reference, critic, args, not old_logprob_from_update(args))
             for rollout in stop.until(rollouts, world)]
         fsdp.reshard(*models)
         if stop.asked(world):
@@ -806,8 +810,8 @@ def main():
             minibatch = micro_batches[m * n:(m + 1) * n]
             results.append(ppo_step(minibatch, ptx_micro_batches, trained_models, active, iteration, args,
                                     world))
-        if updates_once(args):
-            logprobs = results[0][-1]
+        if old_logprob_from_update(args):
+            logprobs = results[0][-1]  # log π before the only step is log π_old
             old_outputs = [old._replace(logprob=logprob) for old, logprob in zip(old_outputs, logprobs)]
         seconds["update"] = log.seconds()
 

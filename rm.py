@@ -60,8 +60,8 @@ def parse_args():
         help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA "
         "but no --llm: llm)")
     add("--projector_lr", type=fsdp.non_negative,
-        help="peak rate of the projector (default: --lr; a tenth of --lr's default if --lora_rank is given "
-        "and --lr is not)")
+        help="peak rate of the projector (default: --lr; with --lora_rank and no --lr a tenth of the default "
+        "--lr, see fsdp.parse)")
     add("--center_coef", type=fsdp.non_negative, default=0.0,
         help="c: weight of the squared mean score of each record")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(

@@ -42,8 +42,8 @@ def parse_args():
         help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA "
         "but no --llm: llm)")
     add("--projector_lr", type=fsdp.non_negative,
-        help="peak rate of the projector (default: --lr; a tenth of --lr's default if --lora_rank is given "
-        "and --lr is not)")
+        help="peak rate of the projector (default: --lr; with --lora_rank and no --lr a tenth of the default "
+        "--lr, see fsdp.parse)")
     return fsdp.parse(parser, data_file="sft.json", shapes=dict(
         eval_data=[os.path.join(fsdp.SHAPES_DIR, "test.json")], batch_size=64, micro_batch=64, lr=2e-3,
         warmup=40, max_steps=350))

@@ -58,7 +58,8 @@ def ours(setup):
         given = dataclasses.replace(setup.batch, pixels=None)
         rollout = timed("ours", generate)._replace(examples=setup.examples, batch=given)
         scores = [scorer.score(rollout, prompts)]
-        old = ppo.logprobs_and_values(rollout, policy, reference, None, args, not ppo.updates_once(args))
+        with_policy = not ppo.old_logprob_from_update(args)
+        old = ppo.logprobs_and_values(rollout, policy, reference, None, args, with_policy)
         fsdp.reshard(policy, reference)
         estimates, = ppo.compute_advantages([old], scores, args, world)
         metrics, _, per_step, _ = ppo.ppo_step(

@@ -430,7 +430,7 @@ def test_a_run_without_a_critic(advantage, trained, tmp_path, monkeypatch):
     assert lines[0]["objective/kl"] == 0 != lines[1]["objective/kl"]
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step_2")
     assert run("whole", "--save_every", 1, "--resume") == lines
-    monkeypatch.setattr(ppo, "updates_once", lambda args: False)
+    monkeypatch.setattr(ppo, "old_logprob_from_update", lambda args: False)
     assert run("separate") == lines
 
 

@@ -221,6 +221,9 @@ def red(row, texts):
     assert row["conversations"][0]["from"] == "human"
     return [text.split().count("red") for text in texts]
 
+def nought(row, texts):
+    return [0.0] * len(texts)
+
 def short(row, texts):
     return [1.0] * (len(texts) - 1)
 
