@@ -1,33 +1,33 @@
-"""A small world with exact ground truth, where every stage of the chain is judged without a human or a model.
+"""A small data set with exact ground truth: every stage of the chain is measured without human or model.
 
-A picture is 64x64 pixels, a 4x4 grid of cells, with one to four distinct objects (6 colours x 4 shapes), one
+An image is 64x64 pixels, a 4x4 grid of cells, with one to four distinct objects (6 colours x 4 shapes), one
 a cell. Its true caption names them in reading order: "a red circle, a blue square and a green star."
 
-    python examples/shapes.py --out DIR                     make the world (half a minute on two cores)
-    python examples/shapes.py --evaluate ANSWERS.jsonl ...  judge the answers that predict.py wrote
+    python examples/shapes.py --out DIR                     make the data set (half a minute on two cores)
+    python examples/shapes.py --evaluate ANSWERS.jsonl ...  metrics of the answers that predict.py wrote
     python examples/shapes.py --rank ANSWERS.jsonl --pairs_out FILE.json
                                                             rank its sampled answers by the truth
-    python examples/shapes.py --pairs SCORED.jsonl ...      judge the rewards of predict.py --score
-    python examples/shapes.py --summary METRICS.json ...    one table of several seeds' figures (--json)
+    python examples/shapes.py --pairs SCORED.jsonl ...      accuracy of the rewards of predict.py --score
+    python examples/shapes.py --summary METRICS.json ...    one table of several seeds' metrics (--json)
     python examples/shapes.py --curve DIR                   reward and truth over PPO's iterations
 
 What making it leaves in DIR:
 
     model/          a starting checkpoint in the layout of llava-hf/llava-1.5-7b-hf, with tokenizer; the LLaMA
                     is random, the tower has learned to see the objects, as CLIP learned from the web
-    images/         the pictures. images_blank/ and images_shuffled/ hold the test pictures' names with
-                    nothing to see or another test picture: what a model gets right there, it does not see
+    images/         the images. images_blank/ and images_shuffled/ hold the test images' names with
+                    nothing to see or another test image: what a model gets right there, it does not see
     sft.json        captions, 40 % with an error: half invent an object, half mistake a colour or a shape
     pairs.json      preferences, best answer first: 50 % truth > one error, 25 % truth > an object left out,
                     25 % one error > two
     prompts.json    questions alone
-    test.json       held-out pictures with true captions; test_pairs.json: a preference of every kind on each
+    test.json       held-out images with true captions; test_pairs.json: a preference of every kind on each
     world.json      how it was made; written last
 
-15 % of the sets of objects are withheld: no picture and no caption of the training files shows or names just
-these objects. Half of the test pictures show withheld sets ("unseen"), half sets out of sft.json ("seen").
+15 % of the sets of objects are withheld: no image and no caption of the training files shows or names just
+these objects. Half of the test images show withheld sets ("unseen"), half sets out of sft.json ("seen").
 
-Legend: M pictures, S their side in pixels.
+Legend: M images, S their side in pixels.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-# torch and transformers are imported where the checkpoint is made: judging needs neither and starts at once
+# torch and transformers are imported where the checkpoint is made: metrics need neither and start at once
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID, CELL = 4, 16
@@ -57,7 +57,7 @@ BACKGROUND = (24, 26, 32)
 STAR = [(5.5 + radius * np.sin(turn), 6 - radius * np.cos(turn))  # ten corners, every second one drawn in
         for turn, radius in zip(np.pi / 5 * np.arange(10), [5.7, 2.3] * 5, strict=True)]
 OBJECTS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-MOST = 4                       # objects in a picture
+MOST = 4                       # objects in an image
 WITHHELD = 0.15                # share of the sets of each size that no training file shows or names
 NOISE = 0.4                    # share of the captions in sft.json that hold an error
 ERRORS = {"added": 0.5, "recoloured": 0.25, "reshaped": 0.25}
@@ -83,7 +83,7 @@ def keyed(seed, purpose):
     return np.random.default_rng([seed, *purpose.encode()])
 
 
-# ---- pictures ----
+# ---- images ----
 
 def place(rng, objects):
     """Objects in random cells, shifted by up to 2 pixels -> (cell, left, top, object) in reading order."""
@@ -135,13 +135,13 @@ def mentions(text):
 
 
 def well_formed(text):
-    """Whether the whole text is a caption of this world, true or false."""
+    """Whether the whole text is a caption of this data set, true or false."""
     named = mentions(text)
     return bool(named) and caption(named) == text
 
 
 def corrupt(rng, truth, named, kind):
-    """Adds an error to a caption that names `named` where the picture shows `truth` -> what it names then,
+    """Adds an error to a caption that names `named` where the image shows `truth` -> what it names then,
     None where there is no room for such an error. A new error never repairs or hides an earlier one."""
     named, still_true = list(named), [i for i, name in enumerate(named) if name in truth]
     if kind == "added":
@@ -195,7 +195,7 @@ def training_objects(rng, withheld):
 
 
 def row(name, placed, answer=None, **extra):
-    """One row of a data file. `objects` is what its picture shows, in reading order."""
+    """One row of a data file. `objects` is what its image shows, in reading order."""
     turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}]
     if answer is not None:
         turns.append({"from": "gpt", "value": answer})
@@ -233,7 +233,7 @@ def prompt_rows(seed, count, withheld):
 
 
 def test_rows(seed, count, withheld, shown):
-    """Pictures in turn of sets that sft.json shows and of withheld ones, with the same numbers of objects."""
+    """Images in turn of sets that sft.json shows and of withheld ones, with the same numbers of objects."""
     rng = keyed(seed, "test")
     pools = [sorted(map(sorted, sets)) for sets in (shown, withheld)]
     for i in range(count):
@@ -244,7 +244,7 @@ def test_rows(seed, count, withheld, shown):
 
 
 def test_pair_rows(seed, tests):
-    """A pair of every kind on each test picture that has room for it."""
+    """A pair of every kind on each test image that has room for it."""
     rng = keyed(seed, "test pairs")
     for test in tests:
         for kind in KINDS:
@@ -259,19 +259,19 @@ def write_rows(path, rows):
     path.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
 
 
-def write_picture(job):
+def write_image(job):
     path, placed = job
     draw(placed).save(path, compress_level=1)
 
 
-def write_pictures_and_rows(folder, name, rows, pool):
-    """Draws each row's picture, writes the rows to name.json -> the rows, what was placed for each."""
+def write_images_and_rows(folder, name, rows, pool):
+    """Draws each row's image, writes the rows to name.json -> the rows, what was placed for each."""
     began = time.time()
     scenes, kept = zip(*rows, strict=True)
     jobs = [(folder / "images" / r["image"], placed) for r, placed in zip(kept, scenes, strict=True)]
-    for done, _ in enumerate(pool.imap(write_picture, jobs), 1):
+    for done, _ in enumerate(pool.imap(write_image, jobs), 1):
         if done % 4000 == 0:
-            print(f"{name}.json: {done} pictures, {time.time() - began:.1f} s", flush=True)
+            print(f"{name}.json: {done} images, {time.time() - began:.1f} s", flush=True)
     write_rows(folder / f"{name}.json", kept)
     print(f"{name}.json: written with {len(kept)} rows, {time.time() - began:.1f} s", flush=True)
     return kept, scenes
@@ -332,7 +332,7 @@ def initialise(module, seed):
 
 def warm_up(tower, seed, steps, scenes, held_out, batch=128, lr=2e-3):
     """Teaches the tower to tell by each patch's feature which object stands there; the probe is thrown away.
-    -> accuracy on held-out pictures over all patches, and over those with an object."""
+    -> accuracy on held-out images over all patches, and over those with an object."""
     import torch
     import torch.nn.functional as F
     began, rng, classes = time.time(), keyed(seed, "warm-up"), 1 + len(OBJECTS)
@@ -395,17 +395,17 @@ def make_model(folder, seed, steps, scenes, held_out):
     return patches, objects
 
 
-# ---- the world as a whole ----
+# ---- the data set ----
 
 def make(folder, seed=0, train=12000, pairs=6000, prompts=4000, test=384, warm_steps=100, overwrite=False):
-    """Builds the world beside `folder`, then rename it: an interrupted run leaves no half world.
-    Raises ValueError where the folder holds something else, or a world and not `overwrite`."""
+    """Builds the data set beside `folder`, then renames it: an interrupted run leaves no part of it.
+    Raises ValueError where the folder holds something else, or a data set and not `overwrite`."""
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / "world.json").exists():
-            raise ValueError(f"{folder} exists and is no world of shapes; name a new folder with --out")
+            raise ValueError(f"{folder} exists and is no shapes data set; name a new folder with --out")
         if not overwrite:
-            raise ValueError(f"{folder} already holds a world of shapes; give --overwrite to make it anew")
+            raise ValueError(f"{folder} already holds a shapes data set; give --overwrite to make it anew")
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.half-", dir=folder.parent))
     try:
@@ -421,14 +421,14 @@ def make(folder, seed=0, train=12000, pairs=6000, prompts=4000, test=384, warm_s
 def build(folder, seed, train, pairs, prompts, test, warm_steps):
     (folder / "images").mkdir()
     withheld = withheld_sets(seed)
-    pool = ThreadPool()  # compressing a picture leaves Python's lock to the others
+    pool = ThreadPool()  # compressing an image leaves Python's lock to the others
     try:
-        rows, scenes = write_pictures_and_rows(folder, "sft", sft_rows(seed, train, withheld), pool)
+        rows, scenes = write_images_and_rows(folder, "sft", sft_rows(seed, train, withheld), pool)
         shown = {frozenset(r["objects"]) for r in rows}
-        write_pictures_and_rows(folder, "pairs", pair_rows(seed, pairs, withheld), pool)
-        write_pictures_and_rows(folder, "prompts", prompt_rows(seed, prompts, withheld), pool)
+        write_images_and_rows(folder, "pairs", pair_rows(seed, pairs, withheld), pool)
+        write_images_and_rows(folder, "prompts", prompt_rows(seed, prompts, withheld), pool)
         tests = test_rows(seed, test, withheld, shown)
-        tests, held_out = write_pictures_and_rows(folder, "test", tests, pool)
+        tests, held_out = write_images_and_rows(folder, "test", tests, pool)
     finally:  # an interrupted run removes the folder: nothing may still be written into it
         pool.terminate()
         pool.join()
@@ -436,8 +436,8 @@ def build(folder, seed, train, pairs, prompts, test, warm_steps):
     for name in ("blank", "shuffled"):
         (folder / f"images_{name}").mkdir()
         for i, r in enumerate(tests):
-            picture = draw([] if name == "blank" else held_out[(i + 1) % len(tests)])
-            picture.save(folder / f"images_{name}" / r["image"], compress_level=1)
+            image = draw([] if name == "blank" else held_out[(i + 1) % len(tests)])
+            image.save(folder / f"images_{name}" / r["image"], compress_level=1)
     patches, objects = make_model(folder / "model", seed, warm_steps, scenes, held_out)
     (folder / "world.json").write_text(json.dumps({
         "seed": seed, "train": train, "pairs": pairs, "prompts": prompts, "test": test, "warm_up": warm_steps,
@@ -446,57 +446,57 @@ def build(folder, seed, train, pairs, prompts, test, warm_steps):
 
 
 def ensure(folder, **sizes):
-    """Makes the world where it is absent; leaves one that is there alone."""
+    """Makes the data set where it is absent; leaves one that is there alone."""
     if not (Path(folder) / "world.json").exists():
         make(folder, **sizes)
 
 
-# ---- judging answers ----
+# ---- metrics ----
 
 def read_answers(path, truth):
-    """-> [(row of the world, its answer, all its samples), ...]; an answer of null counts as an empty one."""
+    """-> [(record, its answer, all its samples), ...]; an answer of null counts as an empty one."""
     answers = []
     for line in Path(path).read_text().strip().split("\n"):
         given = json.loads(line)
         if given["id"] not in truth:
-            raise ValueError(f"{path}: got id {given['id']!r}, need one of this world: set --world")
+            raise ValueError(f"{path}: got id {given['id']!r}, need one of this data set: set --world")
         samples = [sample["text"] for sample in given.get("answers") or []]
         answers.append((truth[given["id"]], given["answer"] or "", samples))
     return answers
 
 
-def measure(judged):
-    """[(objects in the picture, text), ...] -> the figures, means over mentions, objects or texts.
+def measure(captions):
+    """[(objects in the image, text), ...] -> the metrics, means over mentions, objects or texts.
 
-    chair_i: share of the mentions that name something not in the picture; chair_s: share of the texts that do
-    (arXiv:1809.02156). coverage: share of the pictures' objects that are named. exact, well_formed: share of
+    chair_i: share of the mentions that name something not in the image; chair_s: share of the texts that do
+    (arXiv:1809.02156). coverage: share of the images' objects that are named. exact, well_formed: share of
     the texts that are the true caption, or any caption. words: length of a text.
     """
     named = invented = shown = found = 0
-    for objects, text in judged:
+    for objects, text in captions:
         mentioned = mentions(text)
         named, invented = named + len(mentioned), invented + sum(name not in objects for name in mentioned)
         shown, found = shown + len(objects), found + sum(name in mentioned for name in objects)
-    n = len(judged)
+    n = len(captions)
     return {
         "n": n, "chair_i": invented / max(named, 1), "coverage": found / shown,
-        "chair_s": sum(not set(mentions(text)) <= set(objects) for objects, text in judged) / n,
-        "exact": sum(text == caption(objects) for objects, text in judged) / n,
-        "well_formed": sum(well_formed(text) for _, text in judged) / n,
-        "words": sum(len(text.split()) for _, text in judged) / n}
+        "chair_s": sum(not set(mentions(text)) <= set(objects) for objects, text in captions) / n,
+        "exact": sum(text == caption(objects) for objects, text in captions) / n,
+        "well_formed": sum(well_formed(text) for _, text in captions) / n,
+        "words": sum(len(text.split()) for _, text in captions) / n}
 
 
 def evaluate(paths, truth):
-    """-> a record for each file, kind of sets and what is judged: the rows' `answer`, and all their `answers`
+    """-> metrics per file, kind of sets and what is measured: the rows' `answer`, and all their `answers`
     where they have several."""
     records = []
     for path in paths:
         answers = read_answers(path, truth)
-        judged = {"answer": [(r, text) for r, text, _ in answers]}
+        captions = {"answer": [(r, text) for r, text, _ in answers]}
         most = max((len(samples) for *_, samples in answers), default=0)
         if most > 1:
-            judged[f"{most} samples"] = [(r, text) for r, _, samples in answers for text in samples]
-        for over, texts in judged.items():
+            captions[f"{most} samples"] = [(r, text) for r, _, samples in answers for text in samples]
+        for over, texts in captions.items():
             for sets, wanted in (("all", (True, False, None)), ("seen", (True,)), ("unseen", (False,))):
                 chosen = [(r["objects"], text) for r, text in texts if r.get("seen") in wanted]
                 if chosen:
@@ -513,7 +513,7 @@ def print_table(records):
               f"{r['exact']:6.3f} {r['well_formed']:7.3f} {r['words']:6.2f}")
 
 
-def judge_pairs(paths):
+def pair_accuracy(paths):
     """Rewards of ranked answers -> for each file and kind of pair the share of pairs in the right order; a
     tie counts half, a row once."""
     records = []
@@ -551,7 +551,7 @@ def curve(run, truth, each=5):
 
 
 def summarise(paths):
-    """Prints the figures of several seeds, as --json leaves them, as mean ± standard deviation."""
+    """Prints the metrics of several seeds, as --json leaves them, as mean ± standard deviation."""
     found = {}
     for path in paths:
         for r in json.loads(Path(path).read_text()):
@@ -563,7 +563,7 @@ def summarise(paths):
         spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
         return f"{np.mean(values):.3f}{spread}"
     names = ("chair_i", "chair_s", "coverage", "exact", "well_formed", "words")
-    print("| answers | judged | " + " | ".join(names) + " |\n|" + "---|" * (2 + len(names)))
+    print("| answers | over | " + " | ".join(names) + " |\n|" + "---|" * (2 + len(names)))
     for (file, kind), records in found.items():
         if isinstance(kind, tuple) and kind[1] == "all":
             print(f"| {file} | {kind[0]} | " + " | ".join(cell(records, name) for name in names) + " |")
@@ -611,17 +611,17 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", "--world", dest="world", type=Path, default=ROOT / "runs" / "shapes", metavar="DIR",
-        help="the world's folder, to make or to judge by (default: runs/shapes)")
+        help="the data set's folder, to make or to measure by (default: runs/shapes)")
     add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("--train", type=int, default=12000, help="pictures in sft.json")
-    add("--synthetic", type=int, default=6000, help="pictures in pairs.json")
-    add("--prompts", type=int, default=4000, help="pictures in prompts.json")
-    add("--test", type=int, default=384, help="pictures in test.json")
-    add("--warm_up", type=int, default=100, help="steps of the tower's training, 128 pictures each")
-    add("--overwrite", action="store_true", help="replace the world that the folder holds")
-    add("--if_missing", action="store_true", help="leave a world that the folder holds as it is")
-    add("--evaluate", nargs="+", metavar="JSONL", help="judge these answers of predict.py")
-    add("--pairs", nargs="+", default=[], metavar="JSONL", help="judge the rewards of ranked answers")
+    add("--train", type=int, default=12000, help="images in sft.json")
+    add("--synthetic", type=int, default=6000, help="images in pairs.json")
+    add("--prompts", type=int, default=4000, help="images in prompts.json")
+    add("--test", type=int, default=384, help="images in test.json")
+    add("--warm_up", type=int, default=100, help="steps of the tower's training, 128 images each")
+    add("--overwrite", action="store_true", help="replace the data set that the folder holds")
+    add("--if_missing", action="store_true", help="leave a data set that the folder holds as it is")
+    add("--evaluate", nargs="+", metavar="JSONL", help="print metrics of these answers of predict.py")
+    add("--pairs", nargs="+", default=[], metavar="JSONL", help="print the accuracy of these rewards")
     add("--json", type=Path, metavar="FILE", help="write what --evaluate and --pairs find here as well")
     add("--curve", type=Path, metavar="DIR", help="score and truth over a run of ppo.py --save_rollouts")
     add("--summary", nargs="+", metavar="JSON", help="one table of what --json left, a file a seed")
@@ -641,7 +641,7 @@ def main():
     elif args.evaluate or args.pairs:
         records = evaluate(args.evaluate, truth) if args.evaluate else []
         print_table(records)
-        records += judge_pairs(args.pairs)
+        records += pair_accuracy(args.pairs)
         if args.json:
             args.json.write_text(json.dumps(records, indent=1) + "\n")
     elif args.rank:
@@ -650,14 +650,14 @@ def main():
         write_rows(args.pairs_out, rows + mixed)
         print(f"{args.pairs_out}: {len(rows)} ranked rows of samples, {len(mixed)} synthetic ones")
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half world is removed
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part of a data set is removed
         sizes = {"seed": args.seed, "train": args.train, "pairs": args.synthetic, "prompts": args.prompts,
                  "test": args.test, "warm_steps": args.warm_up}
         if args.if_missing:
             ensure(args.world, **sizes)
         else:
             make(args.world, overwrite=args.overwrite, **sizes)
-        print(f"{args.world}: the world is there")
+        print(f"{args.world}: the data set is there")
 
 
 if __name__ == "__main__":

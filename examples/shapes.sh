@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole chain on the small world: make it, fine-tune, rank the model's samples, learn a reward, align by DPO and by PPO,
-# take the best of eight, and compare all answers to held-out pictures with the truth.
+# The whole chain on the shapes data set: make it, fine-tune, rank the model's samples, learn a reward, align by DPO and by PPO,
+# take the best of eight, and compare all answers to held-out images with the truth.
 #   bash examples/shapes.sh [SEED] [DIR] [study]     DIR: what it writes, from the project's root (default runs/chain-SEED)
 # With `study` also GRPO, mDPO and the controls: DPO without its SFT term, SFT on the same best answers, blank and shuffled images.
 set -euo pipefail
@@ -12,7 +12,7 @@ stage() { echo; echo "== $*"; }
 train() {  # SCRIPT NAME options: trains from the fine-tuned model
   $python "$1.py" --out "$dir/$2" --images "$world/images" --seed "$seed" --overwrite "${@:3}"
 }
-answer() {  # MODEL NAME options: answers, or scores, of the test pictures
+answer() {  # MODEL NAME options: answers, or scores, of the test images
   $python predict.py --model "$dir/$1" --data "$world/test.json" --images "$world/images" --out "$dir/$2.jsonl" \
     --seed "$seed" --max_new_tokens 32 --micro_batch 64 --overwrite "${@:3}"
 }
@@ -45,7 +45,7 @@ done
 answer sft best-of-8 --num_samples 8 --temperature 1 --reward_model "$dir/rm"
 answer sft rewards --data "$world/test_pairs.json" --score --reward_model "$dir/rm"
 answer sft rewards-sampled --data "$dir/test-sampled.json" --score --reward_model "$dir/rm"
-judged="sft-greedy sft-sampled best-of-8 dpo-greedy dpo-sampled ppo-greedy ppo-sampled" scored="rewards rewards-sampled"
+captioned="sft-greedy sft-sampled best-of-8 dpo-greedy dpo-sampled ppo-greedy ppo-sampled" scored="rewards rewards-sampled"
 
 if [ "$study" = study ]; then
   train dpo dpo-alone --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 3e-4 --warmup 10 --max_steps 80
@@ -58,17 +58,17 @@ if [ "$study" = study ]; then
   for name in dpo-alone sft-best mdpo grpo; do
     answer $name $name-greedy
     answer $name $name-sampled --num_samples 4 --temperature 1
-    judged="$judged $name-greedy $name-sampled"
+    captioned="$captioned $name-greedy $name-sampled"
   done
-  for pictures in blank shuffled; do
-    answer dpo dpo-$pictures --num_samples 4 --temperature 1 --images "$world/images_$pictures"
-    answer sft rewards-$pictures --data "$world/test_pairs.json" --score --reward_model "$dir/rm" --images "$world/images_$pictures"
-    answer mdpo mdpo-$pictures --num_samples 4 --temperature 1 --images "$world/images_$pictures"
-    judged="$judged dpo-$pictures mdpo-$pictures" scored="$scored rewards-$pictures"
+  for images in blank shuffled; do
+    answer dpo dpo-$images --num_samples 4 --temperature 1 --images "$world/images_$images"
+    answer sft rewards-$images --data "$world/test_pairs.json" --score --reward_model "$dir/rm" --images "$world/images_$images"
+    answer mdpo mdpo-$images --num_samples 4 --temperature 1 --images "$world/images_$images"
+    captioned="$captioned dpo-$images mdpo-$images" scored="$scored rewards-$images"
   done
 fi
 files() { for name in $1; do echo "$dir/$name.jsonl"; done; }
-$python examples/shapes.py --world "$world" --evaluate $(files "$judged") --pairs $(files "$scored") --json "$dir/figures.json" > "$dir/figures.txt"
+$python examples/shapes.py --world "$world" --evaluate $(files "$captioned") --pairs $(files "$scored") --json "$dir/figures.json" > "$dir/figures.txt"
 $python examples/shapes.py --summary "$dir/figures.json"
 $python examples/shapes.py --world "$world" --curve "$dir/ppo"
 echo "the chain took $SECONDS s"

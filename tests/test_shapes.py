@@ -145,7 +145,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     shapes.make(data, seed=1, overwrite=True, **TINY)
     assert (data / "sft.json").read_text() != before
     write(other / "thesis.txt", "mine")
-    with pytest.raises(ValueError, match="no world of shapes"):
+    with pytest.raises(ValueError, match="no shapes data set"):
         shapes.make(other, overwrite=True, **TINY)
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
 
