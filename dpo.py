@@ -35,9 +35,8 @@ Departures from the DPO paper:
 Legend: N target tokens, A answers of a micro-batch (and C more with corrupted images), L target tokens of the
 longest answer, B records, K most answers per record, M images, I features per image. In a data.Batch, answer
 [N] is the index of each target token's answer, sequence [A + C] that of each answer's sequence: for the first
-A, its record; token_shape is (A + C, L), answer_shape (B + C, K).
-A rank that has no records left in a step gets a micro-batch of padding, as all ranks take part in every pass:
-B = K = 0 there.
+A, its record; token_shape is (A + C, L), answer_shape (B + C, K). A rank that has no records left in a step
+gets a micro-batch of padding, as all ranks take part in every pass: B = K = 0 there.
 """
 import argparse
 import dataclasses

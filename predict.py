@@ -136,6 +136,8 @@ def ask(checkpoint, args, world):
     for path in args.image:
         if not os.path.isfile(path):
             raise data.UserError(f"got --image {path}: no such file")
+        if error := data.image_error(path):
+            raise data.UserError(error)
 
     def stream(ids):
         nonlocal printed
@@ -146,8 +148,6 @@ def ask(checkpoint, args, world):
 
     def example_of(turns):
         conversation = data.read_record({"image": images, "conversations": turns}, os.sep, need_answers=0)
-        for error in filter(None, map(data.image_error, images)):
-            raise data.UserError(error)
         example, _ = processor.example(len(turns) // 2, conversation, [])
         if example is None:
             raise data.UserError(f"the conversation and its images are longer than --max_len {args.max_len}")
