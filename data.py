@@ -64,15 +64,17 @@ class UserError(ValueError):
     """A mistake of the user: fsdp.run prints one line instead of a traceback."""
 
 
-def progress(items, what):
-    """Yields the items of a list. Rank 0 prints the progress and the remaining time every ten seconds."""
+def progress(items, what, count=None):
+    """Yields the items; count: their number, if they have no length. Rank 0 prints the progress and the
+    remaining time every ten seconds."""
+    count = len(items) if count is None else count
     start = shown = time.time()
     for done, item in enumerate(items, 1):
         yield item
         if time.time() - shown > 10 and os.environ.get("RANK", "0") == "0":
             shown = time.time()
-            left = (shown - start) / done * (len(items) - done)
-            print(f"{what}: {done}/{len(items)}, {left:.0f} s left", flush=True)
+            left = (shown - start) / done * (count - done)
+            print(f"{what}: {done}/{count}, {left:.0f} s left", flush=True)
 
 
 BRIEF = reprlib.Repr()  # repr of a value from a data file: cut where it is long, deep or has many digits

@@ -13,30 +13,33 @@ The SFT loss is the mean of − log π(y_t) over all target tokens of the step's
 --sft_coef (after arXiv:2404.19733, Eq. 1, which takes the mean of each answer).
 
 DPO can be solved without looking at the image. The image loss of mDPO (arXiv:2406.11839; λ is --image_coef)
-makes the chosen answer likelier with its image than with a corrupted one, a small crop of it. With every
---loss but simpo it is the mean over records (0 for those without an image) of
+prefers the chosen answer with its image to the same answer with a corrupted one, a small crop of it; its
+second term keeps that answer above the reference. It is the mean over records (0 for those without an image)
+of
 
     − log σ(β (r_w − r_c))  − log σ(β r_w)
 
-where r_w is log π(y_w) − log π_ref(y_w) with the image, and r_c the same with the corrupted one.
+where r_w is log π(y_w) − log π_ref(y_w) with the image, and r_c the same with the corrupted one. It has this
+form with every --loss but simpo, which refuses it, having no reference.
 
 Departures from the DPO paper:
 - The reference's log-probabilities are computed once, before training, and no second model stays in memory.
 - The optimiser is AdamW, with linear warm-up and a cosine schedule; the paper uses RMSprop.
 - Gradients are clipped to a global norm of 1.
 - The projector and the LLaMA are trained and the vision tower is frozen, unless --train says otherwise.
-- The answers of a record follow their prompt in one packed sequence. None sees another, and the positions of
-  each continue the prompt's.
+- The answers of a record follow their prompt in one packed sequence. Answers do not attend to one another,
+  and the position ids of each continue the prompt's.
 
     python dpo.py                                       # on the shapes data set
     torchrun --nproc_per_node=8 dpo.py --model runs/sft-7b --data pairs.json --images images --sft_coef 1 \
         --out out
 
 Legend: N target tokens, A answers of a micro-batch (and C more with corrupted images), L target tokens of the
-longest answer, B records, K most answers per record, M images, I features per image. In a data.Batch, answer
-[N] is the index of each target token's answer, sequence [A + C] that of each answer's sequence: for the first
-A, its record; token_shape is (A + C, L), answer_shape (B + C, K). A rank that has no records left in a step
-gets a micro-batch of padding, as all ranks take part in every pass: B = K = 0 there.
+longest answer, B records, K most answers per record, M images, I features per image. In a data.Batch,
+answer [N] is, for each target token, the index of its answer; sequence [A + C] is, for each answer, the index
+of the packed sequence that holds it (for the first A that is the index of their record); token_shape is
+(A + C, L), answer_shape (B + C, K). A rank that has no records left in a step gets a micro-batch of padding,
+as all ranks take part in every pass: B = K = 0 there.
 """
 import argparse
 import dataclasses
@@ -126,22 +129,23 @@ def parse_args():
     parser.set_defaults(lr=5e-7)
     add = parser.add_argument_group("direct preference optimisation").add_argument
     add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
-        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA "
-        "but no --llm: llm)")
+        help="parts to train: any of projector,llm,vision (default: projector,llm; with "
+        "--lora_rank on a --model: llm)")
     add("--projector_lr", type=fsdp.non_negative,
-        help="peak rate of the projector (default: --lr; with --lora_rank and no --lr a tenth of the default "
-        "--lr, see fsdp.parse)")
+        help="peak rate of the projector (default: --lr; with --lora_rank and no --lr: the default --lr of "
+        "full training)")
     add("--beta", type=fsdp.positive,
         help="β: implicit reward per nat of log-ratio to the reference, IPO's τ (default: 0.1; simpo: 2)")
     add("--loss", choices=["sigmoid", "ipo", "hinge", "robust", "simpo"], default="sigmoid",
-        help="sigmoid: DPO; ipo: IPO; hinge: SLiC; robust: DPO for labels that may be flipped; simpo: SimPO, "
-        "without a reference (see dpo_loss)")
+        help="sigmoid: DPO; ipo: IPO; hinge: RSO's hinge-norm; robust: DPO for labels that may be flipped; "
+        "simpo: SimPO, without a reference (see dpo_loss)")
     add("--simpo_gamma", type=fsdp.finite, default=0.5,
         help="γ of --loss simpo: margin between the rewards of the answers")
     add("--label_smoothing", type=fsdp.fraction, default=0.0,
         help="fraction of labels assumed to be flipped, for --loss sigmoid or robust")
     add("--length_norm", action="store_true",
-        help="use log-ratios in nats per token in the loss, not per answer (rewards/* stay per answer)")
+        help="use log-ratios in nats per token in the loss, not per answer: needs a larger --beta, 5 in "
+        "arXiv:2411.15124 (rewards/* stay per answer)")
     add("--sft_coef", type=fsdp.non_negative, default=0.0,
         help="weight of the SFT loss of the chosen answers")
     add("--image_coef", type=fsdp.non_negative, default=0.0,
@@ -197,7 +201,9 @@ def reference_pass(model, steps, world, args):
             # those with corrupted images follow all others (collate_with_corrupted)
             for i in (i for i in indices if args.image_coef and steps.examples[i].images):
                 results[i]["corrupted"] = next(logps)
-    fsdp.reshard(model)  # backward would; else the next forward pass misses the optimiser's update
+    # no backward follows, which would free the unsharded weights: the next forward pass would use them even
+    # after load_checkpoint
+    fsdp.reshard(model)
     all_results = {i: record for part in world.gather(results) for i, record in part.items()}
     return [all_results[i] for i in range(len(all_results))]
 
@@ -262,7 +268,8 @@ def chosen_tokens(examples):
 
 
 def image_terms(chosen_logratio, chosen_length, corrupted_logps, reference, args):
-    """→ the image loss of each record that has an image [C], and its margin β (r_w − r_c) in nats per answer.
+    """→ the image loss of each record that has an image [C], and its reward margin β (r_w − r_c), per answer
+    even with --length_norm.
 
     chosen_logratio, chosen_length [B]: of the chosen answers with their images, in nats and in tokens;
     corrupted_logps [C]: log π of those with corrupted images."""
@@ -281,8 +288,8 @@ def image_terms(chosen_logratio, chosen_length, corrupted_logps, reference, args
 def micro_batch_loss(model, batch, reference, record_count, chosen_token_count, args):
     """→ a micro-batch's term of the step's loss (a scalar), and its terms of the metrics {name: scalar}.
 
-    reference: that of get_reference, for the micro-batch's records. Both counts are of the step, over all
-    micro-batches and ranks."""
+    reference: that of get_reference, for the micro-batch's records. Both counts are of what the loss is the
+    mean of, over all ranks: the step, or the held-out set."""
     all_logps, all_lengths = sequence_logprobs(model, batch)  # [A + C] each
     all_ref_logps = [logp for record in reference for logp in record["logps"]]  # A
     A, shape = len(all_ref_logps), (len(reference), batch.answer_shape[1])
@@ -330,7 +337,7 @@ def evaluate(model, steps, reference, world, args, stop):
     it."""
     counts = len(steps.examples), chosen_tokens(steps.examples)
     micro_metrics = []
-    batches = data.Loader(steps, 0, len(steps), args.workers)
+    batches = data.progress(data.Loader(steps, 0, len(steps), args.workers), "evaluation: steps")
     for step, micro_batches in enumerate(stop.until(batches, world)):
         for indices, batch in zip(steps.groups(step), micro_batches):
             ref_records = [reference[i] for i in indices]
@@ -412,6 +419,7 @@ def main():
             len(records), chosen_tokens(records),
             sum(int((batch.branch >= 0).sum()) for batch in micro_batches))  # all but padding, for tokens/s
         micro_metrics = []
+        micro_batches = data.progress(micro_batches, f"step {step}: micro-batches")
         for indices, batch in zip(micro_indices, micro_batches):
             ref_records = [reference["training"][i] for i in indices]
             loss, metrics = micro_batch_loss(model, batch.to(world.device), ref_records, record_count,

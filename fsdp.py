@@ -1203,14 +1203,19 @@ def check_out_file(args, world):
 
 def check_out_dir(args, world):
     """Locks --out. UserError if the folder is not empty, unless it holds a run and --resume or --overwrite is
-    given."""
+    given. --resume of a finished run exits with 0, as a scheduler may start it again."""
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb needs Weights & Biases: pip install wandb")
     world.earlier = world.on_rank0(earlier_inputs, args)
+    if world.earlier is None:
+        if world.rank == 0:
+            print(f"{args.out} holds the finished run: nothing is left to do (--overwrite starts it anew)")
+        leave(0)
 
 
 def earlier_inputs(args):
-    """→ the recorded inputs of the run in --out that --resume continues; {} for a new run"""
+    """→ the recorded inputs of the run in --out that --resume continues; {} for a new run; None if --resume
+    finds a finished one"""
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise UserError(f"got --out {args.out}, which is a file, need a folder")
     read = {name: getattr(args, name, None) for name in ("model", "llm", "clip", "reward_model", "ref_model")}
@@ -1225,8 +1230,8 @@ def earlier_inputs(args):
     elif not (args.resume or args.overwrite):
         raise UserError(f"got --out {args.out}, which holds a run: give --resume or --overwrite")
     elif args.resume and not steps and "config.json" in found:
-        raise UserError(f"got --resume, but {args.out} is a finished run without its checkpoints: "
-                        "give --overwrite to replace it")
+        earlier_args(path, args)  # UserError: this is not the run that has finished
+        return None
     lock(os.path.join(args.out, ".lock"))
     return earlier_args(path, args)["inputs"] if args.resume and steps else {}
 
@@ -1401,6 +1406,17 @@ class Log:
         if not self.quiet:
             print(text, flush=True)
 
+    def show(self, step, answers):
+        """Prints answers, and logs them to Weights & Biases as the step's table. answers: {"id", "answer" and
+        what is known of it: "label", "score", …} per answer."""
+        for answer in answers:
+            known = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value!r}"
+                              for name, value in answer.items() if name not in ("id", "answer"))
+            self.say(f"    {data.shown(answer['id'])}: {answer['answer']!r}  ({known})")
+        if self.wandb:
+            table = sys.modules["wandb"].Table([*answers[0]], [[*answer.values()] for answer in answers])
+            self.wandb.log({"answers": table}, step=step)
+
 
 # ---- checkpoints ----
 
@@ -1445,6 +1461,20 @@ def save_checkpoint(args, world, step, model, *optimizers):
         for old in checkpoint_steps(args.out)[:-2]:
             shutil.rmtree(os.path.join(args.out, "checkpoints", f"step_{old}"))
     world.on_rank0(rename)
+
+
+def remove_checkpoints(out):
+    """Frees the space of a finished run's checkpoints, of which AdamW's state is the largest part. Each is
+    renamed first: a kill never leaves an incomplete one under its name."""
+    folder, size = os.path.join(out, "checkpoints"), 0
+    for step in checkpoint_steps(out):
+        path = os.path.join(folder, f"step_{step}")
+        size += sum(os.path.getsize(file) for file in glob.glob(os.path.join(path, "*")))
+        os.rename(path, path + ".part")
+        shutil.rmtree(path + ".part")
+    with contextlib.suppress(OSError):  # it may hold what others put there
+        os.rmdir(folder)
+    print(f"the run is finished: removed its checkpoints ({size / 1e9:.3g} GB)", flush=True)
 
 
 def load_checkpoint(args, world, model, *optimizers):
@@ -1500,7 +1530,8 @@ def check_metadata(folder):
 
 def export(model, processor, args, world, file_bytes=5 * 10**9):
     """Writes --out as a Hugging Face LLaVA checkpoint: tensors are gathered one by one, adapters merged, and
-    files of at most file_bytes moved to their place when all are complete."""
+    files of at most file_bytes moved to their place when all are complete. Then it removes the run's
+    checkpoints."""
     reshard(model)
     dtype, config = DTYPES[args.dtype], model.config
     part = os.path.join(args.out, "export.part")
@@ -1554,6 +1585,7 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
             os.replace(os.path.join(part, name), os.path.join(args.out, name))
         os.rmdir(part)
     world.on_rank0(place)
+    world.on_rank0(remove_checkpoints, args.out)
 
 
 def save_tensors(tensors, path):

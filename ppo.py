@@ -40,9 +40,9 @@ Departures from these papers, and other choices:
   over the answers and divided by the number of tokens.
 - The prompts of a minibatch stay the same in all epochs of an iteration; the order of minibatches changes.
 - The uniform number behind each sampled token depends only on (seed, minibatch, prompt, sample, token index),
-  so samples do not depend on the number of ranks or on batching.
-- The samples of a prompt follow it in one packed sequence. None sees another, and the positions of each
-  continue the prompt's.
+  so samples do not depend on the number of ranks, --micro_batch or --decode_batch.
+- The samples of a prompt follow it in one packed sequence. Samples do not attend to one another, and the
+  position ids of each continue the prompt's.
 - The learning rates follow a cosine over iterations, not a linear decay. The policy's schedule starts after
   --critic_warmup iterations.
 - Prompts that do not fill a minibatch at the end of a data epoch are left out of that epoch.
@@ -58,9 +58,9 @@ Legend: B prompts, K samples per prompt, A = B · K answers, L tokens of the lon
 answers, T positions of a packed sequence (a prompt and its K answers), M images, I features per image,
 D width of the vision tower, S edge of an image in pixels. In a data.Batch, target [N] holds the answer
 tokens, logit_position [N] the position that predicts each, answer [N] the answer that each belongs to,
-last_token [A] the position of each answer's last token; branch [B, T] is 0 in the prompt, k in its answer k
-and −1 at padding; token_shape is (A, L). A rank that has no prompts left in a step gets a micro-batch of
-padding, as all ranks take part in every pass.
+last_token [A] the position of each answer's last token, where a position is an index into the flattened
+[B · T]; branch [B, T] is 0 in the prompt, k in its answer k and −1 at padding; token_shape is (A, L). A rank
+that has no prompts left in a step gets a micro-batch of padding, as all ranks take part in every pass.
 """
 import argparse
 import dataclasses
@@ -248,7 +248,9 @@ def generate_rollouts(policy, steps, first, count, batches, processor, args, wor
     # Decoding reads all weights once per token, for however many prompts: micro-batches are decoded together.
     prompts_at_once = args.decode_batch or -(-args.rollout_batch // world.size)
     rollouts, batches_at_once = [], max(1, prompts_at_once // args.micro_batch)
-    while group := list(itertools.islice(prompt_batches, batches_at_once)):
+    groups = iter(lambda: [*itertools.islice(prompt_batches, batches_at_once)], [])
+    group_count = -(-count * len(steps.groups(first)) // batches_at_once)
+    for group in data.progress(groups, "groups of prompts answered", group_count):
         rollouts += sample_answers(model, group, processor, args, world, any_running)
         if (stop.asked(world) if sharded else stop.heard):
             break
@@ -266,8 +268,8 @@ def sample_answers(model, group, processor, args, world, any_running=torch.any):
     uniforms = torch.cat([
         keyed_uniforms(args.seed, number, [example.index for example in examples] or [0], K, max_new_tokens)
         for _, examples, number in group])
-    # K lists of ids per prompt, end token included. Their log-probabilities are not used: those of the
-    # forward pass that the update repeats make the first ratio 1 (logprobs_and_values).
+    # K lists of ids per prompt, end token included. generate's log-probabilities are dropped:
+    # logprobs_and_values computes log π_old by the update's own forward pass, so that the first ratio is 1.
     all_answers, _ = generate(
         model, data.join_prompts(batches), torch.cat(features), max_new_tokens, processor.end_ids,
         processor.banned, uniforms, K, args.temperature, any_running=any_running,
@@ -539,7 +541,7 @@ def parse_args():
     add = parser.add_argument_group("PPO (--max_steps, --warmup, --save_every and --eval_every count "
                                     "iterations; --batch_size: prompts per minibatch)").add_argument
     add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
-        help="projector, llm or both (default: projector,llm; with --lora_rank but no --llm: llm)")
+        help="projector, llm or both (default: projector,llm; with --lora_rank on a --model: llm)")
     add("--reward_model", help="output folder of rm.py, or FILE.py:FUNCTION of (record, texts) → scores")
     add("--advantage", choices=["gae", "rloo", "grpo"], default="gae",
         help="gae: PPO, with a critic; rloo, grpo: from the samples of a prompt, without a critic")
@@ -770,7 +772,8 @@ def main():
         seconds["generate"] = log.seconds()
 
         # answers → one score each [A]
-        scores = [scorer.score(rollout, prompts) for rollout in stop.until(rollouts, world)]
+        to_score = data.progress(rollouts, "micro-batches scored")
+        scores = [scorer.score(rollout, prompts) for rollout in stop.until(to_score, world)]
         if stop.asked(world):
             return abandon(iteration)
         if args.normalize_scores and iteration == 1:
@@ -785,8 +788,8 @@ def main():
         # sequences → log π_old, log π_ref, V_old [A, L]
         old_outputs = [
             logprobs_and_values(rollout, policy, reference, critic, args, not old_logprob_from_update(args))
-            for rollout in stop.until(rollouts, world)]
-        fsdp.reshard(*models)
+            for rollout in stop.until(data.progress(rollouts, "forward passes: micro-batches"), world)]
+        fsdp.reshard(*models)  # frees unsharded weights: no backward follows, which would
         if stop.asked(world):
             return abandon(iteration)
         seconds["forward"] = log.seconds()
@@ -806,7 +809,7 @@ def main():
         micro_batches = list(zip(rollouts, old_outputs, estimates))
         n = len(micro_batches) // minibatch_count  # micro-batches per minibatch, the same on every rank
         results = []
-        for m, ptx_micro_batches in zip(order, ptx_batches):
+        for m, ptx_micro_batches in zip(data.progress(order, "minibatches"), ptx_batches):
             minibatch = micro_batches[m * n:(m + 1) * n]
             results.append(ppo_step(minibatch, ptx_micro_batches, trained_models, active, iteration, args,
                                     world))
@@ -827,7 +830,7 @@ def main():
         tokens, = world.sum(sum(int((rollout.batch.branch >= 0).sum()) for rollout in rollouts))
         records = rollout_records(rollouts, scores, old_outputs, processor, args.kl_coef)
         if iteration % SHOW_EVERY == 0:
-            log.say("\n".join(f"    {record}" for record in records[::max(1, len(records) // 3)][:3]))
+            log.show(iteration, records[::max(1, len(records) // 3)][:3])
         if args.save_rollouts:
             save_rollouts(records, iteration, args, world)
         ended = iteration == total
@@ -837,7 +840,7 @@ def main():
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and iteration % args.save_every == 0:
             save(iteration)
-        log.seconds()
+        log.seconds()  # what evaluating and saving took is not part of the next iteration
         if stopped:
             log.say(f"stopped by SIGTERM after iteration {iteration}; --resume goes on from there")
             return fsdp.STOPPED

@@ -57,11 +57,11 @@ def parse_args():
     parser.set_defaults(lr=1e-5)
     add = parser.add_argument_group("reward model").add_argument
     add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
-        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA "
-        "but no --llm: llm)")
+        help="parts to train: any of projector,llm,vision (default: projector,llm; with "
+        "--lora_rank on a --model: llm)")
     add("--projector_lr", type=fsdp.non_negative,
-        help="peak rate of the projector (default: --lr; with --lora_rank and no --lr a tenth of the default "
-        "--lr, see fsdp.parse)")
+        help="peak rate of the projector (default: --lr; with --lora_rank and no --lr: the default --lr of "
+        "full training)")
     add("--center_coef", type=fsdp.non_negative, default=0.0,
         help="c: weight of the squared mean score of each record")
     return fsdp.parse(parser, data_file="pairs.json", shapes=dict(
@@ -74,7 +74,8 @@ def score_records(model, steps, end, world, args, stop):
     """{index of a record: [score of each answer]} for steps 0 … end − 1, on every rank; {} if SIGTERM
     interrupts it."""
     results = {}
-    for step, micro_batches in enumerate(stop.until(data.Loader(steps, 0, end, args.workers), world)):
+    batches = data.progress(data.Loader(steps, 0, end, args.workers), "evaluation: steps")
+    for step, micro_batches in enumerate(stop.until(batches, world)):
         for indices, batch in zip(steps.groups(step), micro_batches):
             batch = batch.to(world.device)
             scores = model.scores(batch, model.vision_tower(batch.pixels), batch.last_token)  # [A]
@@ -163,6 +164,7 @@ def main():
         count, tokens = world.sum(sum(map(len, micro_indices)),
                                   sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
         totals = torch.zeros(4, device=world.device)
+        micro_batches = data.progress(micro_batches, f"step {step}: micro-batches")
         for indices, batch in zip(micro_indices, micro_batches):
             batch = batch.to(world.device)
             margin = torch.tensor([examples[i].margin for i in indices], device=world.device)  # [B]

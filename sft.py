@@ -39,11 +39,11 @@ def parse_args():
     fsdp.arguments(parser)
     add = parser.add_argument_group("supervised fine-tuning").add_argument
     add("--train", type=lambda text: fsdp.train_parts(text, PARTS),
-        help="parts to train: any of projector,llm,vision (default: projector,llm; with LoRA "
-        "but no --llm: llm)")
+        help="parts to train: any of projector,llm,vision (default: projector,llm; with "
+        "--lora_rank on a --model: llm)")
     add("--projector_lr", type=fsdp.non_negative,
-        help="peak rate of the projector (default: --lr; with --lora_rank and no --lr a tenth of the default "
-        "--lr, see fsdp.parse)")
+        help="peak rate of the projector (default: --lr; with --lora_rank and no --lr: the default --lr of "
+        "full training)")
     return fsdp.parse(parser, data_file="sft.json", shapes=dict(
         eval_data=[os.path.join(fsdp.SHAPES_DIR, "test.json")], batch_size=64, micro_batch=64, lr=2e-3,
         warmup=40, max_steps=350))
@@ -53,7 +53,8 @@ def parse_args():
 def evaluate(model, steps, world, args, stop):
     """{"eval_loss": mean over the held-out tokens, in nats per token}; {} if SIGTERM interrupts it."""
     total = count = 0
-    for micro_batches in stop.until(data.Loader(steps, 0, len(steps), args.workers), world):
+    batches = data.progress(data.Loader(steps, 0, len(steps), args.workers), "evaluation: steps")
+    for micro_batches in stop.until(batches, world):
         for batch in micro_batches:
             batch = batch.to(world.device)
             total += model(batch, model.vision_tower(batch.pixels)).sum()
@@ -66,8 +67,8 @@ def evaluate(model, steps, world, args, stop):
 
 
 @torch.no_grad()
-def show_answers(model, examples, processor, world, log, max_new_tokens=64):
-    """Prints greedy answers to the first three held-out prompts. Every rank decodes the same batch."""
+def show_answers(model, examples, processor, world, log, step, max_new_tokens=64):
+    """Shows greedy answers to the first three held-out prompts. Every rank decodes the same batch."""
     prompts = []
     for example in examples[:3]:
         images = example.images[:int((example.prompt == processor.image_token).sum())]
@@ -77,10 +78,12 @@ def show_answers(model, examples, processor, world, log, max_new_tokens=64):
     answers, _ = generate(model, batch, features, max_new_tokens, processor.end_ids, processor.banned,
                           any_running=world.any, cuda_graph=False)
     fsdp.reshard(model)
+    shown = []
     for example, (ids,) in zip(examples, answers):
         token_mask = example.token_masks[0].tolist()  # False from the second human turn on, if there is one
         label = example.answers[0][:token_mask.index(False) if False in token_mask else None]
-        log.say(f"    {data.shown(example.id)}: {processor.text(ids)!r}  (label: {processor.text(label)!r})")
+        shown.append({"id": example.id, "answer": processor.text(ids), "label": processor.text(label)})
+    log.show(step, shown)
 
 
 def main():
@@ -134,7 +137,7 @@ def main():
         count, tokens = world.sum(sum(len(batch.target) for batch in micro_batches),
                                   sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
         loss = 0.0
-        for batch in micro_batches:
+        for batch in data.progress(micro_batches, f"step {step}: micro-batches"):
             batch = batch.to(world.device)
             features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
             token_logps = model(batch, features)  # [N]
@@ -153,7 +156,7 @@ def main():
         if held_out and (ended or args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(model, eval_steps, world, args, stop) or fsdp.EVAL_DUE
             if "eval_loss" in metrics:
-                show_answers(model, held_out, processor, world, log)
+                show_answers(model, held_out, processor, world, log, step)
         log.step(step, tokens, seconds, **metrics)
         stopped = stop.asked(world)
         if stopped or ended or args.save_every and step % args.save_every == 0:

@@ -192,10 +192,20 @@ def kernels(table):
     return {"number": calls, "ms": ms, "top": top}
 
 
+# runs a script that leaves the checkpoints of a finished run in place, for one that resumes from them
+KEEPING_CHECKPOINTS = """import os, runpy, sys
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import fsdp
+fsdp.remove_checkpoints = lambda out: None
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+
+
 def run_script(folder, label, script, *argv):
     """`python SCRIPT argv…`; --out is named by the label's part before a blank. → label, result"""
     start, out = time.perf_counter(), folder / label.split()[0]
-    done = subprocess.run([sys.executable, ROOT / script, "--out", out, *map(str, argv)],
+    command = [sys.executable, *(["-c", KEEPING_CHECKPOINTS] if "--save_every" in argv else [])]
+    done = subprocess.run([*command, ROOT / script, "--out", out, *map(str, argv)],
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     result, log = {"exit": done.returncode, "seconds": time.perf_counter() - start}, out / "log.jsonl"
     print(f"---- {label}\n{done.stdout[-4000:]}", flush=True)

@@ -563,6 +563,16 @@ def test_what_the_hub_cannot_give_is_said(tmp_path, hub):
     assert "HF_HUB_OFFLINE is set while" in none
 
 
+def test_progress_is_printed_every_ten_seconds(monkeypatch, capsys):
+    """Items of 4 s; an iterator's number is given."""
+    clock = [0.0]
+    monkeypatch.setattr(fsdp.data.time, "time", lambda: clock[0])
+    for items, count in ([*range(8)], None), (iter(range(8)), 8):
+        for _ in fsdp.data.progress(items, "items", count):
+            clock[0] += 4
+        assert capsys.readouterr().out == "items: 3/8, 20 s left\nitems: 6/8, 8 s left\n"
+
+
 @pytest.mark.parametrize("terminal, shown", [
     (True, [1, 3, 4, 6, 8, 10, 12, 14, 16, 17, 19, 21, 23, 24]), (False, [1, 4, 10, 17, 20, 24])])
 def test_terminal_lines_come_at_a_pace(terminal, shown, world, monkeypatch, capsys, tmp_path):

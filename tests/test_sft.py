@@ -28,7 +28,7 @@ def fake_wandb():  # prints its calls
     def say(*args, **named):
         print("wandb", args, sorted(named))
     wandb = SimpleNamespace(init=lambda **named: say(named["project"], named["id"], named["resume"]) or wandb,
-                            log=say, finish=say)
+                            log=say, finish=say, Table=lambda columns, data: f"{columns} {data}")
     sys.modules["wandb"], wandb.__spec__ = wandb, SimpleNamespace()
 
 
@@ -37,7 +37,7 @@ def test_projector_pre_training(place, tmp_path):
     --wandb is started with the project, called with the metrics, and finished; a resume continues its run."""
     file, out = tiny.write_rows(tmp_path / "one.json", [MIXED[0]]), tmp_path / "out"
     argv = [*files(place), "--data", file, "--out", out, "--max_steps", 1, "--train", "projector",
-            "--template", "plain", "--wandb", "mine"]
+            "--template", "plain", "--wandb", "mine", "--eval_data", file, "--lr", 0]
     done = fork("sft", *argv, prepare=fake_wandb)
     peer = tiny.hf.LlavaForConditionalGeneration.from_pretrained(place / "model").eval()
     processor = tiny.hf.AutoProcessor.from_pretrained(out)
@@ -49,7 +49,8 @@ def test_projector_pre_training(place, tmp_path):
     assert tiny.log(out)[0]["loss"] == pytest.approx(-token_logps.mean().item(), rel=1e-5)
     plain = (tiny.ROOT / "templates" / "plain.jinja").read_text()
     assert (out / "chat_template.jinja").read_text() == plain
-    start, step, finish = (line for line in done.out.splitlines() if line.startswith("wandb"))
+    start, table, step, finish = (line for line in done.out.splitlines() if line.startswith("wandb"))
+    assert re.search(r"answers.*\['id', 'answer', 'label'\] \[\['row 0', '.*', 'a red circle'\]\].*'step'", table)
     assert finish == "wandb () ['exit_code']" and "'loss'" in step
     assert re.fullmatch(r"wandb \('mine', '[0-9a-f]{8}', 'allow'\) \[\]", start)
     same, other = (fork("sft", *argv, how, prepare=fake_wandb).out for how in ("--resume", "--overwrite"))
@@ -60,14 +61,19 @@ def test_projector_pre_training(place, tmp_path):
 def test_a_user_fine_tunes(ranks, place, tmp_path):
     """Answers are shown, records above --max_len are counted, and the export can be trained on."""
     out, argv = tmp_path / "out", [*files(place), "--max_len", 140]
-    done = tiny.command(
-        "sft", *argv, "--out", out, "--eval_data", place / "rows.json", "--eval_every", 15, "--batch_size", 9,
-        "--micro_batch", 5, "--max_steps", 30, "--lr", "1e-2", "--warmup", 3, "--recompute", ranks=ranks)
+    options = ["--out", out, "--eval_data", place / "rows.json", "--eval_every", 15, "--batch_size", 9,
+               "--micro_batch", 5, "--max_steps", 30, "--lr", "1e-2", "--warmup", 3, "--recompute"]
+    done = tiny.command("sft", *argv, *options, ranks=ranks)
     assert done.code == 0 and "Traceback" not in done.err and "Warning" not in done.err, done.err
     lines, again = tiny.log(out), tmp_path / "again"
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     assert max(line["lr"] for line in lines) == pytest.approx(1e-2) == 4 * lines[0]["lr"]
-    assert done.out.count("    row 0: ") == 2 and "(label: 'a red circle')" in done.out
+    assert done.out.count("    row 0: ") == 2 and "(label 'a red circle')" in done.out
     assert f"wrote {out}" in done.out and "30/30" in done.out and "--max_len 140 leaves out" in done.out
+    assert "removed its checkpoints" in done.out and not (out / "checkpoints").exists()
+    done = fork("sft", *argv, *options, "--resume", ranks=ranks)
+    assert done.code == 0 and "nothing is left to do" in done.out and tiny.log(out) == lines
+    done = fork("sft", *argv, *options, "--resume", "--seed", 1)
+    assert done.code == 2 and "--seed 0 then, 1 now" in done.error
     fork("sft", *argv, "--model", out, "--out", again, "--max_steps", 1)
     assert tiny.log(again)[0]["loss"] == pytest.approx(lines[-1]["eval_loss"], rel=1e-4)

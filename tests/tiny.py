@@ -362,15 +362,18 @@ def fork(script, *argv, ranks=1, prepare=None):
 
 
 def main(script, argv, prepare=None):
-    """What `python script.py argv…` does, in this process."""
+    """What `python script.py argv…` does, in this process. A finished run keeps its checkpoints, which tests
+    compare."""
     sys.argv = [f"{script}.py", *map(str, argv)]
+    importlib.import_module("fsdp").remove_checkpoints = lambda out: None
     if prepare:
         prepare()
     importlib.import_module("fsdp").run(importlib.import_module(script).main)
 
 
 def inside(script, *argv):
-    """A script's main in this process and its process group, if it has one. → the models that it built"""
+    """A script's main in this process and its process group, if it has one; checkpoints are kept. → the
+    models that it built"""
     fsdp, models = importlib.import_module("fsdp"), []
     build, dist = fsdp.build, torch.distributed
 
@@ -379,6 +382,7 @@ def inside(script, *argv):
         return models[-1]
     start = mock.Mock() if dist.is_initialized() else dist.init_process_group
     with (mock.patch.object(fsdp, "build", recording_build), command_line(script, argv),
+          mock.patch.object(fsdp, "remove_checkpoints"),
           mock.patch.object(dist, "init_process_group", start), contextlib.ExitStack() as stack):
         stack.callback(unwatch)
         importlib.import_module(script).main()
