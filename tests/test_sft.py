@@ -50,7 +50,8 @@ def test_projector_pre_training(place, tmp_path):
     plain = (tiny.ROOT / "templates" / "plain.jinja").read_text()
     assert (out / "chat_template.jinja").read_text() == plain
     start, table, step, finish = (line for line in done.out.splitlines() if line.startswith("wandb"))
-    assert re.search(r"answers.*\['id', 'answer', 'label'\] \[\['row 0', '.*', 'a red circle'\]\].*'step'", table)
+    columns, shown = r"\['id', 'answer', 'label'\]", r"\[\['row 0', '.*', 'a red circle'\]\]"
+    assert re.search(f"answers.*{columns} {shown}.*'step'", table)
     assert finish == "wandb () ['exit_code']" and "'loss'" in step
     assert re.fullmatch(r"wandb \('mine', '[0-9a-f]{8}', 'allow'\) \[\]", start)
     same, other = (fork("sft", *argv, how, prepare=fake_wandb).out for how in ("--resume", "--overwrite"))
