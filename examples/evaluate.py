@@ -240,7 +240,8 @@ def read_objects(path, captions=()):
 
 
 def read_answers(path, unique=True):
-    """The records that predict.py wrote, one per line. unique: an id may stand there only once."""
+    """The records that predict.py wrote, one per line; `answer` and `answers` become a text and texts.
+    unique: an id may stand there only once."""
     records, ids = [], set()
     with reading(path, "answers that predict.py wrote"):
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -251,8 +252,9 @@ def read_answers(path, unique=True):
             with reading(f"{path}, line {number}", "a complete record, once, of predict.py without --score"):
                 record = json.loads(line)
                 id, record["answer"] = record["id"], record["answer"] or ""
-                if not isinstance(record["answer"], str):
-                    raise TypeError(f"the answer {record['answer']!r}")
+                record["answers"] = [sample["text"] for sample in record.get("answers") or []]
+                if not all(isinstance(text, str) for text in (record["answer"], *record["answers"])):
+                    raise TypeError("an answer that is no text")
                 if unique and id in ids:
                     raise ValueError(f"id {id!r} again")
                 ids.add(id)
@@ -263,10 +265,9 @@ def read_answers(path, unique=True):
 def by_samples(records):
     """→ {"answer": [(record, text), ...]}, and the same for "K samples" where records have several"""
     texts = {"answer": [(record, record["answer"]) for record in records]}
-    samples = [(record, [sample["text"] for sample in record.get("answers") or []]) for record in records]
-    most = max(len(several) for _, several in samples)
+    most = max(len(record["answers"]) for record in records)
     if most > 1:
-        texts[f"{most} samples"] = [(record, text) for record, several in samples for text in several]
+        texts[f"{most} samples"] = [(record, text) for record in records for text in record["answers"]]
     return texts
 
 

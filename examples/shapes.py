@@ -579,8 +579,7 @@ def rank(paths, truth):
     for path in paths:
         for record in read_answers(path, truth):
             best, r = {}, truth[record["id"]]
-            samples = [sample["text"] for sample in record.get("answers") or []]
-            for text in filter(str.strip, samples):  # an answer without a word is no row's
+            for text in filter(str.strip, record["answers"]):  # an answer without a word is no row's
                 best.setdefault(badness(r["objects"], text), text)
             if len(best) > 1:
                 turns = [r["conversations"][0], {"from": "gpt", "value": [best[key] for key in sorted(best)]}]
