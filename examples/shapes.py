@@ -45,6 +45,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from evaluate import by_samples, chair, exact_match, print_table  # noqa: E402
+from evaluate import read_answers as read_records  # noqa: E402
+
 # torch and transformers are imported where the checkpoint is made: metrics need neither and start at once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -454,34 +458,24 @@ def ensure(folder, **sizes):
 # ---- metrics ----
 
 def read_answers(path, truth):
-    """-> [(record, its answer, all its samples), ...]; an answer of null counts as an empty one."""
-    answers = []
-    for line in Path(path).read_text().strip().split("\n"):
-        given = json.loads(line)
-        if given["id"] not in truth:
-            raise ValueError(f"{path}: got id {given['id']!r}, need one of this data set: set --world")
-        samples = [sample["text"] for sample in given.get("answers") or []]
-        answers.append((truth[given["id"]], given["answer"] or "", samples))
-    return answers
+    """-> what predict.py wrote, or ppo.py's rollouts; an answer of null counts as an empty one."""
+    records = read_records(path, unique=False)
+    for record in records:
+        if record["id"] not in truth:
+            raise ValueError(f"{path}: got id {record['id']!r}, need one of this data set: set --world")
+    return records
 
 
 def measure(captions):
     """[(objects in the image, text), ...] -> the metrics, means over mentions, objects or texts.
 
-    chair_i: share of the mentions that name something not in the image; chair_s: share of the texts that do
-    (arXiv:1809.02156). coverage: share of the images' objects that are named. exact, well_formed: share of
-    the texts that are the true caption, or any caption. words: length of a text.
+    chair_i, chair_s, coverage, exact: as evaluate.py has them, of the mentions of this data set's objects.
+    well_formed: share of the texts that are a caption, true or false. words: length of a text.
     """
-    named = invented = shown = found = 0
-    for objects, text in captions:
-        mentioned = mentions(text)
-        named, invented = named + len(mentioned), invented + sum(name not in objects for name in mentioned)
-        shown, found = shown + len(objects), found + sum(name in mentioned for name in objects)
     n = len(captions)
     return {
-        "n": n, "chair_i": invented / max(named, 1), "coverage": found / shown,
-        "chair_s": sum(not set(mentions(text)) <= set(objects) for objects, text in captions) / n,
-        "exact": sum(text == caption(objects) for objects, text in captions) / n,
+        "n": n, **chair([(mentions(text), objects) for objects, text in captions]),
+        **exact_match([(text, caption(objects)) for objects, text in captions]),
         "well_formed": sum(well_formed(text) for _, text in captions) / n,
         "words": sum(len(text.split()) for _, text in captions) / n}
 
@@ -489,28 +483,15 @@ def measure(captions):
 def evaluate(paths, truth):
     """-> metrics per file, kind of sets and what is measured: the rows' `answer`, and all their `answers`
     where they have several."""
-    records = []
+    rows = []
     for path in paths:
-        answers = read_answers(path, truth)
-        captions = {"answer": [(r, text) for r, text, _ in answers]}
-        most = max((len(samples) for *_, samples in answers), default=0)
-        if most > 1:
-            captions[f"{most} samples"] = [(r, text) for r, _, samples in answers for text in samples]
-        for over, texts in captions.items():
+        for over, answered in by_samples(read_answers(path, truth)).items():
+            texts = [(truth[record["id"]], text) for record, text in answered]
             for sets, wanted in (("all", (True, False, None)), ("seen", (True,)), ("unseen", (False,))):
                 chosen = [(r["objects"], text) for r, text in texts if r.get("seen") in wanted]
                 if chosen:
-                    records.append({"file": str(path), "over": over, "sets": sets, **measure(chosen)})
-    return records
-
-
-def print_table(records):
-    width = max([len(r["file"]) for r in records] + [4])
-    print(f"{'file':{width}}  over       sets        n  CHAIR-i  CHAIR-s coverage  exact  formed  words")
-    for r in records:
-        print(f"{r['file']:{width}}  {r['over']:10} {r['sets']:6} {r['n']:6d}",
-              f"{r['chair_i']:8.3f} {r['chair_s']:8.3f} {r['coverage']:8.3f}",
-              f"{r['exact']:6.3f} {r['well_formed']:7.3f} {r['words']:6.2f}")
+                    rows.append({"file": str(path), "over": over, "sets": sets, **measure(chosen)})
+    return rows
 
 
 def pair_accuracy(paths):
@@ -543,8 +524,8 @@ def curve(run, truth, each=5):
     print(f"\n| iterations | KL | score | {' | '.join(names)} |\n|" + "---|" * (3 + len(names)))
     for i in range(0, len(files), each):
         some = files[i:i + each]
-        lines = [json.loads(line) for path in some for line in path.read_text().strip().split("\n")]
-        true = measure([(r["objects"], text) for path in some for r, text, _ in read_answers(path, truth)])
+        lines = [line for path in some for line in read_answers(path, truth)]
+        true = measure([(truth[line["id"]]["objects"], line["answer"]) for line in lines])
         means = [np.mean([line[name] for line in lines]) for name in ("kl", "score")]
         cells = [f"{value:.3f}" for value in (*means, *(true[name] for name in names))]
         print(f"| {some[0].stem}–{some[-1].stem} | {' | '.join(cells)} |")
@@ -596,9 +577,9 @@ def rank(paths, truth):
     """Sampled answers -> preference rows. Of texts that are equally good the first stays; a row needs two."""
     rows = []
     for path in paths:
-        for r, _, samples in read_answers(path, truth):
-            best = {}
-            for text in filter(str.strip, samples):  # an answer without a word is no row's
+        for record in read_answers(path, truth):
+            best, r = {}, truth[record["id"]]
+            for text in filter(str.strip, record["answers"]):  # an answer without a word is no row's
                 best.setdefault(badness(r["objects"], text), text)
             if len(best) > 1:
                 turns = [r["conversations"][0], {"from": "gpt", "value": [best[key] for key in sorted(best)]}]
@@ -640,7 +621,8 @@ def main():
         curve(args.curve, truth)
     elif args.evaluate or args.pairs:
         records = evaluate(args.evaluate, truth) if args.evaluate else []
-        print_table(records)
+        if records:
+            print_table(records)
         records += pair_accuracy(args.pairs)
         if args.json:
             args.json.write_text(json.dumps(records, indent=1) + "\n")
