@@ -298,6 +298,8 @@ def vqa_metric(path):
     with reading(path, "VQA's annotations"):
         humans = {str(one["question_id"]): ([answer["answer"] for answer in one["answers"]],
                                             one.get("answer_type")) for one in read_json(path)["annotations"]}
+        if not all(answers for answers, _ in humans.values()):
+            raise ValueError("a question without answers")
 
     def truth(record):
         question = str(record.get("question_id", record["id"]))
