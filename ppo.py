@@ -40,7 +40,7 @@ Departures from these papers, and other choices:
   over the answers and divided by the number of tokens.
 - The prompts of a minibatch stay the same in all epochs of an iteration; the order of minibatches changes.
 - The uniform number behind each sampled token depends only on (seed, minibatch, prompt, sample, token index),
-  so samples do not depend on the number of ranks, --micro_batch or --decode_batch.
+  so up to rounding samples do not depend on the number of ranks, --micro_batch or --decode_batch.
 - The samples of a prompt follow it in one packed sequence. Samples do not attend to one another, and the
   position ids of each continue the prompt's.
 - The learning rates follow a cosine over iterations, not a linear decay. The policy's schedule starts after

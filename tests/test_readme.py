@@ -88,3 +88,15 @@ def test_memory_is_what_memory_py_computes(tmp_path):
 
 def test_the_front_page_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 140
+
+
+def test_an_export_answers_in_transformers(place, tmp_path, capsys):
+    """The README's Python, on a tiny model and image."""
+    done = tiny.fork("sft", "--model", place / "model", "--data", place / "rows.json", "--images",
+                     place / "images", "--max_steps", 1, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    code, = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
+    code = code.replace("runs/dpo-7b", f"{tmp_path}/out").replace("cat.jpg", f"{place}/images/p0.png")
+    names = {}
+    exec(code, names)  # noqa: S102
+    assert names["turn"]["content"][0]["path"].startswith(str(place)) and capsys.readouterr().out.strip()
