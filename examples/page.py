@@ -108,7 +108,7 @@ def ticks(low, high):
     """Round numbers, equally spaced, from at most `low` to at least `high`."""
     least = ((high - low) or abs(high) or 1) / 4
     power = 10 ** math.floor(math.log10(least))
-    space = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+    space = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least)
     first = math.floor(low / space)
     return [round(i * space, 12) for i in range(first, max(math.ceil(high / space), first + 1) + 1)]
 
@@ -129,7 +129,7 @@ def chart(title, lines, width=360, height=220, x_label="step"):
     svg = [f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
            f'<text class="title" x="12" y="22">{escape(title)}</text><text x="0" y="41">']
     svg += [f'<tspan dx="12" fill="var(--c{colour})">●</tspan> {escape(name)}' for name, colour in lines]
-    svg += [f'</text><text x="{left - 6}" y="{bottom + 18}" text-anchor="end">{x_label}</text>']
+    svg += [f'</text><text x="12" y="{bottom + 18}">{x_label}</text>']
 
     def at(step, value):
         x = left + (right - left) * (step - first) / ((last - first) or 1)

@@ -97,7 +97,7 @@ def test_images_are_upright_scaled_down_and_embedded_once(tmp_path):
 
 def test_samples_unanswered_records_metrics_and_the_limit(tmp_path):
     numbers = {"file": "runs/a.jsonl", "over": "answer", **dict.fromkeys(script.COLUMNS, 0.25)}
-    write(tmp_path / "metrics.json", [[{**numbers, "sets": "all"}, {**numbers, "sets": "seen", "chair_s": 1}]])
+    write(tmp_path / "metrics.json", [[numbers | {"sets": "all"}, numbers | {"sets": "seen", "chair_s": 1}]])
     page = make(tmp_path, "--limit", 2, "--metrics", "metrics.json", a=[
         record(1, "two", label="one", answers=[{"text": "one", "reward": 1.25}, {"text": ""}]),
         record("half \ud83d", "one\u2028two"), record(3, None, label="x"), record(5, "x", label="x")])
@@ -129,9 +129,9 @@ def test_curves_have_a_chart_per_metric_and_a_line_per_name(tmp_path):
         ("--c0", "50.0,56.0 124.0,125.0 198.0,194.0"), ("--c1", "346.0,125.0")]
     assert len(re.search('points="(.*?)"', coverage)[1].split()) == script.POINTS
     assert script.bucket_means([(i, 2 * i) for i in range(61)])[-2:] == [(58.5, 117), (60, 120)]
-    assert script.ticks(0, 1) == [0, 0.5, 1] and script.ticks(0.31, 0.72) == [0.2, 0.4, 0.6, 0.8]
+    assert script.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1] and script.ticks(0.31, 0.72) == [0.2, 0.4, 0.6, 0.8]
     assert script.ticks(1, 350)[-3:] == [200, 300, 400] and script.ticks(-0.03, -0.01)[0] == -0.03
-    assert script.ticks(0, 0) == [0, 0.5] and script.ticks(7, 7) == [6, 8]  # constant metrics
+    assert script.ticks(0, 0) == [0, 0.25] and script.ticks(7, 7) == [6, 8]  # constant metrics
 
 
 BAD = {
