@@ -30,9 +30,9 @@ def test_answers_and_curves_are_drawn_from_a_chain(tmp_path):
     def write(name, records):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(each) + "\n" for each in records))
-    for stage, wrong in {"sft": (0, 1, 2, 3), "dpo": (0,), "ppo": (1,)}.items():
+    for stage, wrong in {"sft": (0, 1, 2, 3), "dpo": (0, 2), "ppo": (1,)}.items():
         write(f"{stage}-sampled.jsonl", [
-            {"id": str(i), "image": "a.png", "prompt": "?", "objects": [0] * (4 if i > 2 else 3),
+            {"id": str(i), "image": "a.png", "prompt": "?", "objects": [0] * (4 if i > 1 else 3),
              "label": f"{i} & a red star", "answer": f"{i} & a {'blue' if i in wrong else 'red'} star"}
             for i in range(5)])
     (tmp_path / "world" / "images").mkdir(parents=True)
@@ -41,7 +41,7 @@ def test_answers_and_curves_are_drawn_from_a_chain(tmp_path):
     image.save(tmp_path / "world" / "images" / "a.png")
     svg = figures.answers(tmp_path)
     content = "".join(ElementTree.fromstring(svg).itertext())
-    assert "Held-out image 3," in content and re.findall(r"(\d+) % right", content) == ["20", "80", "80"]
+    assert "Held-out image 3," in content and re.findall(r"(\d+) % right", content) == ["20", "60", "80"]
     assert 'class="extra">blue<' in svg and 'class="missing">red<' in svg and content.count("✗ wrong") == 1
     assert 'fill="rgb(255,255,255)" d="M2 3h3v1h-3z"' in svg
     write("ppo/log.jsonl", [{"step": i, "objective/scores": i, "objective/kl": 0.5} for i in (1, 2)])
