@@ -205,7 +205,7 @@ def answer_html(answer, label):
     forms = {"same": "{}", "extra": "<mark>{}</mark>", "missing": '<del data-missing="{}"></del>'}
     text = "".join(forms[kind].format(escape(piece)) for piece, kind in differences(answer, label))
     kind = verdict(answer, label)
-    sign = {"right": "✓ right", "wrong": "✗ wrong", "": ""}[kind]
+    sign = {"right": "✓&nbsp;right", "wrong": "✗&nbsp;wrong", "": ""}[kind]
     return f'<span class="text {kind}" dir="auto">{text or "(no answer)"} <b>{sign}</b></span>'
 
 
