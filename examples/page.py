@@ -212,7 +212,7 @@ def answer_html(answer, label):
 def section(name, record, label):
     """One file's answer to one record, and its samples."""
     answer = answer_html(record["answer"], label) if "answer" in record else "" if record else "no record"
-    samples = "".join(f"<li>{answer_html(each['text'], label)} <small>{each.get('reward', '')}</small>"
+    samples = "".join(f"<li>{answer_html(each['text'], label)} {escape(str(each.get('reward', ''))[:6])}"
                       for each in record.get("answers") or [])
     return (f'<section class="{verdict(record.get("answer"), label)}"><strong>{escape(name)}</strong><br>'
             f"{answer}<details><summary><small>samples</small></summary><ol>{samples}</ol></details></section>")
@@ -230,12 +230,12 @@ def article(key, label, records, names, images):
 
 
 def table(answers, joined, metrics):
-    """The files over all their records; metrics: {file name: {metric: number}}."""
+    """The answers, [(name, path)], over all their records; metrics: {file name: {metric: number}}."""
     html = "".join(f"<th>{name}" for name in ("answers", "records", "exact match", *COLUMNS.values()))
-    for i, (name, path) in enumerate(answers.items()):
+    for i, (name, path) in enumerate(answers):
         verdicts = [verdict(each[i].get("answer"), label) for _, label, each in joined.values() if each[i]]
-        right, judged = verdicts.count("right"), len(verdicts) - verdicts.count("")
-        exact = f"{right} of {judged} ({right / judged:.1%})" if judged else "no labels"
+        right, labelled = verdicts.count("right"), len(verdicts) - verdicts.count("")
+        exact = f"{right} of {labelled} ({right / labelled:.1%})" if labelled else "no labels"
         numbers = (f"{metrics[path.name][each]:.3f}" for each in COLUMNS if path.name in metrics)
         html += "<tr>" + "".join(f"<td>{cell}" for cell in (escape(name), len(verdicts), exact, *numbers))
     return f"<table>{html}</table>"
@@ -243,20 +243,19 @@ def table(answers, joined, metrics):
 
 # ---- the page ----
 
-def page(args, answers):
-    """The HTML of the files {name: path}."""
-    joined, embedded = join([read_answers(path) for path in answers.values()]), {}
+def page(args):
+    joined, embedded = join([read_answers(path) for _, path in args.answers]), {}
     metrics = json.loads(args.metrics.read_text()) if args.metrics else []
     metrics = {Path(each["file"]).name: each for each in metrics  # those of the answers shown, for all images
                if each.get("over") == "answer" and each["sets"] == "all"}
-    shown = list(joined.items())[:args.limit or None]
-    articles = "\n".join(article(key, label, records, answers, images_html(key, image, args.images, embedded))
+    names, shown = [name for name, _ in args.answers], list(joined.items())[:args.limit or None]
+    articles = "\n".join(article(key, label, records, names, images_html(key, image, args.images, embedded))
                          for key, (image, label, records) in shown)
     return f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>{escape(args.title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{THEME}{CSS}</style>
 <h1>{escape(args.title)}</h1><ul>{"".join(f"<li>{escape(note)}" for note in args.notes)}</ul>
-{table(answers, joined, metrics)}<p class="grid">{charts_html(args.logs, args.curves)}</p>
+{table(args.answers, joined, metrics)}<p class="grid">{charts_html(args.logs, args.curves)}</p>
 <label><input type="radio" name="show" checked> {len(shown)} of {len(joined)} records</label>
 <label><input type="radio" name="show" id="wrong"> those with a wrong answer</label>
 <label><input type="radio" name="show" id="differ"> those whose answers differ</label>
@@ -287,7 +286,7 @@ def main():
     args = parser.parse_args()
     out = args.out.with_suffix(".html")  # a slip must not replace a file of answers
     try:
-        text = page(args, dict(args.answers))
+        text = page(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     out.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")  # JSON can hold lone surrogates

@@ -67,14 +67,14 @@ def test_everything_from_the_user_is_escaped(tmp_path):
     (tmp_path / "images").mkdir()
     name = evil.replace("/", "") + ".png"
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / name)
-    more = {"label": evil + " <w>", "prompt": "USER: " + evil, "answers": [{"text": evil}]}
+    more = {"label": evil + " <w>", "prompt": "USER: " + evil, "answers": [{"text": evil, "reward": "<i>"}]}
     write(tmp_path / "log.jsonl", [{"step": 1, evil: 1}])
     page = make(tmp_path, "--title", evil, "--notes", evil, "--curves", evil, "--logs", f"{evil}=log.jsonl",
                 a=[record(evil, evil, image=name, **more)])
     # title, heading, note, chart, log, id, prompt, label, answer, sample; the image's name
     assert page.html.count(escape(evil)) == 10 and page.html.count(escape(name)) == 1
     assert "x-evil" not in page.html.replace(escape(evil), "").replace(escape(name), "")
-    assert page.html.count('data-missing=" &lt;w&gt;"') == 2
+    assert page.html.count('data-missing=" &lt;w&gt;"') == 2 and "<i>" not in page.html
 
 
 def test_images_are_upright_scaled_down_and_embedded_once(tmp_path):
@@ -107,7 +107,7 @@ def test_samples_unanswered_records_metrics_and_the_limit(tmp_path):
 
 def test_differing_words_are_marked(tmp_path):
     expected = {"a red square and a star.": ([" square"], [" circle"]), "No.": ([], []),
-                "a red circle, a tree and a star.": ([", a tree"], []), "a red circle.": ([], [" and a star"])}
+                "a red circle, a box and a star.": ([", a box"], []), "a red circle.": ([], [" and a star"])}
     page = make(tmp_path, a=[record(each, each, label="a red circle and a star.") for each in expected])
     assert {id: (re.findall("<mark>(.*?)<", each.html), re.findall('missing="(.*?)"', each.html))
             for id, each in page.articles.items()} == expected
