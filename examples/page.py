@@ -1,325 +1,297 @@
 #!/usr/bin/env python3
-"""Answers beside their pictures: one self-contained HTML page to look through, to mail, to keep with a run.
+"""Answers beside their images, and training curves, as one HTML page to browse, mail and keep with a run.
 
-    python examples/page.py sft.jsonl dpo.jsonl --images DIR --out page.html
+    python examples/page.py SFT=sft.jsonl DPO=dpo.jsonl --images DIR --logs DPO=dpo/log.jsonl --out page.html
 
-Reads JSON lines as predict.py writes them: {"id", "image", "prompt", "answer", "label"?, "answers"?}. Several
-files are joined by id and stand side by side; a row that one of them lacks is shown as a gap. Where a row has
-a label, an answer is right if it equals the label (space around it aside); words it has too much are marked,
-words it lacks are shown struck out. The figures at the top count every row, whatever --limit shows. Pictures
-are at most 336 pixels a side, and one that several rows show is embedded once. The page works from file://
-without a network, on a phone and in the dark. Needs Pillow, nothing else.
+Answers are JSON lines of predict.py: {"id", "image", "prompt", "answer", "label"?, "answers"?}. Several files
+are joined by id and stand side by side; a record that one of them lacks is a gap. An answer is right if it
+equals the record's label, apart from space around it; otherwise the words that the label lacks are marked,
+and the label's own words are shown struck through. The table counts every record, whatever --limit shows.
+
+Logs are JSON lines with a "step": a run's log.jsonl, or any other. Each metric has a chart, each log a line,
+and two logs of the same NAME share one. A line has at most 60 points, each the mean of equally many steps.
+
+The page works from file:// without a network, on a phone, in light and dark. It needs Pillow, nothing else.
 """
 
 import argparse
 import base64
 import io
 import json
+import math
 import os
 import re
-import sys
 from difflib import SequenceMatcher
 from html import escape
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
-SIDE = 336  # longest side of an embedded picture, pixels
-ENLARGED = 224  # smaller pictures are drawn enlarged by a whole factor, to this side at most
-
+SIDE = 336  # longest side of an embedded image, pixels
+EXACT = 96  # images up to this side are embedded without loss and shown enlarged, pixel by pixel
+POINTS = 60  # of a line in a chart
+CURVES = {  # metrics in logs: the titles of their charts
+    "loss": "loss", "accuracy": "reward model: pairs in the right order", "margin": "reward model: margin",
+    "rewards/accuracies": "DPO: pairs in the right order", "rewards/margins": "DPO: margin of the rewards",
+    "objective/scores": "score by the reward model", "objective/kl": "KL to the reference, nats per answer",
+    "chair_s": "CHAIR-s: answers with a hallucination", "coverage": "coverage: objects that answers name"}
+COLUMNS = {"chair_s": "CHAIR-s", "chair_i": "CHAIR-i", "coverage": "coverage", "well_formed": "well-formed"}
+THEME = """
+:root { color-scheme: light dark; --paper: light-dark(#f5f4f0, #13161a); --card: light-dark(#fff, #1c2025);
+  --ink: light-dark(#1f2328, #e6e8ea); --dim: light-dark(#5b636e, #9ba5b0); --mark: light-dark(#fdb, #631);
+  --right: light-dark(#0a6b57, #5fd0b4); --wrong: light-dark(#b31, #f97); --edge: light-dark(#ddd, #353b43);
+  --c0: light-dark(#0068b5, #58aef5); --c1: light-dark(#c84e00, #f93); --c2: light-dark(#008060, #3fc79f);
+  --c3: light-dark(#a8488f, #e38fce); --c4: light-dark(#8a6d00, #db4); --c5: light-dark(#5f5fc4, #a5a5ff) }
+text { font: 12px system-ui, sans-serif; fill: var(--dim) } .title { font-weight: 600; fill: var(--ink) }
+line { stroke: var(--edge) } polyline { fill: none; stroke-width: 2; stroke-linejoin: round }
+"""
 CSS = """
-:root { color-scheme: light dark; --paper: #f5f4f0; --card: #fff; --ink: #1f2328; --dim: #5b636e;
-  --line: #d8d6cf; --right: #0a6b57; --wrong: #b0320b; --mark: #ffdfb0; --link: #1d5fa8; }
-@media (prefers-color-scheme: dark) { :root { --paper: #13161a; --card: #1c2025; --ink: #e6e8ea;
-  --dim: #9ba5b0; --line: #353b43; --right: #5fd0b4; --wrong: #ff9b73; --mark: #633f10; --link: #8cbcf2; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 88rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-  color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
-h1 { margin: 0 0 .75rem; font-size: 1.4rem; } h2, h3 { margin: 0; font-size: .85rem; } p { margin: .5rem 0; }
-p:first-child { margin-top: 0; }
-a { color: var(--link); } small, summary, output, :disabled + span { color: var(--dim); font-size: .85rem; }
-table { border-collapse: collapse; text-align: left; }
-th, td { padding: .2rem 1rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th, td + td { overflow-wrap: normal; } td:first-child { min-width: 6rem; }
-form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .4rem 1.2rem;
-  align-items: center; padding: .6rem 0; background: var(--paper); border-bottom: 1px solid var(--line); }
-input[type=search] { flex: 1 1 10rem; max-width: 24rem; padding: .35rem .6rem; font: inherit; }
-article { display: grid; grid-template-columns: min(var(--pictures), 40%) minmax(0, 1fr); gap: .5rem 1.25rem;
-  margin: 1rem 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
-  scroll-margin-top: 4rem; }
-article[hidden] { display: none; } h2 { grid-column: 1 / -1; } figure { margin: 0 0 .6rem; }
-img { display: block; max-width: 100%; height: auto; } .tiny { image-rendering: pixelated; }
-.text { white-space: pre-wrap; }
-.answers { display: grid; gap: .75rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr)); }
-section { padding: .6rem .8rem; border: 1px solid var(--line); border-left: 4px solid var(--dim); }
-section.right { border-left-color: var(--right); } section.wrong { border-left-color: var(--wrong); }
-section.gap { border-style: dashed; } ol { margin: .3rem 0 0; padding-left: 1.6rem; }
-b { white-space: nowrap; } b.right { color: var(--right); } b.wrong { color: var(--wrong); }
-mark { color: var(--ink); background: var(--mark); }
-del::before { content: attr(data-missing); color: var(--wrong); }
-@media (max-width: 44rem) { article { grid-template-columns: minmax(0, 1fr); } form { position: static; } }
+* { box-sizing: border-box } body { margin: auto; max-width: 88rem; padding: 1rem; color: var(--ink);
+  background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+table { display: block; overflow-x: auto; border-spacing: 0; text-align: left; white-space: nowrap }
+th, td { padding: .2rem 1.5rem .2rem 0; border-bottom: 1px solid var(--edge) } small { color: var(--dim) }
+.grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
+svg { width: 100%; height: auto } svg, article { background: var(--card); border: 1px solid var(--edge) }
+article { display: flex; flex-flow: wrap; gap: 1em; padding: 1em; margin: 1em 0 } div+div { flex: 18em }
+img { display: block; width: 12rem; margin: 5px 0 } img[src*="/png"] { image-rendering: pixelated }
+.right { --verdict: var(--right) } .wrong { --verdict: var(--wrong) } b { color: var(--verdict) }
+section { padding: .6rem; border: 1px solid var(--edge); border-left: 4px solid var(--verdict, var(--dim)) }
+mark { color: inherit; background: var(--mark) } del { color: var(--wrong) } .text { white-space: pre-wrap }
+del::before { content: attr(data-missing) } /* copying gives the answer alone */
+:has(#wrong:checked) > article:not([data-wrong]), :has(#differ:checked) > article:not([data-differ]),
+details:not(:has(li)) { display: none }
 """
 
-SCRIPT = """
-for (const img of document.querySelectorAll("[data-same]"))
-  img.src = document.getElementById(img.dataset.same).src;
-const form = document.forms[0], rows = [...document.querySelectorAll("article")];
-const texts = rows.map(row => row.textContent.toLowerCase());
-function update() {
-  const show = form.elements.show.value, words = form.elements.find.value.toLowerCase().split(" ");
-  const fits = (row, i) => show in row.dataset && words.every(word => texts[i].includes(word));
-  rows.forEach((row, i) => row.hidden = !fits(row, i));
-  form.querySelector("output").value = `${rows.filter(fits).length} of ${rows.length} rows shown`;
-}
-form.addEventListener("input", update);
-form.addEventListener("submit", event => event.preventDefault());
-update();
-"""
+
+# ---- what goes in ----
+
+def read_lines(path):
+    """Yields (place for messages, object) for each line of a JSON-lines file."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # no other separator ends a line
+        place = f"line {number} of {path}: got {line[:80].decode(errors='replace')}"
+        try:
+            if line.strip():
+                yield place, {} | json.loads(line)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{place} ({error}), need a JSON object, repair it") from error
 
 
 def read_answers(path):
-    """{id: row} of one JSON-lines file, in the file's order; ValueError names the line or the id."""
-    if not path.is_file():
-        raise ValueError(f"got {path}, which is no file, need JSON lines, write them with predict.py --out")
-    rows = {}
-    with path.open("rb") as lines:  # bytes: a line ends at \n alone, whatever separators stand in the text
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"line {number} of {path}: got"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where} {error}, need a JSON object, repair it") from error
-            if not is_complete(row):
-                raise ValueError(f'{where} {str(row)[:80]}, need {{"id", "image", "prompt", "answer"}} as '
-                                 "predict.py writes them, repair or remove the line")
-            key = str(row["id"])
-            if key in rows:
-                raise ValueError(f"{where} id {key} a second time, need each id once, rename or remove one")
-            if "answer" in row:  # null (a prompt too long): no words, and wrong where there is a label
-                row["answer"] = row["answer"] or ""
-            rows[key] = row
-    return rows
-
-
-def is_complete(row):
-    """Whether a row can be shown: it has an id, a prompt, an answer or several, and says which pictures."""
-    samples = isinstance(row, dict) and row.get("answers") or []
-    return (isinstance(row, dict) and row.get("id") is not None and isinstance(row.get("prompt"), str)
-            and isinstance(row.get("image"), str | list | None) and isinstance(samples, list)
-            and all(isinstance(sample, dict) and "text" in sample for sample in samples)
-            and isinstance(row.get("answer"), str | None) and ("answer" in row or "answers" in row))
+    """{id: record} in the file's order. An answer of null (its prompt was too long) becomes an empty one."""
+    records = {}
+    for place, record in read_lines(path):
+        record |= {"answer": record["answer"] or ""} if "answer" in record else {}
+        texts = record.get("prompt"), record.get("answer", "")
+        if record.get("id") is None or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f'{place}, need {{"id", "image", "prompt", "answer"}} as predict.py writes them')
+        if records.setdefault(str(record["id"]), record) is not record:
+            raise ValueError(f"{place}: id {record['id']} a second time, need each id once, remove one")
+    return records
 
 
 def join(files):
-    """[(id, label or None, [row or None per file])], ordered by the first file that has the id."""
-    joined = []
-    for key in dict.fromkeys(key for rows in files for key in rows):
-        rows = [rows.get(key) for rows in files]
-        images = [row.get("image") for row in rows if row]
-        labels = [str(row["label"]) for row in rows if row and row.get("label") is not None]
-        for values in images, labels:
-            if any(value != values[0] for value in values):
-                raise ValueError(f"id {key}: got {values}, need the same picture and label in every file, "
-                                 "compare answers to the same data")
-        joined.append((key, labels[0] if labels else None, rows))
+    """{id: (image, label or None, [record or {} per file])}, ordered by the first file that has the id."""
+    joined = {}
+    for i, records in enumerate(files):
+        for key, record in records.items():
+            image, label = record.get("image"), record.get("label")
+            *others, columns = joined.setdefault(key, (image, label, [{} for _ in files]))
+            if others != [image, label]:
+                raise ValueError(f"id {key}: got {others} and {[image, label]}, need answers to equal data")
+            columns[i] = record
     return joined
 
 
-def picture_files(key, row, root):
-    """[(name, path)] of a row's pictures: one, a list, or comma-joined if no file has the whole name."""
-    names = row.get("image") or []
-    if isinstance(names, str):
-        names = [names] if os.path.isfile(root / names) else [name.strip() for name in names.split(",")]
-    paths = [Path(os.path.abspath(root / name)) for name in names]
-    for path in paths:
-        if not path.is_relative_to(os.path.abspath(root)) or not os.path.isfile(path):
-            raise ValueError(f"id {key}: got picture {path}, need a file inside {root}, set --images "
-                             "to the folder of the pictures")
-    return list(zip(names, paths, strict=True))
+# ---- curves ----
+
+def ticks(low, high):
+    """Round numbers, equally spaced, from at most `low` to at least `high`."""
+    least = ((high - low) or abs(high) or 1) / 4
+    power = 10 ** math.floor(math.log10(least))
+    space = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least)
+    first = math.floor(low / space)
+    return [round(i * space, 12) for i in range(first, max(math.ceil(high / space), first + 1) + 1)]
 
 
-def data_url(key, path):
-    """(data URL, width, height) of a picture as the model gets it, upright and RGB, scaled down to SIDE."""
-    try:
-        with Image.open(path) as image:
-            image.draft(None, (2 * SIDE, 2 * SIDE))  # a large JPEG is decoded at a fraction of its size
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits: convert("RGB") alone would clip them to white
-                image = image.convert("I").point(lambda value: value / 256).convert("L")
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"id {key}: got picture {path} ({error}), need a sound one, replace it") from error
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    kind = "png" if 2 * max(image.size) <= ENLARGED else "jpeg"  # what is drawn enlarged is kept exactly
-    file = io.BytesIO()
-    image.save(file, kind, quality=88)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", *image.size
+def bucket_means(points):
+    """At most POINTS points, each the mean of equally many consecutive ones (the last: of the rest)."""
+    size = math.ceil(len(points) / POINTS)
+    return [tuple(sum(axis) / len(axis) for axis in zip(*points[i:i + size]))
+            for i in range(0, len(points), size)]
 
 
-def figures(key, row, root, embedded):
-    """A row's pictures as HTML. `embedded` maps path → (id of its first element, drawn size, class)."""
-    html = []
-    for name, path in picture_files(key, row, root):
-        if path in embedded:
-            source = f'data-same="{embedded[path][0]}"'
-        else:
-            url, width, height = data_url(key, path)
-            times = max(1, ENLARGED // max(width, height))
-            tiny = ' class="tiny"' if times > 1 else ""
-            embedded[path] = f"p{len(embedded)}", width * times, height * times, tiny
-            source = f'id="{embedded[path][0]}" src="{url}"'
-        _, width, height, tiny = embedded[path]
-        html.append(f'<figure><img {source} width="{width}" height="{height}" alt="{escape(name)}"{tiny}>'
-                    f"<figcaption><small>{escape(name)}</small></figcaption></figure>")
-    return "".join(html) or "<small>no picture</small>"
+def chart(title, lines, width=360, height=220, x_label="step"):
+    """An SVG of {(name, colour 0 … 5): [(step, value), ...]} as lines."""
+    lines = {key: bucket_means(points) for key, points in lines.items()}
+    steps, values = zip(*(point for points in lines.values() for point in points))
+    first, last, y_ticks = min(steps), max(steps), ticks(min(values), max(values))
+    left, right, top, bottom = 50, width - 14, 56, height - 26
+    svg = [f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
+           f'<text class="title" x="12" y="22">{escape(title)}</text><text x="0" y="41">']
+    svg += [f'<tspan dx="12" fill="var(--c{colour})">●</tspan> {escape(name)}' for name, colour in lines]
+    svg += [f'</text><text x="12" y="{bottom + 18}">{x_label}</text>']
+
+    def at(step, value):
+        x = left + (right - left) * (step - first) / ((last - first) or 1)
+        y = bottom - (bottom - top) * (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return f"{x:.1f}", f"{y:.1f}"
+    for tick in y_ticks:
+        _, y = at(first, tick)
+        svg += [f'<line x1="{left}" y1="{y}" x2="{right}" y2="{y}"/>'
+                f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{tick:.6g}</text>']
+    svg += [f'<text x="{at(tick, 0)[0]}" y="{bottom + 18}" text-anchor="middle">{tick:.6g}</text>'
+            for tick in ticks(first, last) if first <= tick <= last and tick == int(tick)]
+    for (_, colour), points in lines.items():
+        path, (x, y) = " ".join(",".join(at(*point)) for point in points), at(*points[-1])
+        svg += [f'<polyline stroke="var(--c{colour})" points="{path}"/>'
+                f'<circle fill="var(--c{colour})" cx="{x}" cy="{y}" r="3"/>']
+    return "\n".join(svg) + "</svg>"
 
 
-def shared_beginning(prompts):
-    """What all prompts start with, such as a system prompt, up to a colon or a line's end."""
-    start = os.path.commonprefix(prompts).split("<image>")[0]
-    start = start[: max(start.rfind(": ") + 2, start.rfind("\n") + 1)]
-    return start if len(start) > 40 and start not in prompts else ""  # no prompt is left empty
+def charts_html(logs, metrics):
+    """A chart per metric that the logs, [(name, path)], hold. Values that are not finite are left out."""
+    curves, colours = {metric: {} for metric in metrics}, {}
+    for name, path in logs:
+        key = name, colours.setdefault(name, len(colours) % 6)
+        for _, record in read_lines(path):
+            for metric, value in record.items():
+                if metric in curves and isinstance(value, int | float) and math.isfinite(value):
+                    curves[metric].setdefault(key, []).append((record["step"], value))
+    return "\n".join(chart(CURVES.get(metric, metric), lines) for metric, lines in curves.items() if lines)
+
+
+# ---- answers ----
+
+def images_html(key, names, root, embedded):
+    """A record's images. `embedded` maps the path of each image on the page to the id of its element."""
+    html = ""
+    for name in [names] if isinstance(names, str) else names or []:
+        path = Path(os.path.abspath(root / name))
+        source = f'data-same="{embedded.get(path)}"'
+        if path not in embedded:
+            try:
+                path.relative_to(os.path.abspath(root))
+                image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                raise ValueError(f"id {key}: got image {name} ({error}), need a sound one inside {root}, "
+                                 "set --images to its folder") from error
+            image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+            kind, file = "png" if max(image.size) <= EXACT else "jpeg", io.BytesIO()
+            image.save(file, kind, quality=88)
+            data, embedded[path] = base64.b64encode(file.getvalue()).decode(), f"i{len(embedded)}"
+            source = f'id="{embedded[path]}" src="data:image/{kind};base64,{data}"'
+        html += f'<img {source} alt="{escape(name)}">'
+    return html
 
 
 def verdict(answer, label):
     return "" if None in (answer, label) else "right" if answer.strip() == label.strip() else "wrong"
 
 
-def answer_html(answer, label):
-    """The answer and its verdict; where most of it agrees with the label, words that differ are marked."""
+def differences(answer, label):
+    """The answer as [(text, "same")], and where most of it agrees with the label also (text, "extra") for
+    what the label lacks and (text, "missing") for what the answer lacks."""
     words, wanted = (re.findall(r"\s*(?:\w+|[^\w\s])|\s+", text) for text in (answer, label or ""))
-    matcher = SequenceMatcher(None, words, wanted, autojunk=False)
-    html = []
-    for kind, a, b, c, d in matcher.get_opcodes() if label and matcher.ratio() > 0.5 else []:
-        text, missing = escape("".join(words[a:b])), escape("".join(wanted[c:d]))
-        html.append(text if kind == "equal" or not text else f"<mark>{text}</mark>")
-        if kind in ("insert", "replace"):  # drawn by CSS: copying and searching see the answer alone
-            html.append(f'<del data-missing="{missing}"></del>')
-    text = "".join(html) or (escape(answer) if answer.strip() else "<small>(no answer)</small>")
+    matcher, pieces = SequenceMatcher(None, words, wanted, autojunk=False), []
+    if not label or matcher.ratio() <= 0.5:
+        return [(answer, "same")]
+    for kind, a, b, c, d in matcher.get_opcodes():
+        pieces.append(("".join(words[a:b]), "same" if kind == "equal" else "extra"))
+        pieces.append(("".join(wanted[c:d]) if kind != "equal" else "", "missing"))
+    return [piece for piece in pieces if piece[0]]
+
+
+def answer_html(answer, label):
+    forms = {"same": "{}", "extra": "<mark>{}</mark>", "missing": '<del data-missing="{}"></del>'}
+    text = "".join(forms[kind].format(escape(piece)) for piece, kind in differences(answer, label))
     kind = verdict(answer, label)
-    sign = {"right": "✓ right", "wrong": "✗ wrong", "": ""}[kind]
-    return f'<span class="text" dir="auto">{text}</span> <b class="{kind}">{sign}</b>'
+    sign = {"right": "✓&nbsp;right", "wrong": "✗&nbsp;wrong", "": ""}[kind]
+    return f'<span class="text {kind}" dir="auto">{text or "(no answer)"} <b>{sign}</b></span>'
 
 
-def cell(name, row, label, prompt):
-    """One file's answer to one row, and its samples."""
-    if row is None:
-        return f'<section class="gap"><h3>{escape(name)}</h3><small>no such row here</small></section>'
-    answer, samples = row.get("answer"), row.get("answers") or []
-    html = [f'<section class="{verdict(answer, label)}"><h3>{escape(name)}</h3>']
-    if row["prompt"] != prompt:
-        html.append('<details><summary>its own prompt</summary>'
-                    f'<p class="text">{escape(row["prompt"])}</p></details>')
-    if answer is not None:
-        html.append(f"<p>{answer_html(answer, label)}</p>")
-    if samples:
-        right = sum(verdict(sample["text"], label) == "right" for sample in samples)
-        count = f"{len(samples)} answers" + (f", {right} right" if label else "")
-        html.append(f"<details{'' if answer else ' open'}><summary>{count}</summary><ol>")
-        for sample in samples:
-            numbers = [f"{what} {sample[what]:.5g}" for what in ("logprob", "reward", "tokens")
-                       if isinstance(sample.get(what), int | float)]
-            html.append(f"<li>{answer_html(sample['text'], label)} <small>{' · '.join(numbers)}</small>")
-        html.append("</ol></details>")
-    return "".join(html) + "</section>"
+def section(name, record, label):
+    """One file's answer to one record, and its samples."""
+    answer = answer_html(record["answer"], label) if "answer" in record else "" if record else "no record"
+    samples = "".join(f"<li>{answer_html(each['text'], label)} {escape(str(each.get('reward', ''))[:6])}"
+                      for each in record.get("answers") or [])
+    return (f'<section class="{verdict(record.get("answer"), label)}"><strong>{escape(name)}</strong><br>'
+            f"{answer}<details><summary><small>samples</small></summary><ol>{samples}</ol></details></section>")
 
 
-def article(number, key, label, rows, names, pictures, shared):
-    """One row as HTML, with the filters it passes as data-all, data-wrong and data-differ."""
-    prompt = next(row["prompt"] for row in rows if row)
-    answers = [row["answer"].strip() for row in rows if row and row.get("answer") is not None]
-    wrong = " data-wrong" if "wrong" in [verdict(answer, label) for answer in answers] else ""
-    differ = " data-differ" if len(set(answers)) > 1 else ""
-    cells = "".join(cell(name, row, label, prompt) for name, row in zip(names, rows, strict=True))
-    return (f'<article id="r{number}" data-all{wrong}{differ}><h2><a href="#r{number}">{escape(key)}</a></h2>'
-            f'<div>{pictures}</div><div><p class="text" dir="auto">{"… " if shared else ""}'
-            f"{escape(prompt.removeprefix(shared))}</p>"
-            + (f'<p class="text" dir="auto"><small>label</small> {escape(label)}</p>' if label else "")
-            + f'<div class="answers">{cells}</div></div></article>\n')
+def article(key, label, records, names, images):
+    """One record, with data-wrong and data-differ for the filters that it passes."""
+    prompt = next(record["prompt"] for record in records if record)
+    answers = [record["answer"].strip() for record in records if "answer" in record]
+    wrong, differ = "wrong" in [verdict(answer, label) for answer in answers], len(set(answers)) > 1
+    sections = "".join(section(name, record, label) for name, record in zip(names, records))
+    return (f'<article{" data-wrong" * wrong}{" data-differ" * differ}><div><strong>{escape(key)}</strong>'
+            f'{images}</div><div><p class="text"><small>{escape(prompt)}</small> {escape(label or "")}</p>'
+            f'<div class="grid">{sections}</div></div></article>')
 
 
-def summary(names, joined):
-    """Table of the files over all their rows: number, exact match where there are labels, mean length."""
-    html = ["<table><tr><th>file<th>rows<th>exact match<th>mean words"]
-    for column, name in enumerate(names):
-        rows = [(row.get("answer"), label) for _, label, columns in joined if (row := columns[column])]
-        judged = [verdict(*row) == "right" for row in rows if verdict(*row)]
-        lengths = [len(answer.split()) for answer, _ in rows if answer is not None]
-        exact = f"{sum(judged)} of {len(judged)} ({sum(judged) / len(judged):.1%})" if judged else "no labels"
-        mean = f"{sum(lengths) / len(lengths):.1f}" if lengths else "no answers"
-        html.append(f"<tr><td>{escape(name)}<td>{len(rows)}<td>{exact}<td>{mean}")
-    return "".join(html) + "</table>"
+def table(answers, joined, metrics):
+    """The answers, [(name, path)], over all their records; metrics: {file name: {metric: number}}."""
+    html = "".join(f"<th>{name}" for name in ("answers", "records", "exact match", *COLUMNS.values()))
+    for i, (name, path) in enumerate(answers):
+        verdicts = [verdict(each[i].get("answer"), label) for _, label, each in joined.values() if each[i]]
+        right, labelled = verdicts.count("right"), len(verdicts) - verdicts.count("")
+        exact = f"{right} of {labelled} ({right / labelled:.1%})" if labelled else "no labels"
+        numbers = (f"{metrics[path.name][each]:.3f}" for each in COLUMNS if path.name in metrics)
+        html += "<tr>" + "".join(f"<td>{cell}" for cell in (escape(name), len(verdicts), exact, *numbers))
+    return f"<table>{html}</table>"
 
 
-def page(title, names, files, root, limit):
-    """The whole page as text, with its first `limit` rows (0: all)."""
-    joined, embedded = join(files), {}
-    shown = joined[: limit or None]
-    shared = shared_beginning([row["prompt"] for _, _, rows in shown for row in rows if row])
-    articles = []
-    for number, (key, label, rows) in enumerate(shown):
-        pictures = figures(key, next(row for row in rows if row), root, embedded)
-        articles.append(article(number, key, label, rows, names, pictures, shared))
-    filters = ""
-    for value, words in ("all", "all"), ("wrong", "wrong"), ("differ", "files disagree"):
-        count = sum(f" data-{value}" in html[: html.index(">")] for html in articles)
-        state = "checked" if value == "all" else "" if count else "disabled"
-        filters += (f'<label><input type="radio" name="show" value="{value}" {state}> '
-                    f"<span>{words} ({count})</span></label>")
-    notes = f"<p>Rows: the first {len(shown)} of {len(joined)}.</p>" if len(shown) < len(joined) else ""
-    if any("<mark>" in html or "<del " in html for html in articles):
-        notes += ("<p><small>In answers: <mark>words the label lacks</mark> "
-                  '<del data-missing="words it has in their place"></del></small></p>')
-    if shared:
-        notes += ("<details><summary>All prompts begin alike</summary>"
-                  f'<p class="text">{escape(shared)}…</p></details>')
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    widest = max([96, *(width for _, width, *_ in embedded.values())])
+# ---- the page ----
+
+def page(args):
+    joined, embedded = join([read_answers(path) for _, path in args.answers]), {}
+    metrics = json.loads(args.metrics.read_text()) if args.metrics else []
+    metrics = {Path(each["file"]).name: each for each in metrics  # those of the answers shown, for all images
+               if each.get("over") == "answer" and each["sets"] == "all"}
+    names, shown = [name for name, _ in args.answers], list(joined.items())[:args.limit or None]
+    articles = "\n".join(article(key, label, records, names, images_html(key, image, args.images, embedded))
+                         for key, (image, label, records) in shown)
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<style>{CSS}:root {{ --pictures: {widest}px; }}</style></head>
-<body><h1>{escape(title)}</h1>{summary(names, joined)}{notes}
-<form>{filters}<input type="search" name="find" aria-label="find words" placeholder="find words">
-<output></output></form>
-{"".join(articles)}<script>{SCRIPT}</script></body></html>
+<html lang="en"><meta charset="utf-8"><title>{escape(args.title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{THEME}{CSS}</style>
+<h1>{escape(args.title)}</h1><ul>{"".join(f"<li>{escape(note)}" for note in args.notes)}</ul>
+{table(args.answers, joined, metrics)}<p class="grid">{charts_html(args.logs, args.curves)}</p>
+<label><input type="radio" name="show" checked> {len(shown)} of {len(joined)} records</label>
+<label><input type="radio" name="show" id="wrong"> those with a wrong answer</label>
+<label><input type="radio" name="show" id="differ"> those whose answers differ</label>
+{articles}
+<script>for (const img of document.querySelectorAll("[data-same]"))
+  img.src = document.getElementById(img.dataset.same).src</script>
 """
 
 
+def named(text):
+    """NAME=FILE, or a file alone → (name, path)"""
+    name, _, path = text.rpartition("=") if not os.path.exists(text) else ("", "", text)
+    return name or path.removesuffix(".jsonl").removesuffix("/log"), Path(path)
+
+
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("answers", nargs="+", type=Path, help="files by predict.py; several are compared")
-    parser.add_argument("--images", type=Path, default=Path("."), help="folder that picture paths start from")
-    parser.add_argument("--out", type=Path, required=True, help="the page to write, NAME.html")
-    parser.add_argument("--limit", type=int, default=500, help="rows to show, the first ones; 0 for all")
-    parser.add_argument("--title", help="heading (default: the files' names)")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("answers", nargs="*", type=named, metavar="[NAME=]JSONL", help="answers by predict.py, side by side")
+    add("--logs", nargs="+", default=[], type=named, metavar="[NAME=]JSONL", help="logs of runs")
+    add("--curves", nargs="+", default=list(CURVES), metavar="METRIC", help="metrics in the logs to draw")
+    add("--metrics", type=Path, help="further columns of the table: what shapes.py --evaluate --json writes")
+    add("--notes", nargs="+", default=[], metavar="SENTENCE", help="what to say above the table")
+    add("--images", type=Path, default=Path("."), help="folder that image paths start from")
+    add("--limit", type=int, default=500, help="records to show, the first ones; 0 for all")
+    add("--title", default="Answers", help="heading")
+    add("--out", type=Path, required=True, help="the page to write; its name ends in .html")
     args = parser.parse_args()
-    if args.limit < 0:
-        raise ValueError(f"got --limit {args.limit}, need rows to show, or 0 for all, set --limit")
-    if args.out.suffix not in (".html", ".htm"):  # a slip here must not replace a file of answers
-        raise ValueError(f"got --out {args.out}, need a name that ends in .html, set --out")
-    files = [read_answers(path) for path in args.answers]
-    names = [path.name for path in args.answers]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in args.answers]
-    text = page(args.title or " · ".join(names), names, files, args.images, args.limit)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_name(f".{args.out.name}.{os.getpid()}")
-    try:  # written beside and renamed: nobody reads half a page
-        part.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")  # JSON can hold lone surrogates
-        os.replace(part, args.out)
-    finally:
-        part.unlink(missing_ok=True)
-    print(f"{args.out}: {text.count('<article id=')} rows, {len(text) / 1e6:.1f} MB")
+    out = args.out.with_suffix(".html")  # a slip must not replace a file of answers
+    try:
+        text = page(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    out.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")  # JSON can hold lone surrogates
+    print(f"{out}: {text.count('<article')} records, {len(text) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"page.py: {error}")
+    main()

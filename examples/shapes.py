@@ -531,6 +531,14 @@ def curve(run, truth, each=5):
         print(f"| {some[0].stem}–{some[-1].stem} | {' | '.join(cells)} |")
 
 
+def write_curve(run, truth, out):
+    """Writes what is true of the answers of each of PPO's iterations as a log, which page.py draws."""
+    with out.open("w") as log:
+        for path in sorted((run / "rollouts").glob("*.jsonl"), key=lambda file: int(file.stem)):
+            metrics = measure([(r["objects"], text) for r, text, _ in read_answers(path, truth)])
+            log.write(json.dumps({"step": int(path.stem), **metrics}) + "\n")
+
+
 def summarise(paths):
     """Prints the metrics of several seeds, as --json leaves them, as mean ± standard deviation."""
     found = {}
@@ -603,7 +611,7 @@ def main():
     add("--if_missing", action="store_true", help="leave a data set that the folder holds as it is")
     add("--evaluate", nargs="+", metavar="JSONL", help="print metrics of these answers of predict.py")
     add("--pairs", nargs="+", default=[], metavar="JSONL", help="print the accuracy of these rewards")
-    add("--json", type=Path, metavar="FILE", help="write what --evaluate and --pairs find here as well")
+    add("--json", type=Path, metavar="FILE", help="write the metrics here, --curve's as a line per iteration")
     add("--curve", type=Path, metavar="DIR", help="score and truth over a run of ppo.py --save_rollouts")
     add("--summary", nargs="+", metavar="JSON", help="one table of what --json left, a file a seed")
     add("--rank", nargs="+", metavar="JSONL", help="make preferences of the samples in these answers")
@@ -619,6 +627,8 @@ def main():
         summarise(args.summary)
     elif args.curve:
         curve(args.curve, truth)
+        if args.json:
+            write_curve(args.curve, truth, args.json)
     elif args.evaluate or args.pairs:
         records = evaluate(args.evaluate, truth) if args.evaluate else []
         if records:

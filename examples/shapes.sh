@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on the shapes data set: make it, fine-tune, rank the model's samples, learn a reward, align by DPO and by PPO,
-# take the best of eight, and compare all answers to held-out images with the truth.
+# take the best of eight, compare all answers to held-out images with the truth, and show them in DIR/report.html.
 #   bash examples/shapes.sh [SEED] [DIR] [study]     DIR: what it writes, from the project's root (default runs/chain-SEED)
 # With `study` also GRPO, mDPO and the controls: DPO without its SFT term, SFT on the same best answers, blank and shuffled images.
 set -euo pipefail
@@ -46,6 +46,12 @@ answer sft best-of-8 --num_samples 8 --temperature 1 --reward_model "$dir/rm"
 answer sft rewards --data "$world/test_pairs.json" --score --reward_model "$dir/rm"
 answer sft rewards-sampled --data "$dir/test-sampled.json" --score --reward_model "$dir/rm"
 captioned="sft-greedy sft-sampled best-of-8 dpo-greedy dpo-sampled ppo-greedy ppo-sampled" scored="rewards rewards-sampled"
+shown=("SFT=$dir/sft-sampled.jsonl" "best of 8=$dir/best-of-8.jsonl" "DPO=$dir/dpo-sampled.jsonl" "PPO=$dir/ppo-sampled.jsonl")
+logs=("SFT=$dir/sft/log.jsonl" "reward model=$dir/rm/log.jsonl" "DPO=$dir/dpo/log.jsonl" "PPO=$dir/ppo/log.jsonl")
+notes=("SFT learns captions of which 40 % are wrong. All answers below are sampled at temperature 1."
+  "The reward model learns to score answers from ranked ones; best of 8 is the answer of highest score among eight by SFT."
+  "DPO learns from the same ranked answers, without a reward model."
+  "PPO samples answers and learns from their scores. Its CHAIR-s and coverage compare them with the truth, which it never sees.")
 
 if [ "$study" = study ]; then
   train dpo dpo-alone --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 3e-4 --warmup 10 --max_steps 80
@@ -66,9 +72,14 @@ if [ "$study" = study ]; then
     answer mdpo mdpo-$images --num_samples 4 --temperature 1 --images "$world/images_$images"
     captioned="$captioned dpo-$images mdpo-$images" scored="$scored rewards-$images"
   done
+  shown+=("mDPO=$dir/mdpo-sampled.jsonl" "GRPO=$dir/grpo-sampled.jsonl")
+  logs+=("mDPO=$dir/mdpo/log.jsonl" "GRPO=$dir/grpo/log.jsonl")
+  notes+=("mDPO adds a loss to DPO by which an answer needs its image." "GRPO is PPO with eight answers per prompt in place of a critic.")
 fi
 files() { for name in $1; do echo "$dir/$name.jsonl"; done; }
 $python examples/shapes.py --world "$world" --evaluate $(files "$captioned") --pairs $(files "$scored") --json "$dir/figures.json" > "$dir/figures.txt"
 $python examples/shapes.py --summary "$dir/figures.json"
-$python examples/shapes.py --world "$world" --curve "$dir/ppo"
+$python examples/shapes.py --world "$world" --curve "$dir/ppo" --json "$dir/ppo-truth.jsonl"
+$python examples/page.py "${shown[@]}" --logs "${logs[@]}" "PPO=$dir/ppo-truth.jsonl" --metrics "$dir/figures.json" \
+  --images "$world/images" --limit 24 --title "What each stage gains" --notes "${notes[@]}" --out "$dir/report.html"
 echo "the chain took $SECONDS s"

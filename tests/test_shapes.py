@@ -180,6 +180,9 @@ def test_captions_and_metrics_by_hand(tmp_path, capsys):
         write(tmp_path / "rollouts" / f"{file}.jsonl", *lines)
     shapes.curve(tmp_path, truth)
     assert "\n| 9–10 | 0.500 | 0.500 | 0.750 | 0.250 | 0.667 | 0.250 |\n" in capsys.readouterr().out
+    shapes.write_curve(tmp_path, truth, tmp_path / "truth.jsonl")  # a line per iteration, in their order
+    log = [json.loads(line) for line in (tmp_path / "truth.jsonl").read_text().splitlines()]
+    assert [(each["step"], each["n"], each["chair_s"]) for each in log] == [(9, 3, 1 / 3), (10, 1, 0)]
 
 
 def test_answers_and_rewards_are_judged_and_summarised_over_seeds(folder, tmp_path):
