@@ -535,7 +535,8 @@ def write_curve(run, truth, out):
     """Writes what is true of the answers of each of PPO's iterations as a log, which page.py draws."""
     with out.open("w") as log:
         for path in sorted((run / "rollouts").glob("*.jsonl"), key=lambda file: int(file.stem)):
-            metrics = measure([(r["objects"], text) for r, text, _ in read_answers(path, truth)])
+            lines = read_answers(path, truth)
+            metrics = measure([(truth[line["id"]]["objects"], line["answer"]) for line in lines])
             log.write(json.dumps({"step": int(path.stem), **metrics}) + "\n")
 
 
