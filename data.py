@@ -71,7 +71,7 @@ def progress(items, what, count=None):
     start = shown = time.time()
     for done, item in enumerate(items, 1):
         yield item
-        if time.time() - shown > 10 and os.environ.get("RANK", "0") == "0":
+        if done < count and time.time() - shown > 10 and os.environ.get("RANK", "0") == "0":
             shown = time.time()
             left = (shown - start) / done * (count - done)
             print(f"{what}: {done}/{count}, {left:.0f} s left", flush=True)

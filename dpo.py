@@ -400,7 +400,7 @@ def main():
     log = fsdp.Log(args, world, total, done, shown=(
         "loss", "lr", "grad_norm", "rewards/accuracies", "rewards/margins"))
     stop = fsdp.Stop()
-    log.say(f"{len(examples)} records, {total} steps, "
+    log.say(f"{len(examples)} records, {total} steps of {len(steps.groups(done))} micro-batches per rank, "
             f"{sum(p.numel() for p in parameters):,} trained parameters")
     log.say(fsdp.memory_line(args, model))
     if held_out and log.owes_evaluation():  # SIGTERM interrupted the last evaluation
@@ -419,7 +419,7 @@ def main():
             len(records), chosen_tokens(records),
             sum(int((batch.branch >= 0).sum()) for batch in micro_batches))  # all but padding, for tokens/s
         micro_metrics = []
-        micro_batches = data.progress(micro_batches, f"step {step}: micro-batches")
+        micro_batches = log.progress(micro_batches, step, "micro-batches")
         for indices, batch in zip(micro_indices, micro_batches):
             ref_records = [reference["training"][i] for i in indices]
             loss, metrics = micro_batch_loss(model, batch.to(world.device), ref_records, record_count,

@@ -34,7 +34,9 @@ When a run ends early, with the exit code of a rank (torchrun's own is 1):
 
 args.json records what a run depends on: options, content of the data files, samples of the checkpoint's
 files, what its chat template rendered, a reward function's file. --resume refuses what has changed. A
-second run on the same --out is refused. On GPUs each line of log.jsonl has rank 0's peak memory.
+second run on the same --out is refused. On GPUs each line of log.jsonl has rank 0's peak memory. torchrun
+kills its ranks 30 s after a SIGTERM; TORCH_ELASTIC_SHUTDOWN_TIMEOUT gives them more seconds to save (torch
+2.13). A finished run has removed its checkpoints, and --resume has nothing left to do.
 """
 import argparse
 import concurrent.futures
@@ -1144,7 +1146,7 @@ def schedule(step, steps, warmup):
 # ---- what a run leaves behind ----
 
 RUN_FILES = ("log.jsonl", "config.json", "model*.safetensors*", "score.safetensors", "adapter",
-             "reference.json", "rollouts", "export.part")
+             "reference.json", "rollouts", "export.part", "checkpoints/step_*.part")
 RESUME_MAY_DIFFER = {"resume", "overwrite", "out", "save_every", "eval_every", "workers", "wandb",
                      "micro_batch", "decode_batch", "replicas", "offload", "save_rollouts"}
 ABOUT_RUN = ("ranks", "versions", "commit", "inputs")  # what args.json holds beyond options
@@ -1229,8 +1231,9 @@ def earlier_inputs(args):
             raise UserError(f"got --out {args.out}, neither empty nor an earlier run: choose another")
     elif not (args.resume or args.overwrite):
         raise UserError(f"got --out {args.out}, which holds a run: give --resume or --overwrite")
-    elif args.resume and not steps and "config.json" in found:
+    elif args.resume and not steps and "config.json" in found and "export.part" not in found:
         earlier_args(path, args)  # UserError: this is not the run that has finished
+        remove_checkpoints(args.out)  # what a kill has left of them
         return None
     lock(os.path.join(args.out, ".lock"))
     return earlier_args(path, args)["inputs"] if args.resume and steps else {}
@@ -1402,6 +1405,10 @@ class Log:
         left = f"{int(left) // 60:>3}:{int(left) % 60:02} left"
         print(f"{step:>6}/{self.steps}  {shown}  {tokens / seconds:7.0f} tokens/s  {left}", flush=True)
 
+    def progress(self, items, step, what):
+        """The items, with their progress in the run's first step: no line says how long a step takes."""
+        return data.progress(items, f"step {step}: {what}") if step == self.first + 1 else items
+
     def say(self, text):
         if not self.quiet:
             print(text, flush=True)
@@ -1464,17 +1471,27 @@ def save_checkpoint(args, world, step, model, *optimizers):
 
 
 def remove_checkpoints(out):
-    """Frees the space of a finished run's checkpoints, of which AdamW's state is the largest part. Each is
-    renamed first: a kill never leaves an incomplete one under its name."""
+    """Frees the space of a finished run's checkpoints, of which AdamW's state is the largest part, and of
+    those that a kill left incomplete. Each is renamed first: no incomplete one ever has a full one's name."""
     folder, size = os.path.join(out, "checkpoints"), 0
     for step in checkpoint_steps(out):
         path = os.path.join(folder, f"step_{step}")
-        size += sum(os.path.getsize(file) for file in glob.glob(os.path.join(path, "*")))
         os.rename(path, path + ".part")
-        shutil.rmtree(path + ".part")
-    with contextlib.suppress(OSError):  # it may hold what others put there
+    for path in glob.glob(os.path.join(folder, "step_*.part")):
+        size += sum(os.path.getsize(file) for file in glob.glob(os.path.join(path, "*")))
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it may hold what others put there, or a file that is still open
         os.rmdir(folder)
-    print(f"the run is finished: removed its checkpoints ({size / 1e9:.3g} GB)", flush=True)
+    if size:
+        print(f"the run is finished: removed its checkpoints ({size / 1e9:.3g} GB)", flush=True)
+
+
+def sync_files(folder):
+    """Waits until all files in a folder are on the disk: a full one is noticed here at the latest."""
+    for path in glob.glob(os.path.join(folder, "**"), recursive=True):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def load_checkpoint(args, world, model, *optimizers):
@@ -1577,6 +1594,7 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
         config.save_pretrained(part)
         if len(files) > 1:
             write_json(os.path.join(part, "model.safetensors.index.json"), index)
+        sync_files(part)
         for folder in ("adapter", "additional_chat_templates"):
             shutil.rmtree(os.path.join(args.out, folder), ignore_errors=True)
         for path in glob.glob(os.path.join(args.out, "model*.safetensors*")):

@@ -249,8 +249,8 @@ def generate_rollouts(policy, steps, first, count, batches, processor, args, wor
     prompts_at_once = args.decode_batch or -(-args.rollout_batch // world.size)
     rollouts, batches_at_once = [], max(1, prompts_at_once // args.micro_batch)
     groups = iter(lambda: [*itertools.islice(prompt_batches, batches_at_once)], [])
-    group_count = -(-count * len(steps.groups(first)) // batches_at_once)
-    for group in data.progress(groups, "groups of prompts answered", group_count):
+    batch_count = sum(len(steps.groups(step)) for step in range(first, first + count))
+    for group in data.progress(groups, "groups of prompts answered", -(-batch_count // batches_at_once)):
         rollouts += sample_answers(model, group, processor, args, world, any_running)
         if (stop.asked(world) if sharded else stop.heard):
             break
@@ -731,7 +731,8 @@ def main():
     log = fsdp.Log(args, world, total, done, shown=("objective/scores", "objective/kl", "policy/clipfrac",
                                                     "val/explained_variance", "answer/length"))
     stop = fsdp.Stop()
-    log.say(f"{len(prompts.examples)} prompts, {total} iterations")
+    log.say(f"{len(prompts.examples)} prompts, {total} iterations of {minibatch_count} minibatches of "
+            f"{len(steps.groups(0))} micro-batches per rank")
     log.say(fsdp.memory_line(args, *models))
 
     def save(iteration):
@@ -772,7 +773,7 @@ def main():
         seconds["generate"] = log.seconds()
 
         # answers → one score each [A]
-        to_score = data.progress(rollouts, "micro-batches scored")
+        to_score = log.progress(rollouts, iteration, "micro-batches scored")
         scores = [scorer.score(rollout, prompts) for rollout in stop.until(to_score, world)]
         if stop.asked(world):
             return abandon(iteration)
@@ -788,7 +789,7 @@ def main():
         # sequences → log π_old, log π_ref, V_old [A, L]
         old_outputs = [
             logprobs_and_values(rollout, policy, reference, critic, args, not old_logprob_from_update(args))
-            for rollout in stop.until(data.progress(rollouts, "forward passes: micro-batches"), world)]
+            for rollout in stop.until(log.progress(rollouts, iteration, "forward passes"), world)]
         fsdp.reshard(*models)  # frees unsharded weights: no backward follows, which would
         if stop.asked(world):
             return abandon(iteration)
@@ -809,7 +810,7 @@ def main():
         micro_batches = list(zip(rollouts, old_outputs, estimates))
         n = len(micro_batches) // minibatch_count  # micro-batches per minibatch, the same on every rank
         results = []
-        for m, ptx_micro_batches in zip(data.progress(order, "minibatches"), ptx_batches):
+        for m, ptx_micro_batches in zip(log.progress(order, iteration, "minibatches"), ptx_batches):
             minibatch = micro_batches[m * n:(m + 1) * n]
             results.append(ppo_step(minibatch, ptx_micro_batches, trained_models, active, iteration, args,
                                     world))

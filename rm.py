@@ -147,7 +147,7 @@ def main():
     shown = ("loss", "lr", "grad_norm", "accuracy", "margin")
     log = fsdp.Log(args, world, total, done, shown)
     stop = fsdp.Stop()
-    log.say(f"{len(examples)} records, {total} steps, "
+    log.say(f"{len(examples)} records, {total} steps of {len(steps.groups(done))} micro-batches per rank, "
             f"{sum(p.numel() for p in parameters):,} trained parameters")
     log.say(fsdp.memory_line(args, model))
     if held_out and log.owes_evaluation():  # SIGTERM interrupted the last evaluation
@@ -164,7 +164,7 @@ def main():
         count, tokens = world.sum(sum(map(len, micro_indices)),
                                   sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
         totals = torch.zeros(4, device=world.device)
-        micro_batches = data.progress(micro_batches, f"step {step}: micro-batches")
+        micro_batches = log.progress(micro_batches, step, "micro-batches")
         for indices, batch in zip(micro_indices, micro_batches):
             batch = batch.to(world.device)
             margin = torch.tensor([examples[i].margin for i in indices], device=world.device)  # [B]

@@ -121,7 +121,7 @@ def main():
     fsdp.begin_run(args, world, checkpoint)
     done = fsdp.load_checkpoint(args, world, model, optimizer)
     log, stop = fsdp.Log(args, world, total, done), fsdp.Stop()
-    log.say(f"{len(examples)} records, {total} steps, "
+    log.say(f"{len(examples)} records, {total} steps of {len(steps.groups(done))} micro-batches per rank, "
             f"{sum(p.numel() for p in parameters):,} trained parameters")
     log.say(fsdp.memory_line(args, model))
     if held_out and log.owes_evaluation():  # SIGTERM interrupted the last evaluation
@@ -137,7 +137,7 @@ def main():
         count, tokens = world.sum(sum(len(batch.target) for batch in micro_batches),
                                   sum(int((batch.branch >= 0).sum()) for batch in micro_batches))
         loss = 0.0
-        for batch in data.progress(micro_batches, f"step {step}: micro-batches"):
+        for batch in log.progress(micro_batches, step, "micro-batches"):
             batch = batch.to(world.device)
             features = model.vision_tower(batch.pixels)  # [M, I, D of the tower]
             token_logps = model(batch, features)  # [N]

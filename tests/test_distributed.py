@@ -361,6 +361,19 @@ def test_a_run_that_ends_early_is_resumed(case, uninterrupted, tmp_path):
     assert_resumed(script, ranks, options, out, uninterrupted)
 
 
+@pytest.mark.parametrize("when", [
+    in_call("fsdp.remove_checkpoints", 1), in_file("os.rmdir", r"step_8\.part$")])
+def test_a_kill_while_a_finished_run_removes_its_checkpoints(when, uninterrupted, tmp_path):
+    """--resume ends as the run would have; what others put there stays."""
+    out, expected = tmp_path / "out", uninterrupted("sft") / "model.safetensors"
+    done = long_run("sft", 1, "", out, prepare=functools.partial(tiny.remove_checkpoints, when))
+    assert done.code == -signal.SIGKILL and any((out / "checkpoints").iterdir())
+    (out / "checkpoints" / "mine").mkdir()
+    done = long_run("sft", 1, "", out, "--resume", prepare=tiny.remove_checkpoints)
+    assert done.code == 0 and (out / "model.safetensors").read_bytes() == expected.read_bytes(), done
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["mine"]
+
+
 def require_offload():
     """From now on a unit that is sharded without CPUOffloadPolicy fails the run."""
     shard = fsdp.fully_shard

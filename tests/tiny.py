@@ -364,11 +364,11 @@ def fork(script, *argv, ranks=1, prepare=None):
 def main(script, argv, prepare=None):
     """What `python script.py argv…` does, in this process. A finished run keeps its checkpoints, which tests
     compare."""
-    sys.argv = [f"{script}.py", *map(str, argv)]
-    importlib.import_module("fsdp").remove_checkpoints = lambda out: None
+    sys.argv, fsdp = [f"{script}.py", *map(str, argv)], importlib.import_module("fsdp")
+    fsdp.remove_checkpoints = mock.Mock(original=fsdp.remove_checkpoints, return_value=None)
     if prepare:
         prepare()
-    importlib.import_module("fsdp").run(importlib.import_module(script).main)
+    fsdp.run(importlib.import_module(script).main)
 
 
 def inside(script, *argv):
@@ -438,6 +438,14 @@ def rank_main(function, rank, ranks, port, logs):
 
 
 # ---- how a run ends early: for the argument `prepare` of fork() and Job ----
+
+def remove_checkpoints(then=None):
+    """A finished run removes its checkpoints after all, as a user's does."""
+    fsdp = importlib.import_module("fsdp")
+    fsdp.remove_checkpoints = fsdp.remove_checkpoints.original
+    if then:
+        then()
+
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
