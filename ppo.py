@@ -269,8 +269,8 @@ def sample_answers(model, group, processor, args, world, any_running=torch.any):
     # K lists of ids per prompt, end token included. Their log-probabilities are not used: those of the
     # forward pass that the update repeats make the first ratio 1 (logprobs_and_values).
     all_answers, _ = generate(
-        model, data.join_prompts(batches), torch.cat(features), max_new_tokens, processor.end_ids,
-        processor.banned, uniforms, K, args.temperature, any_running=any_running,
+        model, data.join_prompts(batches, processor.tile_tokens), torch.cat(features), max_new_tokens,
+        processor.end_ids, processor.banned, uniforms, K, args.temperature, any_running=any_running,
         cuda_graph=args.rollout == "gathered")
     rollouts, answers = [], iter(all_answers)
     for (batch, examples, _), image_features in zip(group, features):
@@ -694,7 +694,7 @@ def main():
     if not function:
         reward_checkpoint = fsdp.open_second_model("reward_model", processor, args, world, reward=True)
         scorer_processor = reward_checkpoint.processor
-        sizes = [(p.size, p.image_tokens) for p in (processor, scorer_processor)]
+        sizes = [(p.size, p.tile_tokens, p.grids) for p in (processor, scorer_processor)]
         if args.advantage == "gae" and args.critic == "reward" and sizes[0] != sizes[1]:
             raise UserError(f"{args.reward_model}: its images have another size than the policy's, whose "
                             "sequences the critic reads: give --critic policy")

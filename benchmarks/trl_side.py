@@ -61,7 +61,7 @@ def grpo(reward, samples, timed):
         generate = trainer._generate_single_turn
 
         def answers(prompt_ids, *args):
-            prompt_tokens = [setup.processor.expand(e.prompt).tolist() for e in setup.examples]
+            prompt_tokens = [setup.processor.expand(e.prompt, e.images).tolist() for e in setup.examples]
             assert prompt_ids == [ids for ids in prompt_tokens for _ in range(samples)]
             sampled, logprobs = timed(generate, prompt_ids, *args)
             assert list(map(len, sampled)) == list(map(len, given))

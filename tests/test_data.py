@@ -75,7 +75,8 @@ def folders(tmp_path_factory):
 def make_config(vocab_size=200_000, image_token=-1):
     """What load_processor reads and writes of a LlavaConfig."""
     return SimpleNamespace(
-        image_token_index=image_token, image_seq_length=TOKENS, vision_feature_select_strategy="default",
+        model_type="llava", image_token_index=image_token, image_seq_length=TOKENS,
+        vision_feature_select_strategy="default",
         text_config=SimpleNamespace(vocab_size=vocab_size),
         vision_config=SimpleNamespace(image_size=S, patch_size=4))
 
@@ -375,7 +376,8 @@ def test_records_whose_prompt_does_not_fit_are_counted(loaded, which):
     answers = {"turns": 1, "prompt": 0}.get(which, 2)
     assert [(e.index, e.id, len(e.answers)) for e in examples] == [(5, "1", answers)]
     assert counts == {"too_long": 2, "cut": int(which != "prompt")}
-    with pytest.raises(data.UserError, match=rf"none of 1 records fits --max_len {P + 3}: .* takes {TOKENS}"):
+    words = rf"none of 1 records fits --max_len {P + 3}: .* takes up to {TOKENS} "
+    with pytest.raises(data.UserError, match=words):
         data.build_examples([(3, with_image)], processor, which)
 
 
@@ -494,7 +496,7 @@ def images(tmp_path_factory):
 # ---- batches ----
 IMAGE_ID, PAD = 9, 0
 PROCESSOR = data.Processor(  # without a tokenizer: ids 1 … 8 are words
-    None, None, IMAGE_ID, TOKENS, S, "crop", data.CLIP_MEAN, data.CLIP_STD, S, data.BICUBIC, PAD,
+    None, None, IMAGE_ID, TOKENS, S, "crop", data.CLIP_MEAN, data.CLIP_STD, S, data.BICUBIC, (), PAD,
     frozenset(), frozenset(), 100)
 
 
@@ -530,7 +532,7 @@ def test_a_batch_by_hand(images, monkeypatch):
         ids=[[1, *image, 2, 3, 4, 5, PAD], [6, 7, 8, *image, 1, 2, 3], [*image, *image, PAD, PAD]],
         position=[[0, 1, 2, 3, 4, 5, 6, 7, 6, 0], [*range(10)], [*range(8), 0, 0]],
         branch=[[0] * 6 + [1, 1, 2, -1], [0] + [1] * 9, [0] * 8 + [-1, -1]],
-        image=[0, 1, 0, 1], image_position=[1, 2, 3, 4, 13, 14, 15, 16, *range(20, 28)],
+        image_feature=[*range(8), *range(8)], image_position=[1, 2, 3, 4, 13, 14, 15, 16, *range(20, 28)],
         target=[3, 4, 5, 7, 8, 2, 3], logit_position=[5, 6, 5, 10, 11, 17, 18],  # 3 and 5 follow the prompt
         answer=[0, 0, 1, 2, 2, 2, 2], last_token=[7, 8, 19], sequence=[0, 0, 1],
         causal_prefix=6, token_shape=(3, 4), answer_shape=(3, 2))
@@ -544,7 +546,7 @@ def test_a_batch_by_hand(images, monkeypatch):
     assert empty.branch.tolist() == [[-1]] and empty.answer_shape == (0, 0) and not len(empty.target)
     assert empty.pixels.shape == (1, 3, S, S)  # blank: every rank runs the tower
     for paths in ([], [a, b]):
-        with pytest.raises(AssertionError):
+        with pytest.raises((AssertionError, ValueError)):
             data.collate([example(0, [1, IMAGE_ID, 2], images=paths)], PROCESSOR)
 
 
@@ -919,7 +921,7 @@ def test_missing_tokens_are_added_and_never_sampled(folders, spare):
     assert resized == (None if spare else (size, new)) and config.text_config.vocab_size == new
     assert {processor.image_token, processor.pad} == {size, size + 1}
     assert config.image_token_index == processor.image_token and processor.banned == set(range(size, new))
-    assert (processor.image_tokens, processor.size, processor.max_len) == (TOKENS, S, 9)
+    assert (processor.tile_tokens, processor.size, processor.max_len) == (TOKENS, S, 9)
 
 
 def test_tokens_that_are_there_are_used(folders, tmp_path):

@@ -45,7 +45,7 @@ def our_logits(model, batch):
 @torch.no_grad()
 def their_logits(peer, batch):
     logits = peer(input_ids=batch.ids, attention_mask=(batch.branch >= 0).long(),
-                  pixel_values=batch.pixels[batch.image].to(peer.dtype)).logits
+                  pixel_values=tiny.shown(batch, peer.config).to(peer.dtype)).logits
     return logits[batch.branch >= 0].float()
 
 

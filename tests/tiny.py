@@ -145,6 +145,13 @@ def write_processor(folder, size=16):
     shutil.copy(ROOT / "templates" / "vicuna.jinja", folder / "chat_template.jinja")
 
 
+def shown(batch, config):
+    """The pixels that a LLaVA-1.5 sees, as transformers takes them: one image per placeholder."""
+    tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    tokens += config.vision_feature_select_strategy == "full"
+    return batch.pixels[batch.image_feature[::tokens] // tokens]
+
+
 def make_model(folder, spelling=HUB, files=1, seed=0, **changes):
     """A LLaVA checkpoint folder. → transformers' model with the same weights"""
     folder.mkdir(parents=True, exist_ok=True)
