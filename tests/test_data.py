@@ -29,7 +29,7 @@ import tiny
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, LlavaNextProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -561,6 +561,92 @@ def test_an_image_lost_during_the_run_is_named(tmp_path, images):
         for workers in (0, 1):
             with pytest.raises(data.UserError, match=words):
                 list(data.Loader(make_steps(examples), 0, 1, workers))
+
+
+# ---- LLaVA-NeXT's tiles ----
+
+GRIDS = tuple((height * S, width * S) for height, width in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)))
+TILED = dataclasses.replace(PROCESSOR, grids=GRIDS, mode="tiles")
+
+
+def oriented(kind, orientation, late=False):
+    """An image of 30 × 20 pixels with an EXIF orientation. late: behind the pixels, as some programs do."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = image_bytes(kind, noise(30, 20), exif=exif)
+    if late:
+        start, end = content.index(b"eXIf") - 4, content.index(b"IDAT") - 4
+        content = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    return content
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "late PNG", "WEBP", "TIFF"])
+def test_the_header_tells_the_size_of_the_decoded_image(tmp_path, kind, orientation):
+    """And that of its corrupted crop."""
+    path = str(tmp_path / "a")
+    Path(path).write_bytes(oriented(kind.removeprefix("late "), orientation, kind == "late PNG"))
+    assert data.image_size(path) == data.read_image(path).size == ((30, 20) if orientation < 5 else (20, 30))
+    for index in range(5):
+        crop = data.Corrupted(path, 0, index)
+        assert data.image_size(crop) == data.corrupt(crop).size
+
+
+def test_an_image_has_as_many_tokens_as_in_transformers():
+    """In LLaVA-1.6's grids, of extreme and random shapes: all lines of a grid may be padding."""
+    grids = [[336 * height // S, 336 * width // S] for height, width in GRIDS]
+    fields = SimpleNamespace(image_processor=SimpleNamespace(image_grid_pinpoints=grids), patch_size=14,
+                             num_additional_image_tokens=1)
+    fields._get_unpadded_features = functools.partial(LlavaNextProcessor._get_unpadded_features, fields)
+    rng, counts = random.Random(0), set()
+    sizes = [(1, 1), (336, 336), (672, 672), (1, 5000), (9000, 3), (65535, 7), (1009, 336), (300, 300)]
+    sizes += [(rng.randint(1, edge), rng.randint(1, edge)) for edge in (50, 700, 5000) for _ in range(300)]
+    for width, height in sizes:
+        layout, tiles = data.feature_layout((width, height), 576, 336, tuple(map(tuple, grids)))
+        expected = LlavaNextProcessor._get_number_of_features(fields, height, width, 336, 336)
+        assert len(layout) == expected - 1, (width, height)  # the class token is none
+        assert layout.max() < 576 * tiles and {*layout[layout >= 0]} >= {*range(576)}
+        counts.add(len(layout))
+    assert min(counts) == 576 and max(counts) == 576 * 5 + 48
+
+
+def test_tiles_are_counted_in_lengths_and_cut_to_max_len(loaded, tmp_path):
+    """In the prompt and in later turns, whose images count as the answer's."""
+    for name, size in (("a", (30, 20)), ("b", (9, 80))):
+        noise(*size).save(tmp_path / f"{name}.png")
+    loaded = dataclasses.replace(loaded("tiny2"), grids=GRIDS, mode="tiles", max_len=10**4)
+    turns = [("human", "<image>\nA?"), ("gpt", "yes"), ("human", "<image> B?"), ("gpt", "no")]
+    conversation = data.read_record(make_record(*turns, image=["a.png", "b.png"]), tmp_path)
+
+    def packed(max_len):
+        processor = dataclasses.replace(loaded, max_len=max_len)
+        example, cut = processor.example(0, conversation, ["no, no"], True)
+        if example is None:
+            return [], cut
+        sequence = data.pack(example, processor)
+        steps = data.Steps([example], processor, 1, 1, 0, 1)
+        assert steps.lengths == [sequence.shape[1]] and data.collate([example], processor).ids.numel()
+        return sequence[0].tolist(), cut
+    full, cut = packed(10**4)
+    tokens = sum(loaded.image_lengths(conversation.images))
+    # base views; two lines of four and their newlines; six lines of which only the newline is no padding
+    assert full.count(loaded.image_token) == tokens == 4 + 2 * 5 + 4 + 6 and not cut
+    lengths = [len(ids) for ids, cut in map(packed, range(1, len(full) + 1)) if ids]
+    for max_len in range(1, len(full)):
+        ids, cut = packed(max_len)
+        assert ids == full[:len(ids)] and len(ids) <= max_len and (cut or not ids)
+    assert len({*lengths}) > 4 and lengths[-1] == len(full)
+
+
+def test_an_image_that_changes_its_size_during_the_run_is_named(tmp_path):
+    path = str(tmp_path / "a.png")
+    noise(30, 20).save(path)
+    examples = [example(3, [1, IMAGE_ID], images=[path])]
+    data.collate(examples, TILED)
+    noise(20, 30).save(path)
+    words = rf"record 3 .*: cannot use the image {path}: its size is \(20, 30\), but was \(30, 20\) when"
+    with pytest.raises(data.UserError, match=words):
+        data.collate(examples, TILED)
 
 
 # ---- steps ----

@@ -507,7 +507,7 @@ def wrong(folder, tmp_path_factory):
 WRONG = {  # options that come after good ones, and what is said. {} is the folder `wrong`
     "sft": {  # and what is shared by every script; on two ranks
         "--model nobody/nothing": "got 'nobody/nothing', need a checkpoint folder or a hub id",
-        "--model {}/llama": "got --model of the kind 'llama', need LLaVA-1.5 as transformers has it",
+        "--model {}/llama": "got --model of the kind 'llama', need LLaVA-1.5 or LLaVA-NeXT as trans",
         "--model {}/bad_config": "bad_config/config.json", "--model {}/cut": "cut/model.safetensors",
         "--model {}/no_tokenizer": "no tokenizer.json or tokenizer.model: give --tokenizer",
         "--template vicunna": "got --template vicunna, need auto, vicuna, llama2, llama3, plain or a .jinja",
