@@ -696,8 +696,8 @@ def main():
         scorer_processor = reward_checkpoint.processor
         sizes = [(p.size, p.tile_tokens, p.grids) for p in (processor, scorer_processor)]
         if args.advantage == "gae" and args.critic == "reward" and sizes[0] != sizes[1]:
-            raise UserError(f"{args.reward_model}: its images have another size than the policy's, whose "
-                            "sequences the critic reads: give --critic policy")
+            raise UserError(f"{args.reward_model}: its images have another size or other tiles than the "
+                            "policy's, whose sequences the critic reads: give --critic policy")
     prompts = read_prompts(args.data, processor, scorer_processor, args, world)
     eval_prompts = read_prompts(args.eval_data, processor, scorer_processor, args, world)
     ptx_examples = fsdp.read_examples(args.ptx_data, "turns", processor, args, world) if args.ptx_data else []
