@@ -878,11 +878,9 @@ def levels(mean, std):
 # LLaVA-NeXT's tiles (section 4.1 of arXiv:2310.03744, with the details of LLaVA-1.6's code). A grid is a pair
 # (height, width) in pixels, multiples of S.
 
-def best_grid(image_size, grids):
+def best_grid(width, height, grids):
     """The grid that shows most of an image's pixels, and of equal ones the one with least padding; the first
     of several."""
-    width, height = image_size
-
     def pixels_and_padding(grid):
         scale = min(grid[1] / width, grid[0] / height)
         pixels = min(int(width * scale) * int(height * scale), width * height)
@@ -893,7 +891,7 @@ def best_grid(image_size, grids):
 def tile_pixels(image, size, mean, std, resample, grids):
     """RGB image → its views [tiles, 3, S, S] fp32: the base view, then the grid's tiles, line by line. The
     image fills the grid at its aspect ratio, in the middle of black padding."""
-    height, width = best_grid(image.size, grids)
+    height, width = best_grid(*image.size, grids)
     scale = min(width / image.width, height / image.height)
     resized = [min(math.ceil(edge * scale), most) for edge, most in zip(image.size, (width, height))]
     padded = Image.new("RGB", (width, height))
@@ -910,10 +908,9 @@ def feature_layout(image_size, tile_tokens, size, grids):
 
     Without grids (LLaVA-1.5) there is one tile. Else the base view's features come first, then the grid's,
     line by line across its tiles, without lines or columns that show padding only."""
-    base = np.arange(tile_tokens)
     if not grids:
-        return base, 1
-    rows, columns = (edge // size for edge in best_grid(image_size, grids))
+        return np.arange(tile_tokens), 1
+    rows, columns = (edge // size for edge in best_grid(*image_size, grids))
     side = math.isqrt(tile_tokens)
     grid = tile_tokens + np.arange(rows * columns * tile_tokens).reshape(rows, columns, side, side)
     grid = grid.swapaxes(1, 2).reshape(rows * side, columns * side)  # features as they lie in the image
@@ -922,7 +919,7 @@ def feature_layout(image_size, tile_tokens, size, grids):
     top, left = ((whole - int(round(edge * scale, 7))) // 2  # lines and columns of padding
                  for whole, edge in ((lines, height), (length, width)))
     grid = np.pad(grid[top:lines - top, left:length - left], [(0, 0), (0, 1)], constant_values=-1)
-    return np.concatenate([base, grid.flatten()]), 1 + rows * columns
+    return np.concatenate([np.arange(tile_tokens), grid.flatten()]), 1 + rows * columns
 
 
 # ---- examples ----
@@ -978,13 +975,12 @@ class Processor:
         example = Example(index, conversation.id, np.array(prompt, dtype=np.int32), [], [],
                           conversation.images, conversation.margin, conversation.file)
         images, shown = conversation.images, prompt.count(self.image_token)
-        room = self.max_len - self.length(prompt, images[:shown])
-        if room <= 0:
+        ends = [self.lengths(np.array(ids), images).cumsum() for ids, _ in coded]  # positions up to each id
+        if ends[0][P - 1] >= self.max_len:
             return None, False
-        for ids, mask in coded[:len(answers)]:
+        for (ids, mask), reached in zip(coded[:len(answers)], ends):
             ids, mask = ids[P:], mask[P:]
-            lengths = self.lengths(np.array(ids), images[shown:])
-            end = int(np.searchsorted(lengths.cumsum(), room, side="right"))
+            end = int(np.searchsorted(reached, self.max_len, side="right")) - P
             while end and not mask[end - 1]:  # the last supervised token that fits
                 end -= 1
             cut |= any(mask[end:])
@@ -1025,18 +1021,11 @@ class Processor:
         """Number of tokens of each image."""
         return [len(self.layout(image)[0]) for image in images]
 
-    def length(self, ids, images):
-        """Number of positions that ids take. images: those of their image tokens."""
-        return len(ids) - len(images) + sum(self.image_lengths(images))
-
     def lengths(self, ids, images):
-        """Number of positions per id: that of its image for an image token, else 1."""
+        """Number of positions per id: for an image token those of its image, else 1."""
         lengths = np.ones(len(ids), dtype=np.int64)
         lengths[ids == self.image_token] = self.image_lengths(images)
         return lengths
-
-    def expand(self, ids, images):
-        return np.repeat(ids, self.lengths(ids, images))
 
 
 def load_processor(folder, config, args, rendered=(), tower=None):
@@ -1128,8 +1117,7 @@ def image_settings(folder, tower, size, image_mode, grids=()):
     pads = settings["do_pad"] is True and name == "LlavaImageProcessor"  # CLIP's evens out a batch
     pads |= "text_config" not in own and own.get("image_aspect_ratio") == "pad"
     if grids and image_mode != "auto":
-        raise UserError(f"got --image_mode {image_mode}, but {folder} is a LLaVA-NeXT, which cuts images "
-                        "into tiles: leave it out")
+        raise UserError(f"got --image_mode {image_mode}, but {folder} cuts images into tiles: leave it out")
     mode = "tiles" if grids else image_mode if image_mode != "auto" else "pad" if pads else "crop"
     tiles = grids and "text_config" in own  # the original layout has its CLIP's settings
     pipelines, in_config = ((TILES,), [*map(list, grids)]) if tiles else (PIPELINES, [])
@@ -1160,9 +1148,8 @@ def image_needs(settings, size, mode):
         *((name, settings[name] is True, "true") for name in ("do_resize", "do_rescale", "do_normalize")),
         *((name, settings[name] is None or isinstance(settings[name], bool), "true or false")
           for name in ("do_pad", "default_to_square")),
-        ("size", resize == size or not tiles, f"{size}, the tower's image_size"),
-        ("size", resize and resize >= size and (pad or tiles or not squashes),
-         f'{{"shortest_edge": N}} with N of at least {size}, the tower\'s image_size'),
+        ("size", resize and (resize == size if tiles else resize >= size and (pad or not squashes)),
+         f'{{"shortest_edge": N}} with N of at least {size}, the tower\'s image_size (for tiles: just that)'),
         ("do_center_crop", settings["do_center_crop"] is True or uncropped, "true"),
         ("crop_size", uncropped or crop == (size, True), f"{size}, the tower's image_size"),
         ("pad_size", settings["pad_size"] is None, "null"),
@@ -1368,7 +1355,7 @@ def pack(example, processor):
     """Example → one sequence [5, T]: ids, position, branch, the position that predicts each token, and the
     mask of targets."""
     shown = int((example.prompt == processor.image_token).sum())  # of the images, by the prompt
-    prompt = processor.expand(example.prompt, example.images[:shown])
+    prompt = np.repeat(example.prompt, processor.lengths(example.prompt, example.images[:shown]))
     P = start = len(prompt)
     parts = [np.stack([prompt, np.arange(P), *np.zeros((3, P))])]
     for a, (answer, token_mask) in enumerate(zip(example.answers, example.token_masks), 1):
@@ -1472,7 +1459,7 @@ class Steps:
         self.batch_size, self.micro_batch = batch_size, micro_batch
         self.rank, self.world_size, self.collate = rank, world_size, collate
         self.seed, self.shuffle, self.by_length, self.drop_last = seed, shuffle, by_length, drop_last
-        self.lengths = np.array([processor.length(e.prompt, e.images) + sum(map(len, e.answers))
+        self.lengths = np.array([processor.lengths(np.concatenate([e.prompt, *e.answers]), e.images).sum()
                                  for e in examples])
 
     def __len__(self):

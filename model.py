@@ -145,14 +145,12 @@ class Projector(nn.Module):
         self.activation = activation(config.projector_hidden_act)
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, D, bias=bias)
         self.linear_2 = nn.Linear(D, D, bias=bias)
-        self.has_newline = config.model_type == "llava_next"
-        if self.has_newline:
-            self.image_newline = nn.Parameter(torch.empty(D))
+        self.image_newline = nn.Parameter(torch.empty(D)) if config.model_type == "llava_next" else None
 
     def forward(self, features):
         x = self.linear_1(features.flatten(0, 1))  # [M · I, D]; an FSDP root must not return a view
         x = self.linear_2(self.activation(x))
-        return torch.cat([x, self.image_newline[None]]) if self.has_newline else x
+        return x if self.image_newline is None else torch.cat([x, self.image_newline[None]])
 
 
 # ---- LLaMA ----
@@ -533,15 +531,13 @@ ANY_MODEL = {"quantization_config": (None,), "quantization": (None,), "compressi
 LLAVA = {**ANY_MODEL, "mm_projector_type": ("mlp2x_gelu",)}
 LANGUAGE_MODEL = {**ANY_MODEL, "attention_dropout": (0,)}
 VISION_TOWER = {**ANY_MODEL, "attention_dropout": (0,), "num_channels": (3,)}
-LLAVA_NEXT = {
-    **LLAVA, "use_image_newline_parameter": (True,), "vision_feature_select_strategy": ("default",)}
+LLAVA_NEXT = {**LLAVA, "use_image_newline_parameter": (True,), "vision_feature_select_strategy": ("default",)}
 ORIGINAL_LLAVA = {
     **LLAVA, "mm_vision_select_feature": ("patch", "cls_patch"), "mm_use_im_start_end": (False, None),
     "mm_patch_merge_type": ("flat", None), "use_mm_proj": (True, None), "s2": (False, None),
     "image_aspect_ratio": ("square", "pad", None), "use_pos_skipping": (False, None)}
-ORIGINAL_NEXT = {
-    **ORIGINAL_LLAVA, "mm_patch_merge_type": ("spatial_unpad",), "image_aspect_ratio": ("anyres",),
-    "mm_vision_select_feature": ("patch",)}
+ORIGINAL_NEXT = {**ORIGINAL_LLAVA, "mm_patch_merge_type": ("spatial_unpad",),
+                 "image_aspect_ratio": ("anyres",), "mm_vision_select_feature": ("patch",)}
 # settings of an original LLaVA that are read elsewhere, or only concern training rates, tiling or video
 OTHER_MM = {
     "mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_use_im_patch_token", "mm_projector_lr",
@@ -637,9 +633,8 @@ def llava_config(folder, settings, clip=None, clip_settings=None):
     if config.model_type == "llava_next":
         grids, edges = config.image_grid_pinpoints, range(vision.image_size, 2**16, vision.image_size)
         if not grids or not all(len(grid) == 2 and {*grid} <= {*edges} for grid in grids):
-            raise UserError(f"{where}: got image_grid_pinpoints "
-                            f"{shown(settings.get('image_grid_pinpoints'))}, need pairs of multiples of "
-                            f"{vision.image_size}, the tower's image_size")
+            raise UserError(f"{where}: got image_grid_pinpoints {shown(settings.get('image_grid_pinpoints'))}"
+                            f", need pairs of multiples of {vision.image_size}, the tower's image_size")
     class_token = config.vision_feature_select_strategy == "full"
     config.image_seq_length = (vision.image_size // vision.patch_size) ** 2 + class_token
     return config

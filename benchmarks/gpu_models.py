@@ -248,8 +248,9 @@ def add_peer_lora(peer, adapters):
 def peer_inputs(checkpoint, examples, batch):
     """One sequence per answer: the first answers of all records, then the second. No answers: prompts."""
     A = max(1, len(examples[0].answers))
-    ids = [[*checkpoint.processor.expand(example.prompt, example.images), *[*example.answers, []][a]]
-           for a in range(A) for example in examples]
+    prompts = [np.repeat(e.prompt, checkpoint.processor.lengths(e.prompt, e.images)) for e in examples]
+    ids = [[*prompt, *[*example.answers, []][a]]
+           for a in range(A) for prompt, example in zip(prompts, examples)]
     ids = torch.tensor(ids, device=DEVICE)  # [A · B, T]
     pixels = batch.pixels.to(DEVICE, DTYPE).repeat(A, 1, 1, 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}

@@ -185,7 +185,8 @@ def test_records_tokenised_together_have_the_ids_of_one_at_a_time(folders, loade
     system, answer = f"Be {tokenizer.eos_token} kind. <image>", f"<image> {tokenizer.bos_token}"
 
     def build(texts):
-        conversations = [(i, data.Conversation(str(i), ["system", "human"], [system, text], [answer], []))
+        conversations = [(i, data.Conversation(str(i), ["system", "human"], [system, text], [answer],
+                                               ["a.png"] * text.count("<image>")))
                          for i, text in enumerate(texts)]
         return data.build_examples(conversations, together, "turns")[0]
     build([f"Is {i} or {i + 1} a cat?" for i in range(50)])

@@ -526,7 +526,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--max_len 20": "fits --max_len 20: raise it",
         "--train projector,llama": "argument --train: got projector,llama, need any of projector,llm,vision",
         "--train llm --projector_lr 1": "but --train llm has no projector",
-        "--model tiled --image_mode pad": "got --image_mode pad, but tiled is a LLaVA-NeXT, which cuts",
+        "--model tiled --image_mode pad": "got --image_mode pad, but tiled cuts images into tiles",
         "--replicas 3": "got --replicas 3, need a divisor of the ", "--wandb project": "pip install wandb",
         "--lora_rank 2 --train projector": "got --lora_rank 2 without llm in --train",
         "--out {}/unrelated --overwrite": "unrelated, neither empty nor an earlier run: choose another",

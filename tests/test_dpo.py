@@ -239,7 +239,7 @@ def test_the_reference_is_transformers(place, world, tmp_path):
             pixels, expected = [processor.pixels(path) for path in example.images], []
             pixels = {"pixel_values": torch.cat(pixels)} if pixels else {}
             for answer in example.answers:
-                prompt = processor.expand(example.prompt, example.images)
+                prompt = np.repeat(example.prompt, processor.lengths(example.prompt, example.images))
                 ids = torch.from_numpy(np.concatenate([prompt, answer])).long()
                 with torch.no_grad():
                     logp = peer(ids[None], **pixels).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])

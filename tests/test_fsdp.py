@@ -175,7 +175,7 @@ def test_a_llava_next_is_transformers(layout, world, tmp_path):
     for example, (_, conversation) in zip(examples, conversations):
         shown += [Image.open(path) for path in example.images]
         if len(conversation.contents) == 1:  # a first turn
-            prompt = processor.expand(example.prompt, example.images)
+            prompt = np.repeat(example.prompt, processor.lengths(example.prompt, example.images))
             images = [Image.open(path) for path in example.images] or None
             text = processor.template.render(conversation)
             coded = theirs(text=text, images=images, add_special_tokens=False)

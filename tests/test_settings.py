@@ -231,7 +231,7 @@ IMAGE_REFUSED = {  # setting → values, or changes to GIVEN, and what the error
 TILES = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True, "size": {"shortest_edge": S},
          "image_grid_pinpoints": tiny.GRIDS}
 TILES_REFUSED = {  # setting of a LLaVA-NeXT → values, and what the error says is needed
-    "size": ([20, 15], f"{S}, the tower's image_size"), "crop_size": ([...], f"{S}, the tower's image_size"),
+    "size": ([20, 15], SIZE), "crop_size": ([...], f"{S}, the tower's image_size"),
     "image_grid_pinpoints": ([None, tiny.GRIDS[::-1], tiny.GRIDS[:4]], f"{tiny.GRIDS}, as in config.json"),
     "image_processor_type": (["CLIPImageProcessor", "LlavaImageProcessor"], "one of LlavaNextImageProcessor"),
     "do_center_crop": ([False], "true"), "do_resize": ([False], "true"), "resample": ([1], "2 (bilinear)")}
@@ -316,7 +316,7 @@ def test_other_settings_of_tiles_are_refused_by_name(tmp_path, name):
             data.image_settings(folder, folder, S, "auto", tuple(map(tuple, tiny.GRIDS)))
         assert f"json: got {name} " in str(error.value) and f"need {needed}" in str(error.value)
     for image_mode in "crop", "pad":
-        with pytest.raises(data.UserError, match=f"got --image_mode {image_mode}, but .*LLaVA-NeXT"):
+        with pytest.raises(data.UserError, match=f"got --image_mode {image_mode}, but .* tiles: leave"):
             data.image_settings(folder, folder, S, image_mode, tuple(map(tuple, tiny.GRIDS)))
 
 
