@@ -1354,12 +1354,12 @@ def pad_by_sequence(values, owner, shape):
 def pack(example, processor):
     """Example → one sequence [5, T]: ids, position, branch, the position that predicts each token, and the
     mask of targets."""
-    shown = int((example.prompt == processor.image_token).sum())  # of the images, by the prompt
-    prompt = np.repeat(example.prompt, processor.lengths(example.prompt, example.images[:shown]))
+    n_images = int((example.prompt == processor.image_token).sum())  # those of later turns follow
+    prompt = np.repeat(example.prompt, processor.lengths(example.prompt, example.images[:n_images]))
     P = start = len(prompt)
     parts = [np.stack([prompt, np.arange(P), *np.zeros((3, P))])]
     for a, (answer, token_mask) in enumerate(zip(example.answers, example.token_masks), 1):
-        lengths = processor.lengths(answer, example.images[shown:])
+        lengths = processor.lengths(answer, example.images[n_images:])
         answer, token_mask = np.repeat(answer, lengths), np.repeat(token_mask, lengths)
         n = len(answer)
         predicted_from = np.arange(start, start + n) - 1
@@ -1429,8 +1429,8 @@ def join_prompts(batches, tile_tokens):
         padded = [torch.nn.functional.pad(getattr(batch, name), (0, T - own), value=value)
                   for name, value in (("ids", 0), ("position", 0), ("branch", -1))]
         sequence, index = batch.image_position // own, batch.image_position % own
-        shown = torch.where(batch.image_feature < 0, -1, batch.image_feature + features)
-        joined.append((*padded, shown, (sequences + sequence) * T + index))
+        image_feature = torch.where(batch.image_feature < 0, -1, batch.image_feature + features)
+        joined.append((*padded, image_feature, (sequences + sequence) * T + index))
         features, sequences = features + len(batch.pixels) * tile_tokens, sequences + B
     ids, position, branch, image_feature, image_position = (torch.cat(parts) for parts in zip(*joined))
     return dataclasses.replace(batches[0], ids=ids, position=position, branch=branch, pixels=None,

@@ -168,7 +168,8 @@ def arguments(parser, training=True):
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of records: .json, .jsonl or .txt (head of data.py)")
     add("--images", help="folder that the image paths of all files start from (default: each file's own)")
-    add("--max_len", type=positive_int, default=2048, help="longest record, in tokens; images count")
+    add("--max_len", type=positive_int, default=2048, help="longest record, in tokens; images count (of "
+        "LLaVA-NeXT up to 2928 each)")
     add("--skip_bad_rows", action="store_true", help="report bad records and leave them out")
     add("--workers", type=non_negative_int, default=2, help="threads per rank to decode images (0: none)")
     add = parser.add_argument_group("run").add_argument

@@ -496,7 +496,7 @@ class VisionLLM(nn.Module):
         """→ head_fn(hidden [N, D], head weight [V, D]) for a data.Batch, where hidden are the final hidden
         states at the flat `positions` [N]."""
         projected = self.multi_modal_projector(features)  # [M · I, D], and image_newline as the last row
-        # −1 is the last row. Not projected[…]: its backward adds up repeated rows in a random order.
+        # −1 is the last row. Not projected[…], whose backward adds up repeated rows in no fixed order.
         images = projected.index_select(0, batch.image_feature % len(projected))  # [R, D]
         mask, T, n = None, batch.ids.shape[1], batch.causal_prefix
         if n < T:  # from position n on, some sequence holds several answers: causal attention is not enough
