@@ -596,10 +596,10 @@ def test_the_header_tells_the_size_of_the_decoded_image(tmp_path, kind, orientat
 def test_an_image_has_as_many_tokens_as_in_transformers():
     """In LLaVA-1.6's grids, in two orders, of extreme and random shapes: all lines of a grid may be padding;
     352 / 748 of 672 is a whole number of patches, but not in floating point."""
-    rng, counts, grids = random.Random(0), set(), [[336 * y // S, 336 * x // S] for y, x in GRIDS]
+    rng, counts, wide = random.Random(0), set(), [[336 * y // S, 336 * x // S] for y, x in GRIDS]
     sizes = [(1, 1), (336, 336), (672, 672), (1, 5000), (9000, 3), (65535, 7), (1009, 336), (352, 748)]
     sizes += [(rng.randint(1, edge), rng.randint(1, edge)) for edge in (50, 700, 5000) for _ in range(300)]
-    for (width, height), grids in itertools.product(sizes, (grids, grids[::-1])):
+    for (width, height), grids in itertools.product(sizes, (wide, wide[::-1])):
         fields = SimpleNamespace(image_processor=SimpleNamespace(image_grid_pinpoints=grids), patch_size=14,
                                  num_additional_image_tokens=1)
         fields._get_unpadded_features = functools.partial(LlavaNextProcessor._get_unpadded_features, fields)
