@@ -875,8 +875,8 @@ def levels(mean, std):
     return (scaled - np.float32(mean)[:, None]) / np.float32(std)[:, None]
 
 
-# LLaVA-NeXT's tiles (section 4.1 of arXiv:2310.03744, with the details of LLaVA-1.6's code). A grid is a pair
-# (height, width) in pixels, multiples of S.
+# LLaVA-NeXT's tiles: those of LLaVA-1.5-HD (arXiv:2310.03744), with the details of LLaVA-1.6's code. A grid
+# is a pair (height, width) in pixels, multiples of S.
 
 def best_grid(width, height, grids):
     """The grid that shows most of an image's pixels, and of equal ones the one with least padding; the first
