@@ -26,8 +26,12 @@ Prompt and answers are packed into one sequence, in which each answer attends to
 The prompt's last token predicts the first token of every answer. Each later token is predicted by the
 token before it.
 
-Legend: B sequences, T positions, P prompt length, N targets (tokens to predict), A answers, M distinct
-images, R image placeholders of the batch, I tokens per image, S edge of the cropped image in pixels.
+A model sees square tiles. LLaVA-1.5 has one per image, of I tokens. LLaVA-NeXT has a base view, the image
+squeezed into a square, and a grid of tiles chosen by the image's size; how many tokens an image takes is
+known from its size alone, which a file's header tells.
+
+Legend: B sequences, T positions, P prompt length, N targets (tokens to predict), A answers, M tiles of the
+distinct images, R image tokens of the batch, I features per tile, S edge of a tile in pixels.
 """
 import collections
 import concurrent.futures
@@ -38,7 +42,9 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
+import pathlib
 import re
 import reprlib
 import shutil
@@ -51,7 +57,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -752,13 +758,32 @@ class Corrupted(NamedTuple):
 
 
 def corrupt(image):
-    """A Corrupted → a crop, keyed by (seed, record), of at most a fifth of the image's area at its aspect
-    ratio, as mDPO makes its rejected images (arXiv:2406.11839)."""
-    full, draw = read_image(image.path), np.random.default_rng([image.seed, image.index, 1])
+    """A Corrupted → its crop, as mDPO makes its rejected images (arXiv:2406.11839)."""
+    full = read_image(image.path)
+    return full.crop(crop_box(image, full.size))
+
+
+def crop_box(image, size):
+    """The edges (left, top, right, bottom) of a Corrupted's crop in the image of this size: keyed by (seed,
+    record), at most a fifth of the image's area at its aspect ratio."""
+    draw = np.random.default_rng([image.seed, image.index, 1])
     share, left, top = draw.uniform(0.0, 0.2), *draw.random(2)
-    width, height = (max(1, round(edge * share**0.5)) for edge in full.size)
-    left, top = int(left * (full.width - width + 1)), int(top * (full.height - height + 1))
-    return full.crop((left, top, left + width, top + height))
+    width, height = (max(1, round(edge * share**0.5)) for edge in size)
+    left, top = int(left * (size[0] - width + 1)), int(top * (size[1] - height + 1))
+    return left, top, left + width, top + height
+
+
+@functools.cache  # what a run has counted on does not change with the file: see Processor.pixels
+def image_size(image):
+    """Width and height that a path or a Corrupted will have once it is decoded, from the file's header."""
+    if isinstance(image, Corrupted):
+        left, top, right, bottom = crop_box(image, image_size(image.path))
+        return right - left, bottom - top
+    with open_image(image) as file:
+        if file.format == "PNG" and b"eXIf" in pathlib.Path(image).read_bytes():
+            file.load()  # it may stand behind the pixels
+        rotated = Image.Image.getexif(file).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return file.size[::-1] if rotated and file.format != "TIFF" else file.size  # TIFF: Pillow has done it
 
 
 def image_error(path):
@@ -797,6 +822,12 @@ def to_pixels(image, size, mode="crop", mean=CLIP_MEAN, std=CLIP_STD, resize=Non
         image = image.resize([int(resize * edge / short) for edge in image.size], resample)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         array = np.asarray(image.crop((left, top, left + size, top + size)))  # [S, S, 3] bytes
+    return normalised(array, mean, std)
+
+
+def normalised(image, mean, std):
+    """An RGB image, or its bytes [S, S, 3] → [3, S, S] fp32"""
+    array = np.asarray(image)
     return torch.from_numpy(np.stack([values[array[..., c]] for c, values in enumerate(levels(mean, std))]))
 
 
@@ -846,6 +877,53 @@ def levels(mean, std):
     return (scaled - np.float32(mean)[:, None]) / np.float32(std)[:, None]
 
 
+# LLaVA-NeXT's tiles: those of LLaVA-1.5-HD (arXiv:2310.03744), with the details of LLaVA-1.6's code. A grid
+# is a pair (height, width) in pixels, multiples of S.
+
+def best_grid(width, height, grids):
+    """The grid that shows most of an image's pixels, and of equal ones the one with least padding; the first
+    of several."""
+    def pixels_and_padding(grid):
+        scale = min(grid[1] / width, grid[0] / height)
+        pixels = min(int(width * scale) * int(height * scale), width * height)
+        return pixels, pixels - grid[0] * grid[1]
+    return max(grids, key=pixels_and_padding)
+
+
+def tile_pixels(image, size, mean, std, resample, grids):
+    """RGB image → its views [tiles, 3, S, S] fp32: the base view, then the grid's tiles, line by line. The
+    image fills the grid at its aspect ratio, in the middle of black padding."""
+    height, width = best_grid(*image.size, grids)
+    scale = min(width / image.width, height / image.height)
+    resized = [min(math.ceil(edge * scale), most) for edge, most in zip(image.size, (width, height))]
+    padded = Image.new("RGB", (width, height))
+    padded.paste(image.resize(resized, resample), ((width - resized[0]) // 2, (height - resized[1]) // 2))
+    tiles = [padded.crop((left, top, left + size, top + size))
+             for top in range(0, height, size) for left in range(0, width, size)]
+    return np.stack([normalised(view, mean, std) for view in (image.resize((size, size), resample), *tiles)])
+
+
+@functools.lru_cache(maxsize=1024)
+def feature_layout(image_size, tile_tokens, size, grids):
+    """→ the feature that each token of an image shows, and the image's number of tiles. Features are numbered
+    from the image's first tile on; −1 is LLaVA-NeXT's image_newline.
+
+    Without grids (LLaVA-1.5) there is one tile. Else the base view's features come first, then the grid's,
+    line by line across its tiles, without lines or columns that show padding only."""
+    if not grids:
+        return np.arange(tile_tokens), 1
+    rows, columns = (edge // size for edge in best_grid(*image_size, grids))
+    side = math.isqrt(tile_tokens)
+    grid = tile_tokens + np.arange(rows * columns * tile_tokens).reshape(rows, columns, side, side)
+    grid = grid.swapaxes(1, 2).reshape(rows * side, columns * side)  # features as they lie in the image
+    (width, height), (lines, length) = image_size, grid.shape
+    scale = min(lines / height, length / width)
+    top, left = ((whole - int(round(edge * scale, 7))) // 2  # lines and columns of padding
+                 for whole, edge in ((lines, height), (length, width)))
+    grid = np.pad(grid[top:lines - top, left:length - left], [(0, 0), (0, 1)], constant_values=-1)
+    return np.concatenate([np.arange(tile_tokens), grid.flatten()]), 1 + rows * columns
+
+
 # ---- examples ----
 
 @dataclasses.dataclass(slots=True)
@@ -874,13 +952,14 @@ class Processor:
     tokenizer: object
     template: Template
     image_token: int
-    image_tokens: int  # I
+    tile_tokens: int  # I
     size: int  # S
-    mode: str  # crop or pad
+    mode: str  # crop or pad; tiles: LLaVA-NeXT
     mean: tuple
     std: tuple
     resize: int  # the shorter edge before S is cropped
     resample: int  # Pillow's filter
+    grids: tuple  # LLaVA-NeXT's, (height, width) in pixels; else none
     pad: int
     end_ids: frozenset  # ids that end an answer
     banned: frozenset  # ids that are never generated
@@ -897,28 +976,28 @@ class Processor:
         prompt, cut = coded[0][0][:P], False
         example = Example(index, conversation.id, np.array(prompt, dtype=np.int32), [], [],
                           conversation.images, conversation.margin, conversation.file)
-        room, shown = self.max_len - self.length(prompt), prompt.count(self.image_token)
-        if room <= 0:
+        images, shown = conversation.images, prompt.count(self.image_token)
+        ends = [self.lengths(np.array(ids), images).cumsum() for ids, _ in coded]  # positions up to each id
+        if ends[0][P - 1] >= self.max_len:
             return None, False
-        for ids, mask in coded[:len(answers)]:
+        for (ids, mask), reached in zip(coded[:len(answers)], ends):
             ids, mask = ids[P:], mask[P:]
-            end = len(ids)
-            if self.length(ids) > room:
-                end = int(np.searchsorted(self.lengths(np.array(ids)).cumsum(), room, side="right"))
+            end = int(np.searchsorted(reached, self.max_len, side="right")) - P
             while end and not mask[end - 1]:  # the last supervised token that fits
                 end -= 1
             cut |= any(mask[end:])
             example.answers.append(np.array(ids[:end], dtype=np.int32))
             example.token_masks.append(np.array(mask[:end], dtype=bool))
             shown += ids[:end].count(self.image_token)
-        if shown < len(conversation.images):
-            example.images = conversation.images[:shown]
+        if shown < len(images):
+            example.images = images[:shown]
         return example, cut
 
     @property
     def pixel_settings(self):
-        """The image settings: processors with equal settings compute equal pixels."""
-        return self.image_tokens, self.size, self.mode, self.mean, self.std, self.resize, self.resample
+        """The image settings: processors with equal settings compute equal pixels and layouts."""
+        return (self.tile_tokens, self.size, self.mode, self.mean, self.std, self.resize, self.resample,
+                self.grids)
 
     def text(self, ids):
         """The ids of an answer as text, without the token that ends it."""
@@ -926,21 +1005,29 @@ class Processor:
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
     def pixels(self, image):
-        """A path or a Corrupted → pixels [3, S, S]"""
+        """A path or a Corrupted → pixels [tiles, 3, S, S]"""
         decoded = corrupt(image) if isinstance(image, Corrupted) else read_image(image)
-        return to_pixels(decoded, *self.pixel_settings[1:])
+        if not self.grids:
+            return to_pixels(decoded, *self.pixel_settings[1:-1])[None]
+        if decoded.size != image_size(image):
+            raise UserError(f"cannot use the image {shown(str(image))}: its size is {decoded.size}, but was "
+                            f"{image_size(image)} when its tokens were counted")
+        return tile_pixels(decoded, self.size, self.mean, self.std, self.resample, self.grids)
 
-    def length(self, ids):
-        """Number of positions that ids take, with I per image."""
-        images = ids.count(self.image_token) if isinstance(ids, list) else (ids == self.image_token).sum()
-        return len(ids) + int(images) * (self.image_tokens - 1)
+    def layout(self, image):
+        """→ feature_layout of a path or a Corrupted"""
+        size = image_size(image) if self.grids else None
+        return feature_layout(size, self.tile_tokens, self.size, self.grids)
 
-    def lengths(self, ids):
-        """Number of positions per id: I for an image token, else 1."""
-        return np.where(ids == self.image_token, self.image_tokens, 1)
+    def image_lengths(self, images):
+        """Number of tokens of each image."""
+        return [len(self.layout(image)[0]) for image in images]
 
-    def expand(self, ids):
-        return np.repeat(ids, self.lengths(ids))
+    def lengths(self, ids, images):
+        """Number of positions per id: for an image token those of its image, else 1."""
+        lengths = np.ones(len(ids), dtype=np.int64)
+        lengths[ids == self.image_token] = self.image_lengths(images)
+        return lengths
 
 
 def load_processor(folder, config, args, rendered=(), tower=None):
@@ -989,52 +1076,60 @@ def load_processor(folder, config, args, rendered=(), tower=None):
             print(f"{source} was trained with --template plain: using that{own}", flush=True)
     banned = {image_token, tokenizer.pad_token_id, *range(len(tokenizer), text.vocab_size)} - stop
     size = config.vision_config.image_size
-    pixel_settings = image_settings(folder, tower or folder, size, args.image_mode)
+    grids = tuple(map(tuple, config.image_grid_pinpoints)) if config.model_type == "llava_next" else ()
+    pixel_settings = image_settings(folder, tower or folder, size, args.image_mode, grids)
     return Processor(
-        tokenizer, template, image_token, config.image_seq_length, size, *pixel_settings,
+        tokenizer, template, image_token, config.image_seq_length, size, *pixel_settings, grids,
         tokenizer.pad_token_id, frozenset(stop - {None}), frozenset(banned), args.max_len), resized_vocab
 
 
 # transformers' image processors that take the same steps with the same defaults
 PIPELINES = "CLIPImageProcessor", "BitImageProcessor", "LlavaImageProcessor"
+TILES = "LlavaNextImageProcessor"
 DEFAULTS = {
     "do_resize": True, "size": {"shortest_edge": 224}, "default_to_square": False, "resample": BICUBIC,
     "do_center_crop": True, "crop_size": 224, "do_rescale": True, "rescale_factor": 1 / 255,
     "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "do_pad": False, "pad_size": None,
-    "do_convert_rgb": True}  # the last: images are RGB in any case
-FOREIGN = re.compile(r"do_\w+|auto_map|crop_pct|crop_to_patches|image_grid_pinpoints|keep_aspect_ratio|"
+    "image_grid_pinpoints": None, "do_convert_rgb": True}  # the last: images are RGB in any case
+FOREIGN = re.compile(r"do_\w+|auto_map|crop_pct|crop_to_patches|keep_aspect_ratio|"
                      r"rescale_offset|size_divisor|use_square_size")  # of other pipelines
 
 
-def image_settings(folder, tower, size, image_mode):
+def image_settings(folder, tower, size, image_mode, grids=()):
     """The image settings of a checkpoint → mode, mean, std, pixels of the shorter edge before the crop, and
-    Pillow's filter.
+    Pillow's filter. grids: those of a LLaVA-NeXT's config.json.
 
     They are those that transformers' AutoImageProcessor reads in the tower's folder. An original LLaVA's
-    config.json may ask for padding; --image_mode overrides both. UserError: a setting that to_pixels cannot
-    do."""
+    config.json may ask for padding; --image_mode overrides both. UserError: a setting that to_pixels or
+    tile_pixels cannot do."""
     path, found = image_processor_file(tower)
     if found is None:
         found = {"size": size, "crop_size": size}
         if os.environ.get("RANK", "0") == "0":
             print(f"{tower}: no preprocessor_config.json: images are resized and cropped to the image_size, "
                   f"{size}, and normalised with CLIP's mean and standard deviation", flush=True)
-    settings = DEFAULTS | found  # null is no absence: transformers' processors keep it
     own, tower_config = (read_json(place, "config.json", {}) for place in (folder, tower))
+    settings = DEFAULTS | found  # null is no absence: transformers' processors keep it
     kind = "image_processor_type"
     if settings.get(kind) is None and settings.get("feature_extractor_type"):
         kind = "feature_extractor_type"
-    name = settings.get(kind) or ("LlavaImageProcessor" if tower_config.get("model_type") == "llava"
-                                  else "CLIPImageProcessor")
+    of_model = {"llava": "LlavaImageProcessor", "llava_next": TILES}
+    name = settings.get(kind) or of_model.get(tower_config.get("model_type"), "CLIPImageProcessor")
     name = re.sub("(Fast|Pil)$", "", str(name).replace("FeatureExtractor", "ImageProcessor"))
     pads = settings["do_pad"] is True and name == "LlavaImageProcessor"  # CLIP's evens out a batch
     pads |= "text_config" not in own and own.get("image_aspect_ratio") == "pad"
-    mode = image_mode if image_mode != "auto" else "pad" if pads else "crop"
+    if grids and image_mode != "auto":
+        raise UserError(f"got --image_mode {image_mode}, but {folder} cuts images into tiles: leave it out")
+    mode = "tiles" if grids else image_mode if image_mode != "auto" else "pad" if pads else "crop"
+    tiles = grids and "text_config" in own  # the original layout has its CLIP's settings
+    pipelines, in_config = ((TILES,), [*map(list, grids)]) if tiles else (PIPELINES, [])
     foreign = [name for name, value in found.items()
                if value and name not in DEFAULTS and FOREIGN.fullmatch(name)]
-    needs = [(kind, name in PIPELINES, f"one of {', '.join(PIPELINES)}"),
+    needs = [(kind, name in pipelines, f"one of {', '.join(pipelines)}"),
              *((setting, False, "none: it belongs to another pipeline") for setting in foreign),
-             *image_needs(settings, size, mode == "pad")]
+             ("image_grid_pinpoints", (settings["image_grid_pinpoints"] or []) == in_config,
+              f"{in_config}, as in config.json" if tiles else "none: it belongs to another pipeline"),
+             *image_needs(settings, size, mode)]
     for setting, done, needed in needs:
         if not done:
             default = "" if setting in found else " (the default)"
@@ -1044,8 +1139,9 @@ def image_settings(folder, tower, size, image_mode):
     return mode, tuple(settings["image_mean"]), tuple(settings["image_std"]), resize, settings["resample"]
 
 
-def image_needs(settings, size, pad):
-    """→ (name of a setting, whether to_pixels supports its value, what it needs) per setting."""
+def image_needs(settings, size, mode):
+    """→ (name of a setting, whether its value is supported, what it needs) per setting."""
+    pad, tiles = mode == "pad", mode == "tiles"
     resize, squashes = edge_length(settings["size"], settings["default_to_square"])
     crop = edge_length(settings["crop_size"], True)
     uncropped = settings["do_center_crop"] is False and pad and resize == size  # a square of the right size
@@ -1054,8 +1150,8 @@ def image_needs(settings, size, pad):
         *((name, settings[name] is True, "true") for name in ("do_resize", "do_rescale", "do_normalize")),
         *((name, settings[name] is None or isinstance(settings[name], bool), "true or false")
           for name in ("do_pad", "default_to_square")),
-        ("size", resize and resize >= size and (pad or not squashes),
-         f'{{"shortest_edge": N}} with N of at least {size}, the tower\'s image_size'),
+        ("size", resize and (resize == size if tiles else resize >= size and (pad or not squashes)),
+         f'{{"shortest_edge": N}} with N of at least {size}, the tower\'s image_size (for tiles: just that)'),
         ("do_center_crop", settings["do_center_crop"] is True or uncropped, "true"),
         ("crop_size", uncropped or crop == (size, True), f"{size}, the tower's image_size"),
         ("pad_size", settings["pad_size"] is None, "null"),
@@ -1101,18 +1197,20 @@ def are_three(values, low, high):
 
 def save_processor(processor, config, folder):
     """Writes tokenizer, chat template, image settings and generation config for transformers' LlavaProcessor
-    and generate()."""
+    or LlavaNextProcessor and generate()."""
     processor.tokenizer.save_pretrained(folder)
-    S, pad = processor.size, processor.mode == "pad"
+    S, kinds = processor.size, {"crop": "CLIPImageProcessor", "pad": "LlavaImageProcessor", "tiles": TILES}
+    processor_class = "LlavaNextProcessor" if processor.grids else "LlavaProcessor"
     preprocessor = {
-        "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor", "do_convert_rgb": True, **({"do_pad": True} if pad else {}),
+        "image_processor_type": kinds[processor.mode], "processor_class": processor_class,
+        "do_convert_rgb": True, **({} if processor.mode == "crop" else {"do_pad": True}),
+        **({"image_grid_pinpoints": processor.grids} if processor.grids else {}),
         "do_resize": True, "size": {"shortest_edge": processor.resize}, "resample": processor.resample,
         "do_center_crop": True, "crop_size": {"height": S, "width": S},
         "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": processor.mean, "image_std": processor.std}
     both = {
-        "processor_class": "LlavaProcessor", "image_token": IMAGE,
+        "processor_class": processor_class, "image_token": IMAGE,
         "patch_size": config.vision_config.patch_size, "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": config.vision_feature_select_strategy}
     # plain's newline ends a caption, and no other answer
@@ -1213,8 +1311,10 @@ def build_examples(conversations, processor, which):
         else:
             examples.append(example)
     if not examples:
+        images = {path for _, conversation in conversations for path in conversation.images}
+        most = max(processor.image_lengths(images), default=processor.tile_tokens)
         raise UserError(f"none of {len(conversations)} records fits --max_len {processor.max_len}: raise it "
-                         f"(an image takes {processor.image_tokens} tokens)")
+                         f"(an image takes up to {most} tokens)")
     return examples, counts
 
 
@@ -1226,9 +1326,9 @@ class Batch:
     ids: torch.Tensor  # [B, T]
     position: torch.Tensor  # [B, T]
     branch: torch.Tensor  # [B, T]
-    pixels: torch.Tensor  # [M, 3, S, S]; one blank image if there is none, since every rank runs the tower
-    image: torch.Tensor  # [R] which of the M images each image slot shows, in the order of the sequences
-    image_position: torch.Tensor  # [R · I] flat positions of the image tokens
+    pixels: torch.Tensor  # [M, 3, S, S]; one blank tile if there is none, since every rank runs the tower
+    image_feature: torch.Tensor  # [R] which of the M · I features an image token shows; −1: image_newline
+    image_position: torch.Tensor  # [R] flat positions of the image tokens
     target: torch.Tensor  # [N] ids to predict
     logit_position: torch.Tensor  # [N] flat position whose hidden state predicts it
     answer: torch.Tensor  # [N] which of the A answers it belongs to
@@ -1256,12 +1356,13 @@ def pad_by_sequence(values, owner, shape):
 def pack(example, processor):
     """Example → one sequence [5, T]: ids, position, branch, the position that predicts each token, and the
     mask of targets."""
-    prompt = processor.expand(example.prompt)
+    n_images = int((example.prompt == processor.image_token).sum())  # those of later turns follow
+    prompt = np.repeat(example.prompt, processor.lengths(example.prompt, example.images[:n_images]))
     P = start = len(prompt)
     parts = [np.stack([prompt, np.arange(P), *np.zeros((3, P))])]
     for a, (answer, token_mask) in enumerate(zip(example.answers, example.token_masks), 1):
-        token_mask = np.repeat(token_mask, processor.lengths(answer))
-        answer = processor.expand(answer)
+        lengths = processor.lengths(answer, example.images[n_images:])
+        answer, token_mask = np.repeat(answer, lengths), np.repeat(token_mask, lengths)
         n = len(answer)
         predicted_from = np.arange(start, start + n) - 1
         predicted_from[0] = P - 1  # an answer's first token is predicted by the prompt's last
@@ -1289,8 +1390,13 @@ def collate(examples, processor, pixels=None):
     last_token[answer] = targets  # positions rise, so an answer's last one stays
 
     paths = [path for example in examples for path in example.images]
-    distinct = {path: m for m, path in enumerate(dict.fromkeys(paths))}
-    assert (ids == processor.image_token).sum() == processor.image_tokens * len(paths), (ids, paths)
+    features, tiles = {}, 0  # of each distinct image; number of tiles so far
+    for path in dict.fromkeys(paths):
+        layout, count = processor.layout(path)
+        features[path] = np.where(layout < 0, -1, layout + tiles * processor.tile_tokens)
+        tiles += count
+    image_feature = np.concatenate([np.zeros(0, dtype=np.int64), *(features[path] for path in paths)])
+    assert (ids == processor.image_token).sum() == len(image_feature), (ids, paths)
 
     def read(path):
         try:
@@ -1300,12 +1406,12 @@ def collate(examples, processor, pixels=None):
             raise UserError(f"{example.name}: {error}; it was readable when "
                             "the run started") from error
     if pixels is None:
-        blank = np.zeros((3, processor.size, processor.size), dtype=np.float32)
-        pixels = torch.from_numpy(np.stack([read(path) for path in distinct] or [blank]))
-    image = np.array([distinct[path] for path in paths], dtype=np.int64)
+        blank = np.zeros((1, 3, processor.size, processor.size), dtype=np.float32)
+        pixels = torch.from_numpy(np.concatenate([read(path) for path in features] or [blank]))
+    assert len(pixels) == max(1, tiles), (pixels.shape, tiles)
     branching = (branch[answers > 1] == 0).sum(1).tolist()
     longest = int(np.bincount(answer).max(initial=0))
-    fields = {"ids": ids, "position": position, "branch": branch, "image": image,
+    fields = {"ids": ids, "position": position, "branch": branch, "image_feature": image_feature,
               "image_position": np.flatnonzero(ids == processor.image_token),
               "target": ids.flatten()[targets],
               "logit_position": sequence * T + predicted_from.flatten()[targets], "answer": answer,
@@ -1316,20 +1422,21 @@ def collate(examples, processor, pixels=None):
                  **{name: torch.from_numpy(values) for name, values in fields.items()})
 
 
-def join_prompts(batches):
+def join_prompts(batches, tile_tokens):
     """Batches of prompts without answers → one Batch of all their sequences, padded to the longest, without
-    pixels. Its images are numbered in the order of the batches."""
-    T, joined, images, sequences = max(batch.ids.shape[1] for batch in batches), [], 0, 0
+    pixels. Its features are numbered in the order of the batches."""
+    T, joined, features, sequences = max(batch.ids.shape[1] for batch in batches), [], 0, 0
     for batch in batches:
         B, own = batch.ids.shape
         padded = [torch.nn.functional.pad(getattr(batch, name), (0, T - own), value=value)
                   for name, value in (("ids", 0), ("position", 0), ("branch", -1))]
         sequence, index = batch.image_position // own, batch.image_position % own
-        joined.append((*padded, batch.image + images, (sequences + sequence) * T + index))
-        images, sequences = images + len(batch.pixels), sequences + B
-    ids, position, branch, image, image_position = (torch.cat(parts) for parts in zip(*joined))
+        image_feature = torch.where(batch.image_feature < 0, -1, batch.image_feature + features)
+        joined.append((*padded, image_feature, (sequences + sequence) * T + index))
+        features, sequences = features + len(batch.pixels) * tile_tokens, sequences + B
+    ids, position, branch, image_feature, image_position = (torch.cat(parts) for parts in zip(*joined))
     return dataclasses.replace(batches[0], ids=ids, position=position, branch=branch, pixels=None,
-                               image=image, image_position=image_position, causal_prefix=T)
+                               image_feature=image_feature, image_position=image_position, causal_prefix=T)
 
 
 def keyed_permutation(n, *key):
@@ -1354,7 +1461,8 @@ class Steps:
         self.batch_size, self.micro_batch = batch_size, micro_batch
         self.rank, self.world_size, self.collate = rank, world_size, collate
         self.seed, self.shuffle, self.by_length, self.drop_last = seed, shuffle, by_length, drop_last
-        self.lengths = np.array([sum(map(processor.length, (e.prompt, *e.answers))) for e in examples])
+        self.lengths = np.array([processor.lengths(np.concatenate([e.prompt, *e.answers]), e.images).sum()
+                                 for e in examples])
 
     def __len__(self):
         """Steps per epoch."""

@@ -233,8 +233,8 @@ def open_ref_model(processor, args, world):
     """--ref_model, which must accept the policy's batches."""
     checkpoint = fsdp.open_second_model("ref_model", processor, args, world)
     if checkpoint.processor.pixel_settings != processor.pixel_settings:
-        raise UserError(f"got --ref_model {args.ref_model}, need the policy's image size and mode: "
-                        "both models use the same batches")
+        raise UserError(f"got --ref_model {args.ref_model}, need the policy's image size, tiles and "
+                        "mode: both models use the same batches")
     return fsdp.build(checkpoint, args, world)
 
 

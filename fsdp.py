@@ -5,19 +5,21 @@ One process is a world of size one: plain `python` and `torchrun --nproc_per_nod
 NCCL on GPUs and gloo on CPUs. All collectives are in this file, so that the scripts read as if there were
 one process.
 
-Checkpoints. --model reads LLaVA-1.5 as transformers has it (the hub's names and those that newer
-versions write) and original LLaVA; --llm with --clip starts a new projector. A hub id (org/name or
-org/name@revision) is downloaded once per node into the hub's cache, the same commit for every rank and
-again at --resume; HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold. A setting that changes what the
-model computes or sees is done as its own code does it, or refused in one line that names file, setting
-and value, before any weight is read:
+Checkpoints. --model reads LLaVA-1.5 and LLaVA-NeXT (1.6) as transformers has them (the hub's names and
+those that newer versions write) and in the original layouts; --llm with --clip starts a new projector,
+LLaVA-1.5's. A hub id (org/name or org/name@revision) is downloaded once per node into the hub's cache, the
+same commit for every rank and again at --resume; HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold. A
+setting that changes what the model computes or sees is done as its own code does it, or refused in one line
+that names file, setting and value, before any weight is read:
 
     done, equal to transformers                       refused
     LLaMA, Mistral, Qwen2: sizes, activations,        sliding windows, other RoPE, attention dropout,
     biases, GQA, head_dim, RoPE (plain, linear,       quantisation, other model types, code of its own
     llama3), tied embeddings
-    any one feature layer, class token, mlp2x_gelu    several feature layers, other projectors, tiles,
-                                                      mm_use_im_start_end, patch merging, resamplers
+    any one feature layer, class token, mlp2x_gelu    several feature layers, other projectors,
+                                                      mm_use_im_start_end, resamplers
+    LLaVA-NeXT: anyres with spatial_unpad and         its class token, --image_mode, other patch merging,
+    image_newline, any list of grids                  anyres_max_N, ranges of grids, tiles without newline
     shorter edge to `size`, centre crop or padding,   squashing, no rescaling, other filters
     bilinear or bicubic, any mean and deviation
     .safetensors, .bin, one file or several           adapters or a projector alone, quantised weights
@@ -168,7 +170,8 @@ def arguments(parser, training=True):
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", help="files of records: .json, .jsonl or .txt (head of data.py)")
     add("--images", help="folder that the image paths of all files start from (default: each file's own)")
-    add("--max_len", type=positive_int, default=2048, help="longest record, in tokens; images count")
+    add("--max_len", type=positive_int, default=2048, help="longest record, in tokens; images count (of "
+        "LLaVA-NeXT up to 2928 each)")
     add("--skip_bad_rows", action="store_true", help="report bad records and leave them out")
     add("--workers", type=non_negative_int, default=2, help="threads per rank to decode images (0: none)")
     add = parser.add_argument_group("run").add_argument
@@ -684,23 +687,25 @@ def once_per_node(key, function, *args):
 
 
 def read_config(args, world):
-    """--model, or --llm and --clip → LlavaConfig, the tokenizer's folder, the vision tower's folder, and the
-    folders that hold the model's tensors; of two equal names the later folder's tensor counts."""
+    """--model, or --llm and --clip → LlavaConfig or LlavaNextConfig, the tokenizer's folder, the vision
+    tower's folder, and the folders that hold the model's tensors; of two equal names the later folder's
+    tensor counts."""
     folder = fetch(args.model or args.llm, world)
     raw = read_config_file(folder, world)
     kind = raw.get("model_type")
     if args.llm:
         if kind not in ("llama", "mistral", "qwen2"):
             raise UserError(f"{folder}: got --llm of the kind {kind!r}, need llama, mistral or qwen2")
-    elif kind == "llava" and "text_config" in raw:
+    elif kind in ("llava", "llava_next") and "text_config" in raw:
         if args.clip:
             raise UserError(f"got --clip {args.clip}, but {folder} has a tower of its own: leave it out")
         return llava_config(folder, raw), folder, folder, [folder]
     elif "text_config" in raw or kind not in LANGUAGE_MODELS or "mm_vision_tower" not in raw:
         original = ", ".join(name for name in LANGUAGE_MODELS if name.startswith("llava"))
         raise UserError(
-            f"{folder}: got --model of the kind {kind!r}, need LLaVA-1.5 as transformers has it (llava), or "
-            f"an original one with mm_vision_tower ({original}); give a LLaMA as --llm, with --clip")
+            f"{folder}: got --model of the kind {kind!r}, need LLaVA-1.5 or LLaVA-NeXT as transformers has "
+            f"them (llava, llava_next), or an original one with mm_vision_tower ({original}); give a LLaMA "
+            "as --llm, with --clip")
     try:
         clip = fetch(args.clip or raw["mm_vision_tower"], world)
     except UserError as error:
@@ -908,7 +913,7 @@ def read_examples(paths, which, processor, args, world):
 class Checkpoint:
     """A model of the command line, before any weight is read."""
     option: str  # the option that names it
-    config: LlavaConfig
+    config: LlavaConfig  # or LlavaNextConfig
     folders: list  # the folders that hold its tensors
     tensors: dict  # our name → object that reads a slice of rows when indexed
     processor: data.Processor
@@ -1577,6 +1582,7 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
                 A, B = (full_tensor(adapter.weight.detach()) for adapter in (lora.lora_A, lora.lora_B))
                 whole = whole.float() + lora.alpha / lora.rank * B @ A
             if world.rank == 0:
+                name = name.replace("multi_modal_projector.image_newline", "image_newline")  # the hub's
                 held[name] = whole.to(dtype).cpu().contiguous()
                 if not held[name].isfinite().all():
                     raise Diverged(f"{name} is not finite: nothing was exported")
@@ -1590,7 +1596,8 @@ def export(model, processor, args, world, file_bytes=5 * 10**9):
 
     def place():
         data.save_processor(processor, config, part)
-        config.architectures, config.dtype = ["LlavaForConditionalGeneration"], dtype
+        kind = "LlavaNext" if config.model_type == "llava_next" else "Llava"
+        config.architectures, config.dtype = [f"{kind}ForConditionalGeneration"], dtype
         config.save_pretrained(part)
         if len(files) > 1:
             write_json(os.path.join(part, "model.safetensors.index.json"), index)

@@ -14,16 +14,19 @@ The hidden state of a token predicts the next token of its answer; that of the l
 first token of every answer. Logits are computed only where a token is predicted, one chunk of the vocabulary
 at a time: no [B, T, V] tensor exists in training.
 
+LLaVA-1.5 sees an image as one square tile. LLaVA-NeXT (1.6) sees a base view of it and a grid of tiles; after
+each line of the grid comes one more token, the learned `image_newline` (feature_layout in data.py).
+
 Module names are those of the checkpoint llava-hf/llava-1.5-7b-hf; configurations are transformers' classes.
 
 Legend: B sequences, T positions, N targets (predicted tokens), D width, H heads, K kv-heads (outside
 attention: answers per prompt), C channels per head, V vocabulary, v tokens of one vocabulary chunk, S cached
-positions, Tq queries, Tk keys, M distinct images, I tokens per image, R image slots in the batch (an image
-may fill several). A "flat position" is an index into [B · T]: sequence · T + index in the sequence. Boolean
-masks are True for what is attended to or counted.
+positions, Tq queries, Tk keys, M tiles of the distinct images, I features per tile, R image tokens in the
+batch (an image may be shown several times). A "flat position" is an index into [B · T]: sequence · T + index
+in the sequence. Boolean masks are True for what is attended to or counted.
 
-Papers: CLIP arXiv:2103.00020, LLaVA arXiv:2304.08485, LLaVA-1.5 arXiv:2310.03744, LLaMA arXiv:2302.13971,
-RoPE arXiv:2104.09864, GQA arXiv:2305.13245, LoRA arXiv:2106.09685.
+Papers: CLIP arXiv:2103.00020, LLaVA arXiv:2304.08485, LLaVA-1.5 and its tiles arXiv:2310.03744, LLaMA
+arXiv:2302.13971, RoPE arXiv:2104.09864, GQA arXiv:2305.13245, LoRA arXiv:2106.09685.
 """
 import math
 import re
@@ -33,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig, Qwen2Config
+from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaNextConfig
 
-from data import UserError
+from data import UserError, shown
 
 # ---- CLIP vision tower ----
 
@@ -134,7 +137,7 @@ def recomputed(function, *inputs):
 
 class Projector(nn.Module):
     """features [M, I, D of the tower] → [M · I, D of the LLaMA]: two linear layers with an activation
-    between them (LLaVA-1.5's mlp2x_gelu)."""
+    between them (LLaVA-1.5's mlp2x_gelu). LLaVA-NeXT: [M · I + 1, D], the last row being `image_newline`."""
 
     def __init__(self, config):
         super().__init__()
@@ -142,10 +145,12 @@ class Projector(nn.Module):
         self.activation = activation(config.projector_hidden_act)
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, D, bias=bias)
         self.linear_2 = nn.Linear(D, D, bias=bias)
+        self.image_newline = nn.Parameter(torch.empty(D)) if config.model_type == "llava_next" else None
 
     def forward(self, features):
         x = self.linear_1(features.flatten(0, 1))  # [M · I, D]; an FSDP root must not return a view
-        return self.linear_2(self.activation(x))
+        x = self.linear_2(self.activation(x))
+        return x if self.image_newline is None else torch.cat([x, self.image_newline[None]])
 
 
 # ---- LLaMA ----
@@ -319,11 +324,10 @@ class Llama(nn.Module):
         `positions` [N].
 
         ids [B, T]; position [B, T]: for RoPE, as at the head of this file; mask [B, 1, Tq, S]: bool, as in
-        `attention_mask`; images [R, I, D]: embeddings for the flat positions image_position [R · I]."""
+        `attention_mask`; images [R, D]: embeddings for the flat positions image_position [R]."""
         x = self.model.embed_tokens(ids)  # [B, T, D]
         if images is not None:
-            images = images.flatten(0, 1).to(x.dtype)  # [R · I, D]
-            x = x.flatten(0, 1).index_copy(0, image_position, images).view_as(x)
+            x = x.flatten(0, 1).index_copy(0, image_position, images.to(x.dtype)).view_as(x)
         self.frequencies = self.frequencies.to(x.device)  # copied to a GPU once, not in every pass
         angle = position[:, None, :, None] * self.frequencies  # [B, 1, T, C/2]
         cos, sin = angle.cos(), angle.sin()
@@ -461,7 +465,7 @@ def add_lora(model, rank, alpha):
 
 class VisionLLM(nn.Module):
     """CLIP tower, projector and LLaMA, under the names of a Hugging Face LLaVA checkpoint (config:
-    LlavaConfig). With `score` it also has a scalar head, for rewards or values.
+    LlavaConfig or LlavaNextConfig). With `score` it also has a scalar head, for rewards or values.
 
     The caller computes `features = model.vision_tower(batch.pixels)` [M, I, D of the tower] and passes them
     in, so that models with the same frozen tower can share them."""
@@ -491,8 +495,9 @@ class VisionLLM(nn.Module):
     def hidden(self, batch, features, positions, head_fn, cache=None):
         """→ head_fn(hidden [N, D], head weight [V, D]) for a data.Batch, where hidden are the final hidden
         states at the flat `positions` [N]."""
-        projected = self.multi_modal_projector(features)  # [M · I, D]
-        images = projected.unflatten(0, features.shape[:2])[batch.image]  # [M, I, D] → [R, I, D]
+        projected = self.multi_modal_projector(features)  # [M · I, D], and image_newline as the last row
+        # −1 is the last row. Not projected[…], whose backward adds up repeated rows in no fixed order.
+        images = projected.index_select(0, batch.image_feature % len(projected))  # [R, D]
         mask, T, n = None, batch.ids.shape[1], batch.causal_prefix
         if n < T:  # from position n on, some sequence holds several answers: causal attention is not enough
             index = torch.arange(T, device=batch.ids.device)
@@ -516,21 +521,23 @@ class VisionLLM(nn.Module):
 
 # ---- checkpoints: their configurations and the names in them ----
 
-# model_type of a language model or an original LLaVA → configuration class of the language model
+# model_type of a language model or an original LLaVA → that of the language model
 LANGUAGE_MODELS = {
-    "llama": LlamaConfig, "llava": LlamaConfig, "llava_llama": LlamaConfig,
-    "mistral": MistralConfig, "llava_mistral": MistralConfig,
-    "qwen2": Qwen2Config, "llava_qwen": Qwen2Config, "llava_qwen2": Qwen2Config}
+    "llama": "llama", "llava": "llama", "llava_llama": "llama", "mistral": "mistral",
+    "llava_mistral": "mistral", "qwen2": "qwen2", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
 
 # settings of config.json that change results → the values implemented here (an absent setting is always fine)
 ANY_MODEL = {"quantization_config": (None,), "quantization": (None,), "compression_config": (None,)}
 LLAVA = {**ANY_MODEL, "mm_projector_type": ("mlp2x_gelu",)}
 LANGUAGE_MODEL = {**ANY_MODEL, "attention_dropout": (0,)}
 VISION_TOWER = {**ANY_MODEL, "attention_dropout": (0,), "num_channels": (3,)}
+LLAVA_NEXT = {**LLAVA, "use_image_newline_parameter": (True,), "vision_feature_select_strategy": ("default",)}
 ORIGINAL_LLAVA = {
     **LLAVA, "mm_vision_select_feature": ("patch", "cls_patch"), "mm_use_im_start_end": (False, None),
     "mm_patch_merge_type": ("flat", None), "use_mm_proj": (True, None), "s2": (False, None),
     "image_aspect_ratio": ("square", "pad", None), "use_pos_skipping": (False, None)}
+ORIGINAL_NEXT = {**ORIGINAL_LLAVA, "mm_patch_merge_type": ("spatial_unpad",),
+                 "image_aspect_ratio": ("anyres",), "mm_vision_select_feature": ("patch",)}
 # settings of an original LLaVA that are read elsewhere, or only concern training rates, tiling or video
 OTHER_MM = {
     "mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_use_im_patch_token", "mm_projector_lr",
@@ -552,16 +559,17 @@ def check_settings(folder, settings, implemented):
 
 
 def original_llava_config(folder, settings, clip, clip_settings):
-    """The LlavaConfig of an original LLaVA, or of a language model that gets a new projector. For the
+    """The configuration of an original LLaVA, or of a language model that gets a new projector. For the
     parameters see `llava_config`."""
-    check_settings(folder, settings, {**LANGUAGE_MODEL, **ORIGINAL_LLAVA})
+    tiles = settings.get("mm_patch_merge_type") == "spatial_unpad"  # LLaVA-NeXT
+    check_settings(folder, settings, {**LANGUAGE_MODEL, **(ORIGINAL_NEXT if tiles else ORIGINAL_LLAVA)})
     if "mm_vision_tower" in settings and "mm_projector_type" not in settings:
         raise UserError(f"{folder}/config.json: got no mm_projector_type, which means 'linear' (the first "
                         "LLaVA) and is not implemented: need 'mlp2x_gelu'")
     for key in settings.keys() - ORIGINAL_LLAVA.keys() - OTHER_MM:
         if key.startswith(("mm_", "image_", "vision_")) and settings[key] not in (None, False):
             raise UserError(f"{folder}/config.json: got {key} {settings[key]!r}, which is not implemented: "
-                            "need LLaVA-1.5")
+                            "need LLaVA-1.5 or LLaVA-NeXT")
     check_settings(clip, clip_settings, ANY_MODEL)
     check_settings(clip, clip_settings.get("vision_config", clip_settings), VISION_TOWER)
     kind = clip_settings.get("model_type")
@@ -574,27 +582,31 @@ def original_llava_config(folder, settings, clip, clip_settings):
     # The config.json of an original LLaVA is that of its language model plus mm_* settings. AutoConfig would
     # read its model_type "llava" as transformers' LLaVA.
     text = {key: settings[key] for key in settings if key != "model_type" and not key.startswith("mm_")}
+    text = AutoConfig.for_model(LANGUAGE_MODELS[settings["model_type"]], **text)
     class_token = settings.get("mm_vision_select_feature") == "cls_patch"
-    config = LlavaConfig(
-        vision_config=vision, text_config=LANGUAGE_MODELS[settings["model_type"]](**text),
+    config = (LlavaNextConfig if tiles else LlavaConfig)(
+        vision_config=vision, text_config=text, projector_hidden_act="gelu",
         vision_feature_layer=settings.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy="full" if class_token else "default", projector_hidden_act="gelu")
+        vision_feature_select_strategy="full" if class_token else "default")
     config.image_token_index = -1
+    if tiles:  # pairs of width and height; transformers has the height first
+        config.image_grid_pinpoints = [grid[::-1] for grid in settings["image_grid_pinpoints"]]
     return config
 
 
 def llava_config(folder, settings, clip=None, clip_settings=None):
-    """→ LlavaConfig with image_seq_length set; its image_token_index is −1 where the tokenizer has to tell.
-    UserError names a setting that is not implemented.
+    """→ LlavaConfig or LlavaNextConfig with image_seq_length set; its image_token_index is −1 where the
+    tokenizer has to tell. UserError names a setting that is not implemented.
 
     settings: the config.json in `folder`. For transformers' LLaVA that is all. For an original LLaVA or a
     language model: also the folder and config.json of its CLIP."""
     where = f"{folder}/config.json"
     if clip is None:
-        check_settings(folder, settings, LLAVA)
+        tiles = settings["model_type"] == "llava_next"
+        check_settings(folder, settings, LLAVA_NEXT if tiles else LLAVA)
         check_settings(folder, settings["text_config"], LANGUAGE_MODEL)
         check_settings(folder, settings.get("vision_config") or {}, VISION_TOWER)
-        config = LlavaConfig.from_pretrained(folder)
+        config = (LlavaNextConfig if tiles else LlavaConfig).from_pretrained(folder)
     else:
         config = original_llava_config(folder, settings, clip, clip_settings)
     text, vision = config.text_config, config.vision_config
@@ -618,6 +630,11 @@ def llava_config(folder, settings, clip=None, clip_settings=None):
         raise UserError(f"{where}: got vision_feature_layer {config.vision_feature_layer}, need one layer")
     tied = config.tie_word_embeddings or text.tie_word_embeddings
     config.tie_word_embeddings = text.tie_word_embeddings = tied
+    if config.model_type == "llava_next":
+        grids, edges = config.image_grid_pinpoints, range(vision.image_size, 2**16, vision.image_size)
+        if not grids or not all(len(grid) == 2 and {*grid} <= {*edges} for grid in grids):
+            raise UserError(f"{where}: got image_grid_pinpoints {shown(settings.get('image_grid_pinpoints'))}"
+                            f", need pairs of multiples of {vision.image_size}, the tower's image_size")
     class_token = config.vision_feature_select_strategy == "full"
     config.image_seq_length = (vision.image_size // vision.patch_size) ** 2 + class_token
     return config
@@ -627,6 +644,7 @@ def llava_config(folder, settings, clip=None, clip_settings=None):
 SPELLINGS = {
     r"^model\.mm_projector\.0\.": "multi_modal_projector.linear_1.",  # original LLaVA
     r"^model\.mm_projector\.2\.": "multi_modal_projector.linear_2.",
+    r"^(model\.)?image_newline$": "multi_modal_projector.image_newline",  # outside of it in every checkpoint
     r"^model\.vision_tower\.vision_tower\.": "vision_tower.",
     r"^model\.language_model\.": "language_model.model.",  # transformers' names in memory
     r"^model\.(vision_tower|multi_modal_projector)\.": r"\1.",

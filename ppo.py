@@ -271,8 +271,8 @@ def sample_answers(model, group, processor, args, world, any_running=torch.any):
     # K lists of ids per prompt, end token included. generate's log-probabilities are dropped:
     # logprobs_and_values computes log π_old by the update's own forward pass, so that the first ratio is 1.
     all_answers, _ = generate(
-        model, data.join_prompts(batches), torch.cat(features), max_new_tokens, processor.end_ids,
-        processor.banned, uniforms, K, args.temperature, any_running=any_running,
+        model, data.join_prompts(batches, processor.tile_tokens), torch.cat(features), max_new_tokens,
+        processor.end_ids, processor.banned, uniforms, K, args.temperature, any_running=any_running,
         cuda_graph=args.rollout == "gathered")
     rollouts, answers = [], iter(all_answers)
     for (batch, examples, _), image_features in zip(group, features):
@@ -696,10 +696,10 @@ def main():
     if not function:
         reward_checkpoint = fsdp.open_second_model("reward_model", processor, args, world, reward=True)
         scorer_processor = reward_checkpoint.processor
-        sizes = [(p.size, p.image_tokens) for p in (processor, scorer_processor)]
+        sizes = [(p.size, p.tile_tokens, p.grids) for p in (processor, scorer_processor)]
         if args.advantage == "gae" and args.critic == "reward" and sizes[0] != sizes[1]:
-            raise UserError(f"{args.reward_model}: its images have another size than the policy's, whose "
-                            "sequences the critic reads: give --critic policy")
+            raise UserError(f"{args.reward_model}: its images have another size or other tiles than the "
+                            "policy's, whose sequences the critic reads: give --critic policy")
     prompts = read_prompts(args.data, processor, scorer_processor, args, world)
     eval_prompts = read_prompts(args.eval_data, processor, scorer_processor, args, world)
     ptx_examples = fsdp.read_examples(args.ptx_data, "turns", processor, args, world) if args.ptx_data else []

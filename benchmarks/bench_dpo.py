@@ -6,10 +6,14 @@ Theirs is the DPOTrainer's own train() with the reference model that it loads it
 tensors.
 
     python benchmarks/bench_dpo.py                      # pip install -r benchmarks/requirements.txt
+    python benchmarks/bench_dpo.py --separate --image 630   # 2,025 image tokens, once or twice per pair
 """
+import dataclasses
+
 import common
 import torch
 
+import data
 import dpo
 import fsdp
 
@@ -32,6 +36,15 @@ def ours(setup):
     return step
 
 
+def separate(setup):
+    """Our step with one sequence per answer."""
+    examples = [dataclasses.replace(example, answers=[answer], token_masks=[mask])
+                for example in setup.examples for answer, mask in zip(example.answers, example.token_masks)]
+    batch = dataclasses.replace(data.collate(examples, setup.processor), sequence=setup.batch.sequence,
+                                answer_shape=setup.batch.answer_shape)  # which answers are a pair
+    return ours(dataclasses.replace(setup, batch=batch))
+
+
 def flops(setup, head=3):
     """A training step and a forward pass (head: as in common.training_flops)."""
     tokens, pairs = common.visible_pairs(setup.batch)
@@ -47,7 +60,12 @@ def masked(setup):
 
 
 def main():
-    args = common.parse(common.options(__doc__))
+    parser = common.options(__doc__)
+    parser.add_argument("--separate", action="store_true", help="against our step with a sequence per answer")
+    args = common.parse(parser)
+    if args.separate:
+        common.compare("DPO, packed against separate sequences", args, dpo, ours, separate, flops, answers=2)
+        return
     import trl_side  # not at the top: bench_growth.py does without TRL
     common.compare("DPO against TRL", args, dpo, ours, trl_side.dpo(masked), flops, answers=2)
 

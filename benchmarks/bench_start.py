@@ -46,8 +46,10 @@ def write_records(folder, n, turns=5):
 def measure(folder, tokenizer):
     """Times each call of fsdp.read_examples, in a process of its own."""
     import data
-    config = SimpleNamespace(image_token_index=-1, image_seq_length=576, text_config=SimpleNamespace(
-        vocab_size=200_000), vision_config=SimpleNamespace(image_size=336, patch_size=14))
+    config = SimpleNamespace(
+        model_type="llava", image_token_index=-1, image_seq_length=576,
+        text_config=SimpleNamespace(vocab_size=200_000),
+        vision_config=SimpleNamespace(image_size=336, patch_size=14))
     options = SimpleNamespace(template="vicuna", tokenizer=tokenizer, image_mode="crop", max_len=4096)
     processor, _ = data.load_processor(tokenizer, config, options)
     seconds, path = {}, os.path.join(folder, "records.json")

@@ -233,7 +233,8 @@ def their_rows(setup):
     ids, mask = [], []
     for a in range(max(1, len(setup.examples[0].answers))):
         for example in setup.examples:
-            prompt, answer = setup.processor.expand(example.prompt), [*example.answers, []][a]
+            lengths = setup.processor.lengths(example.prompt, example.images)
+            prompt, answer = np.repeat(example.prompt, lengths), [*example.answers, []][a]
             ids.append([*prompt, *answer])
             mask.append([0] * len(prompt) + [1] * len(answer))
     ids, mask = torch.tensor(ids, dtype=torch.long), torch.tensor(mask)

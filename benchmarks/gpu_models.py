@@ -102,9 +102,9 @@ def make_checkpoint(args, size):
         text_config=LlamaConfig(vocab_size=vocab, max_position_embeddings=8192, **llama),
         image_token_index=image_token, image_seq_length=patches, tie_word_embeddings=False)
     processor = data.Processor(
-        None, None, image_token, patches, side, "crop", data.CLIP_MEAN, data.CLIP_STD, side, 3, pad=0,
+        None, None, image_token, patches, side, "crop", data.CLIP_MEAN, data.CLIP_STD, side, 3, (), pad=0,
         end_ids=frozenset({2}), banned=frozenset({0, image_token}), max_len=8192)
-    processor.pixels = lambda path: np.random.default_rng(int(path)).random((3, side, side), np.float32)
+    processor.pixels = lambda path: np.random.default_rng(int(path)).random((1, 3, side, side), np.float32)
     fsdp.load_weights = draw_weights
     return fsdp.Checkpoint("model", config, [], {}, processor, None, ("",))
 
@@ -248,8 +248,9 @@ def add_peer_lora(peer, adapters):
 def peer_inputs(checkpoint, examples, batch):
     """One sequence per answer: the first answers of all records, then the second. No answers: prompts."""
     A = max(1, len(examples[0].answers))
-    ids = [[*checkpoint.processor.expand(example.prompt), *[*example.answers, []][a]]
-           for a in range(A) for example in examples]
+    prompts = [np.repeat(e.prompt, checkpoint.processor.lengths(e.prompt, e.images)) for e in examples]
+    ids = [[*prompt, *[*example.answers, []][a]]
+           for a in range(A) for prompt, example in zip(prompts, examples)]
     ids = torch.tensor(ids, device=DEVICE)  # [A · B, T]
     pixels = batch.pixels.to(DEVICE, DTYPE).repeat(A, 1, 1, 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}

@@ -3,6 +3,7 @@ import queue
 import threading
 
 import common
+import numpy as np
 from PIL import Image
 from transformers import AutoProcessor, PrinterCallback, TrainerCallback
 
@@ -61,7 +62,8 @@ def grpo(reward, samples, timed):
         generate = trainer._generate_single_turn
 
         def answers(prompt_ids, *args):
-            prompt_tokens = [setup.processor.expand(e.prompt).tolist() for e in setup.examples]
+            prompt_tokens = [np.repeat(e.prompt, setup.processor.lengths(e.prompt, e.images)).tolist()
+                             for e in setup.examples]
             assert prompt_ids == [ids for ids in prompt_tokens for _ in range(samples)]
             sampled, logprobs = timed(generate, prompt_ids, *args)
             assert list(map(len, sampled)) == list(map(len, given))

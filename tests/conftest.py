@@ -19,6 +19,7 @@ def untrained(tmp_path_factory):
     tiny.make_model(folder / "model")
     tiny.make_model(folder / "other", seed=1)
     tiny.make_model(folder / "tied", tie_word_embeddings=True)
+    tiny.make_model(folder / "tiled", tiles=True)
     tiny.make_images(folder / "images")
     for name, records in {
             "rows": tiny.MIXED, "pairs": tiny.PAIRS, "ranked": tiny.RANKED, "margins": tiny.MARGINS,

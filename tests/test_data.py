@@ -29,7 +29,7 @@ import tiny
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, LlavaNextProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -75,7 +75,8 @@ def folders(tmp_path_factory):
 def make_config(vocab_size=200_000, image_token=-1):
     """What load_processor reads and writes of a LlavaConfig."""
     return SimpleNamespace(
-        image_token_index=image_token, image_seq_length=TOKENS, vision_feature_select_strategy="default",
+        model_type="llava", image_token_index=image_token, image_seq_length=TOKENS,
+        vision_feature_select_strategy="default",
         text_config=SimpleNamespace(vocab_size=vocab_size),
         vision_config=SimpleNamespace(image_size=S, patch_size=4))
 
@@ -184,7 +185,8 @@ def test_records_tokenised_together_have_the_ids_of_one_at_a_time(folders, loade
     system, answer = f"Be {tokenizer.eos_token} kind. <image>", f"<image> {tokenizer.bos_token}"
 
     def build(texts):
-        conversations = [(i, data.Conversation(str(i), ["system", "human"], [system, text], [answer], []))
+        conversations = [(i, data.Conversation(str(i), ["system", "human"], [system, text], [answer],
+                                               ["a.png"] * text.count("<image>")))
                          for i, text in enumerate(texts)]
         return data.build_examples(conversations, together, "turns")[0]
     build([f"Is {i} or {i + 1} a cat?" for i in range(50)])
@@ -375,7 +377,8 @@ def test_records_whose_prompt_does_not_fit_are_counted(loaded, which):
     answers = {"turns": 1, "prompt": 0}.get(which, 2)
     assert [(e.index, e.id, len(e.answers)) for e in examples] == [(5, "1", answers)]
     assert counts == {"too_long": 2, "cut": int(which != "prompt")}
-    with pytest.raises(data.UserError, match=rf"none of 1 records fits --max_len {P + 3}: .* takes {TOKENS}"):
+    words = rf"none of 1 records fits --max_len {P + 3}: .* takes up to {TOKENS} "
+    with pytest.raises(data.UserError, match=words):
         data.build_examples([(3, with_image)], processor, which)
 
 
@@ -494,7 +497,7 @@ def images(tmp_path_factory):
 # ---- batches ----
 IMAGE_ID, PAD = 9, 0
 PROCESSOR = data.Processor(  # without a tokenizer: ids 1 … 8 are words
-    None, None, IMAGE_ID, TOKENS, S, "crop", data.CLIP_MEAN, data.CLIP_STD, S, data.BICUBIC, PAD,
+    None, None, IMAGE_ID, TOKENS, S, "crop", data.CLIP_MEAN, data.CLIP_STD, S, data.BICUBIC, (), PAD,
     frozenset(), frozenset(), 100)
 
 
@@ -530,7 +533,7 @@ def test_a_batch_by_hand(images, monkeypatch):
         ids=[[1, *image, 2, 3, 4, 5, PAD], [6, 7, 8, *image, 1, 2, 3], [*image, *image, PAD, PAD]],
         position=[[0, 1, 2, 3, 4, 5, 6, 7, 6, 0], [*range(10)], [*range(8), 0, 0]],
         branch=[[0] * 6 + [1, 1, 2, -1], [0] + [1] * 9, [0] * 8 + [-1, -1]],
-        image=[0, 1, 0, 1], image_position=[1, 2, 3, 4, 13, 14, 15, 16, *range(20, 28)],
+        image_feature=[*range(8), *range(8)], image_position=[1, 2, 3, 4, 13, 14, 15, 16, *range(20, 28)],
         target=[3, 4, 5, 7, 8, 2, 3], logit_position=[5, 6, 5, 10, 11, 17, 18],  # 3 and 5 follow the prompt
         answer=[0, 0, 1, 2, 2, 2, 2], last_token=[7, 8, 19], sequence=[0, 0, 1],
         causal_prefix=6, token_shape=(3, 4), answer_shape=(3, 2))
@@ -544,7 +547,7 @@ def test_a_batch_by_hand(images, monkeypatch):
     assert empty.branch.tolist() == [[-1]] and empty.answer_shape == (0, 0) and not len(empty.target)
     assert empty.pixels.shape == (1, 3, S, S)  # blank: every rank runs the tower
     for paths in ([], [a, b]):
-        with pytest.raises(AssertionError):
+        with pytest.raises((AssertionError, ValueError)):
             data.collate([example(0, [1, IMAGE_ID, 2], images=paths)], PROCESSOR)
 
 
@@ -559,6 +562,92 @@ def test_an_image_lost_during_the_run_is_named(tmp_path, images):
         for workers in (0, 1):
             with pytest.raises(data.UserError, match=words):
                 list(data.Loader(make_steps(examples), 0, 1, workers))
+
+
+# ---- LLaVA-NeXT's tiles ----
+
+GRIDS = tuple((height * S, width * S) for height, width in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)))
+TILED = dataclasses.replace(PROCESSOR, grids=GRIDS, mode="tiles")
+
+
+def oriented(kind, orientation, late=False):
+    """An image of 30 × 20 pixels with an EXIF orientation. late: behind the pixels, as some programs do."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = image_bytes(kind, noise(30, 20), exif=exif)
+    if late:
+        start, end = content.index(b"eXIf") - 4, content.index(b"IDAT") - 4
+        content = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    return content
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "late PNG", "WEBP", "TIFF"])
+def test_the_header_tells_the_size_of_the_decoded_image(tmp_path, kind, orientation):
+    """And that of its corrupted crop."""
+    path = str(tmp_path / "a")
+    Path(path).write_bytes(oriented(kind.removeprefix("late "), orientation, kind == "late PNG"))
+    assert data.image_size(path) == data.read_image(path).size == ((30, 20) if orientation < 5 else (20, 30))
+    for index in range(5):
+        crop = data.Corrupted(path, 0, index)
+        assert data.image_size(crop) == data.corrupt(crop).size
+
+
+def test_an_image_has_as_many_tokens_as_in_transformers():
+    """In LLaVA-1.6's grids, in two orders, of extreme and random shapes: all lines of a grid may be padding;
+    352 / 748 of 672 is a whole number of patches, but not in floating point."""
+    rng, counts, wide = random.Random(0), set(), [[336 * y // S, 336 * x // S] for y, x in GRIDS]
+    sizes = [(1, 1), (336, 336), (672, 672), (1, 5000), (9000, 3), (65535, 7), (1009, 336), (352, 748)]
+    sizes += [(rng.randint(1, edge), rng.randint(1, edge)) for edge in (50, 700, 5000) for _ in range(300)]
+    for (width, height), grids in itertools.product(sizes, (wide, wide[::-1])):
+        fields = SimpleNamespace(image_processor=SimpleNamespace(image_grid_pinpoints=grids), patch_size=14,
+                                 num_additional_image_tokens=1)
+        fields._get_unpadded_features = functools.partial(LlavaNextProcessor._get_unpadded_features, fields)
+        layout, tiles = data.feature_layout((width, height), 576, 336, tuple(map(tuple, grids)))
+        expected = LlavaNextProcessor._get_number_of_features(fields, height, width, 336, 336)
+        assert len(layout) == expected - 1, (width, height)  # the class token is none
+        assert layout.max() < 576 * tiles and {*layout[layout >= 0]} >= {*range(576)}
+        counts.add(len(layout))
+    assert min(counts) == 576 and max(counts) == 576 * 5 + 48
+
+
+def test_tiles_are_counted_in_lengths_and_cut_to_max_len(loaded, tmp_path):
+    """In the prompt and in later turns, whose images count as the answer's."""
+    for name, size in (("a", (30, 20)), ("b", (9, 80))):
+        noise(*size).save(tmp_path / f"{name}.png")
+    loaded = dataclasses.replace(loaded("tiny2"), grids=GRIDS, mode="tiles", max_len=10**4)
+    turns = [("human", "<image>\nA?"), ("gpt", "yes"), ("human", "<image> B?"), ("gpt", "no")]
+    conversation = data.read_record(make_record(*turns, image=["a.png", "b.png"]), tmp_path)
+
+    def packed(max_len):
+        processor = dataclasses.replace(loaded, max_len=max_len)
+        example, cut = processor.example(0, conversation, ["no, no"], True)
+        if example is None:
+            return [], cut
+        sequence = data.pack(example, processor)
+        steps = data.Steps([example], processor, 1, 1, 0, 1)
+        assert steps.lengths == [sequence.shape[1]] and data.collate([example], processor).ids.numel()
+        return sequence[0].tolist(), cut
+    full, cut = packed(10**4)
+    tokens = sum(loaded.image_lengths(conversation.images))
+    # base views; two lines of four and their newlines; six lines of which only the newline is no padding
+    assert full.count(loaded.image_token) == tokens == 4 + 2 * 5 + 4 + 6 and not cut
+    lengths = [len(ids) for ids, cut in map(packed, range(1, len(full) + 1)) if ids]
+    for max_len in range(1, len(full)):
+        ids, cut = packed(max_len)
+        assert ids == full[:len(ids)] and len(ids) <= max_len and (cut or not ids)
+    assert len({*lengths}) > 4 and lengths[-1] == len(full)
+
+
+def test_an_image_that_changes_its_size_during_the_run_is_named(tmp_path):
+    path = str(tmp_path / "a.png")
+    noise(30, 20).save(path)
+    examples = [example(3, [1, IMAGE_ID], images=[path])]
+    data.collate(examples, TILED)
+    noise(20, 30).save(path)
+    words = rf"record 3 .*: cannot use the image {path}: its size is \(20, 30\), but was \(30, 20\) when"
+    with pytest.raises(data.UserError, match=words):
+        data.collate(examples, TILED)
 
 
 # ---- steps ----
@@ -919,7 +1008,7 @@ def test_missing_tokens_are_added_and_never_sampled(folders, spare):
     assert resized == (None if spare else (size, new)) and config.text_config.vocab_size == new
     assert {processor.image_token, processor.pad} == {size, size + 1}
     assert config.image_token_index == processor.image_token and processor.banned == set(range(size, new))
-    assert (processor.image_tokens, processor.size, processor.max_len) == (TOKENS, S, 9)
+    assert (processor.tile_tokens, processor.size, processor.max_len) == (TOKENS, S, 9)
 
 
 def test_tokens_that_are_there_are_used(folders, tmp_path):

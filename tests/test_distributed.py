@@ -64,7 +64,8 @@ CASES = {
         "all text": "--batch_size 4 --micro_batch 2 --data all_text.json",
         "projector": "--batch_size 5 --micro_batch 2 --data text.json --train projector",
         "vision": "--batch_size 5 --micro_batch 2 --train vision", "lora": f"{LORA} --train projector,llm",
-        "tied": f"{PLAIN} --model tied", "replicas": f"{PLAIN} --replicas {{ranks}}",
+        "tied": f"{PLAIN} --model tied", "tiles": f"{ALL} --model tiled",
+        "replicas": f"{PLAIN} --replicas {{ranks}}",
         "evaluated": f"{PLAIN} --eval_data rows.json --eval_every 2"},
     "rm": {
         "plain": PLAIN, "micro 1": "--batch_size 6 --micro_batch 1", "lora": LORA,
@@ -74,12 +75,15 @@ CASES = {
         "plain": f"{PLAIN} --data pairs.json --sft_coef 0.5", "one record": "--batch_size 1 --micro_batch 1",
         "ipo": "--data pairs.json --batch_size 5 --micro_batch 2 --loss ipo --length_norm --ref_model other",
         "lora": f"{LORA} --train llm", "image loss": f"{PLAIN} --data pairs.json --image_coef 1",
+        "tiles": f"{PLAIN} --data pairs.json --image_coef 1 --model tiled",
         "evaluated": f"{PLAIN} --data pairs.json --sft_coef 0.5 --eval_data ranked.json --eval_every 2"},
     "ppo": {"gathered": "", "sharded": "--rollout sharded --normalize_scores --max_steps 2",
-            "grpo": "--advantage grpo --samples_per_prompt 3"},
+            "grpo": "--advantage grpo --samples_per_prompt 3",
+            "tiles": "--model tiled --critic policy"},
     "predict": {
         "greedy": "", "samples": "--num_samples 3", "score": "--score --data trained/turns.json",
         "best of 3": "--num_samples 3 --reward_model trained/reward",
+        "tiles": "--model tiled --num_samples 3 --reward_model trained/reward",
         "rewarded": "--score --reward_model trained/tower --data ranked.json",
         "samples, sharded": "--sharded --num_samples 3",
         "rewarded, sharded": "--sharded --score --reward_model trained/tower --data ranked.json"}}
@@ -137,7 +141,8 @@ def gradients(out):
 
 
 def weights(out):
-    return load_file(out / "model.safetensors")
+    """By our names: a LLaVA-NeXT's image_newline is the projector's."""
+    return {network.our_name(name): rows for name, rows in load_file(out / "model.safetensors").items()}
 
 
 def options_of(script, case):
@@ -146,7 +151,7 @@ def options_of(script, case):
 
 
 def base(folder, script, case):
-    return load_file(folder / options_of(script, case)["--model"] / "model.safetensors")
+    return weights(folder / options_of(script, case)["--model"])
 
 
 @pytest.mark.parametrize("script, case", TRAINING)
@@ -301,6 +306,7 @@ ENDS = {  # (script, ranks, options, when it ends, exit code, last words, the la
     "kill in the export": ("sft", 1, "", in_file("os.rename", r"export\.part/\w"), *KILLED, 9),
     "kill of rank 1": ("sft", 2, "", in_update(6, rank=1), *GONE, 5),
     "kill, adapters": ("sft", 2, ADAPTERS, in_update(3, rank=1), *GONE, 2),
+    "kill, tiles": ("sft", 2, " --model tiled --max_steps 3", in_update(3, rank=1), *GONE, 2),
     "rm: kill": ("rm", 2, "", in_file("os.mkdir", r"step_4\.part$"), *KILLED, 3),
     "rm: kill in the export": ("rm", 1, "", in_file("os.rename", r"export\.part/\w"), *KILLED, 6),
     "dpo: kill": ("dpo", 2, "", in_update(5, rank=1), *GONE, 4),
@@ -520,7 +526,7 @@ def wrong(folder, tmp_path_factory):
 WRONG = {  # options that come after good ones, and what is said. {} is the folder `wrong`
     "sft": {  # and what is shared by every script; on two ranks
         "--model nobody/nothing": "got 'nobody/nothing', need a checkpoint folder or a hub id",
-        "--model {}/llama": "got --model of the kind 'llama', need LLaVA-1.5 as transformers has it",
+        "--model {}/llama": "got --model of the kind 'llama', need LLaVA-1.5 or LLaVA-NeXT as trans",
         "--model {}/bad_config": "bad_config/config.json", "--model {}/cut": "cut/model.safetensors",
         "--model {}/no_tokenizer": "no tokenizer.json or tokenizer.model: give --tokenizer",
         "--template vicunna": "got --template vicunna, need auto, vicuna, llama2, llama3, plain or a .jinja",
@@ -533,6 +539,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--max_len 20": "fits --max_len 20: raise it",
         "--train projector,llama": "argument --train: got projector,llama, need any of projector,llm,vision",
         "--train llm --projector_lr 1": "but --train llm has no projector",
+        "--model tiled --image_mode pad": "got --image_mode pad, but tiled cuts images into tiles",
         "--replicas 3": "got --replicas 3, need a divisor of the ", "--wandb project": "pip install wandb",
         "--lora_rank 2 --train projector": "got --lora_rank 2 without llm in --train",
         "--out {}/unrelated --overwrite": "unrelated, neither empty nor an earlier run: choose another",
@@ -546,7 +553,8 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--label_smoothing 0.7": "got --label_smoothing 0.7 with --loss sigmoid, need less than 0.5",
         "--loss robust": "got --loss robust without --label_smoothing, need the share",
         "--ref_model {}/foreign": "foreign: its tokenizer is not that of model",
-        "--ref_model {}/larger": "got --ref_model {}/larger, need the policy's image size and mode",
+        "--ref_model {}/larger": "got --ref_model {}/larger, need the policy's image size, tiles and mode",
+        "--ref_model tiled": "got --ref_model tiled, need the policy's image size, tiles and mode",
         "--out {}/earlier --overwrite --ref_model {}/images": "no config.json"},
     "ppo": {
         "--rollout_batch 7": "got --rollout_batch 7, need a multiple of --batch_size 5",
@@ -554,6 +562,7 @@ WRONG = {  # options that come after good ones, and what is said. {} is the fold
         "--advantage rloo --samples_per_prompt 2 --lam 0.9": "got --lam with --advantage rloo, which has no",
         "--reward_model=": "--reward_model is needed: what rm.py leaves, or FILE.py:F",
         "--reward_model model": "model: no score.safetensors, need a reward model: what rm.py leaves",
+        "--model tiled": "reward: its images have another size or other tiles than the policy's, whose",
         "--reward_model {}/nowhere.py:f": "no such file {}/nowhere.py",
         "--reward_model trained/rewards.py:number": "no function number in trained/rewards.py",
         "--reward_model trained/rewards.py:short": "give --critic policy",

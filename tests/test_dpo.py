@@ -237,9 +237,10 @@ def test_the_reference_is_transformers(place, world, tmp_path):
         peer = tiny.hf.LlavaForConditionalGeneration.from_pretrained(place / folder).eval()
         for example, ranked, pair in zip(examples, saved["training"], saved["held_out"], strict=True):
             pixels, expected = [processor.pixels(path) for path in example.images], []
-            pixels = {"pixel_values": torch.stack(pixels)} if pixels else {}
+            pixels = {"pixel_values": torch.cat(pixels)} if pixels else {}
             for answer in example.answers:
-                ids = torch.from_numpy(np.concatenate([processor.expand(example.prompt), answer])).long()
+                prompt = np.repeat(example.prompt, processor.lengths(example.prompt, example.images))
+                ids = torch.from_numpy(np.concatenate([prompt, answer])).long()
                 with torch.no_grad():
                     logp = peer(ids[None], **pixels).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])
                 expected.append(float(logp[-len(answer):].sum()))

@@ -1,4 +1,5 @@
 """fsdp.py: checkpoints in and out against transformers, gradients, memory, resuming, the hub; fp32, gloo."""
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -15,17 +16,20 @@ import time
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers as hf
+from PIL import Image
 from safetensors.torch import load_file
-from tiny import HUB, MEMORY, MIXED, NEW, ORIGINAL, named, options, reload, write
+from tiny import HUB, MEMORY, MIXED, NEW, ORIGINAL, named, options, reload, row, write
 
 import data
 import fsdp
+import model as network
 
 
 def batch_of(processor, images):
@@ -45,7 +49,7 @@ def our_logits(model, batch):
 @torch.no_grad()
 def their_logits(peer, batch):
     logits = peer(input_ids=batch.ids, attention_mask=(batch.branch >= 0).long(),
-                  pixel_values=batch.pixels[batch.image].to(peer.dtype)).logits
+                  pixel_values=tiny.shown(batch, peer.config).to(peer.dtype)).logits
     return logits[batch.branch >= 0].float()
 
 
@@ -89,15 +93,17 @@ def test_a_llava_is_read_and_written_as_transformers_does(layout, place, world, 
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == named(peer, HUB).keys()
 
 
-def original(folder, kind, peer=None):
-    """An original LLaVA (its LLaMA's config with mm_*, weights in .bin files or safetensors) and its CLIP."""
+def original(folder, kind, peer=None, **changes):
+    """An original LLaVA (its LLaMA's config with mm_*, weights in .bin files or safetensors) and its CLIP.
+    changes: of its config.json."""
     clip, llava = folder / "clip", folder / "llava"
     clip.mkdir()
     tokenizer = tiny.make_tokenizer(llava, specials=False)
     peer = peer or tiny.make_peer(tiny.make_tokenizer(folder))
     config = {**peer.config.text_config.to_dict(), "vocab_size": len(tokenizer), "model_type": "llava",
               "mm_vision_tower": str(clip), "mm_hidden_size": 24, "mm_projector_type": "mlp2x_gelu",
-              "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad"}
+              "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad",
+              **changes}
     (llava / "config.json").write_text(json.dumps(config))
     tiny.clip_config().save_pretrained(clip)
     write(clip, named(peer, {"model.vision_tower.": "vision_model."}))
@@ -121,6 +127,111 @@ def test_an_original_llava_in_bin_files_is_read(place, world, tmp_path):
     clip = load_file(tmp_path / "clip" / "model.safetensors")
     write(tmp_path / "clip", {name: tensor + 1 for name, tensor in clip.items()})
     assert_parity(options(model=str(folder)), world, place / "images", tmp_path / "out", peer, 2)
+
+
+# ---- LLaVA-NeXT ----
+
+# of images, as width and height: square, wide, tall, tiny, larger than all grids, extreme
+SIZES = [(16, 16), (40, 24), (20, 33), (5, 7), (90, 80), (300, 9), (9, 300), (49, 15), (15, 47)]
+TILED = [row(0, None, "yes or no?", "no"), row(1, ["0.png", "5.png"], "<image>\n<image>\nWhat?", "a star"),
+         *(row(2 + i, f"{i}.png", "Describe the image.", "a red circle") for i in range(len(SIZES))),
+         row(20, ["1.png", "2.png"], "<image>\nWhat?", "a star", "and <image> here?", "no")]
+
+
+def make_tiled(folder, layout):
+    """A checkpoint and images of SIZES. → transformers' model, the checkpoint's folder"""
+    for i, size in enumerate(SIZES):
+        noise = np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    if layout != "original":
+        spelling = {"hub": HUB, "new": NEW, "memory": MEMORY}[layout]
+        return tiny.make_model(folder / "model", spelling, tiles=True), folder / "model"
+    peer = tiny.make_peer(tiny.make_tokenizer(folder), tiles=True)
+    return original(
+        folder, "safetensors", peer, mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres",
+        image_grid_pinpoints=[[width, height] for height, width in tiny.GRIDS], image_crop_resolution=224)
+
+
+def tiled_examples(folder, records, processor, which):
+    conversations = [(i, data.read_record(record, str(folder), 0)) for i, record in enumerate(records)]
+    return data.build_examples(conversations, processor, which)[0], conversations
+
+
+@pytest.mark.parametrize("layout", ["hub", "new", "memory", "original"])
+def test_a_llava_next_is_transformers(layout, world, tmp_path):
+    """Ids, pixels, logits and all gradients, of text, of one and of two images; and after the export."""
+    peer, folder = make_tiled(tmp_path, layout)
+    parts = "vision_tower.", "multi_modal_projector.", "language_model."
+    args = options(model=str(folder), out=str(tmp_path / "out"))
+    model, processor = load(args, world, parts)
+    (tmp_path / "out").mkdir()
+    fsdp.export(model, processor, args, world)
+    theirs = hf.AutoProcessor.from_pretrained(args.out, backend="pil")
+    assert type(theirs) is hf.LlavaNextProcessor
+    examples, conversations = tiled_examples(tmp_path, TILED, processor, "turns")
+    batch = data.collate(examples, processor)
+
+    shown, lengths = [], set()  # transformers' pixels of all images in the order of the sequences
+    for example, (_, conversation) in zip(examples, conversations):
+        shown += [Image.open(path) for path in example.images]
+        if len(conversation.contents) == 1:  # a first turn
+            prompt = np.repeat(example.prompt, processor.lengths(example.prompt, example.images))
+            images = [Image.open(path) for path in example.images] or None
+            text = processor.template.render(conversation)
+            coded = theirs(text=text, images=images, add_special_tokens=False)
+            assert coded["input_ids"] == [prompt.tolist()]
+            lengths.add(len(prompt))
+    assert len(lengths) > 6  # they depend on the images' sizes
+    images = theirs.image_processor(shown, return_tensors="pt")
+    for image, pixels in zip(shown, images["pixel_values"], strict=True):
+        tiles = torch.from_numpy(processor.pixels(image.filename))
+        assert torch.equal(tiles, pixels[:len(tiles)]) and not pixels[len(tiles):].any()
+
+    def their_logits(peer):
+        return peer(input_ids=batch.ids, attention_mask=(batch.branch >= 0).long(), **images).logits
+    known, valid = peer.config.text_config.vocab_size - 2 * (layout == "original"), batch.branch >= 0
+    logits, exported = their_logits(peer), their_logits(reload(tmp_path / "out"))
+    ours = our_logits(model, batch)
+    assert_close(ours[:, :known], logits[valid][:, :known])
+    assert_close(ours, exported[valid])
+    if layout != "original":  # which has fewer rows in the vocabulary
+        assert load_file(tmp_path / "out" / "model.safetensors").keys() == named(peer, HUB).keys()
+        assert torch.equal(exported, logits)
+        model(batch, model.vision_tower(batch.pixels)).sum().backward()
+        logps = logits.flatten(0, 1)[batch.logit_position].log_softmax(-1)
+        logps.gather(1, batch.target[:, None]).sum().backward()
+        found, expected = (
+            {network.our_name(name): fsdp.full_tensor(p.grad) for name, p in one.named_parameters()
+             if p.grad is not None} for one in (model, peer))
+        tiny.assert_same_gradients(found, expected, 1e-4)
+        assert peer.model.image_newline.grad.norm() > 0
+
+
+@torch.no_grad()
+def test_tiles_in_packed_and_joined_sequences_are_those_of_separate_ones(world, tmp_path):
+    """Several answers per prompt; prompts that decode together."""
+    _, folder = make_tiled(tmp_path, "hub")
+    model, processor = load(options(model=str(folder)), world)
+
+    def logps(examples):
+        batch = data.collate(examples, processor)
+        return data.pad_by_sequence(model(batch, model.vision_tower(batch.pixels)), batch.answer,
+                                    batch.token_shape)[0].sum(1)
+    records = [row(i, one.get("image"), one["conversations"][0]["value"], ["a red circle", "no", "yes, yes"])
+               for i, one in enumerate(TILED)]
+    examples, _ = tiled_examples(tmp_path, records, processor, "answers")
+    separate = [logps([dataclasses.replace(e, answers=[answer], token_masks=[mask])])
+                for e in examples for answer, mask in zip(e.answers, e.token_masks)]
+    torch.testing.assert_close(logps(examples), torch.cat(separate), rtol=0, atol=3e-5)
+
+    prompts, _ = tiled_examples(tmp_path, records, processor, "prompt")
+    batches = [data.collate(prompts[i:i + 3], processor) for i in range(0, len(prompts), 3)]
+    joined = data.join_prompts(batches, processor.tile_tokens)
+    features = [model.vision_tower(batch.pixels) for batch in batches]
+
+    def answers(batch, features):
+        return network.generate(model, batch, features, 6, processor.end_ids, processor.banned)[0]
+    assert answers(joined, torch.cat(features)) == sum(map(answers, batches, features), [])
 
 
 BAD_BIN = {  # what is written in place of the tensors, and what the error says

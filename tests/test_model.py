@@ -67,12 +67,12 @@ def llava_pair(config, seed=0):
     return model, peer
 
 
-def make_batch(*records, image_tokens=tiny.PATCHES):
+def make_batch(*records, tile_tokens=tiny.PATCHES):
     """data.collate (tests/test_data.py compares it with its definition), with 33 as the padding's id."""
     processor = data.Processor(
-        tokenizer=None, template=None, image_token=IMAGE, image_tokens=image_tokens, size=16, mode="crop",
-        mean=data.CLIP_MEAN, std=data.CLIP_STD, resize=16, resample=data.BICUBIC, pad=33, end_ids=frozenset(),
-        banned=frozenset(), max_len=2000)
+        tokenizer=None, template=None, image_token=IMAGE, tile_tokens=tile_tokens, size=16, mode="crop",
+        mean=data.CLIP_MEAN, std=data.CLIP_STD, resize=16, resample=data.BICUBIC, grids=(), pad=33,
+        end_ids=frozenset(), banned=frozenset(), max_len=2000)
     examples = [data.Example(i, str(i), np.array(prompt), [*map(np.array, answers)],
                              [np.array(answer) < USER for answer in answers], images)
                 for i, (prompt, answers, images) in enumerate(records)]
@@ -142,10 +142,10 @@ def test_vision_llm_is_transformers(changes, records):
     """Log-probabilities, entropies and all gradients, which parameters after the feature layer do not get."""
     config = llava_config(**changes)
     model, peer = llava_pair(config)
-    batch = make_batch(*records, image_tokens=config.image_seq_length)
+    batch = make_batch(*records, tile_tokens=config.image_seq_length)
     logprob, entropy = logprobs(model, batch, entropy=True)
     logits = peer(input_ids=batch.ids, attention_mask=(batch.branch >= 0).long(),
-                  pixel_values=batch.pixels[batch.image]).logits
+                  pixel_values=tiny.shown(batch, config)).logits
     b, t = ((batch.branch == 1) & (batch.ids < USER)).nonzero(as_tuple=True)
     logp = F.log_softmax(logits[b, t - 1], dim=-1)
     close(entropy, -(logp.exp() * logp).sum(-1))
@@ -286,7 +286,7 @@ def generate(model, batch, max_new=STEPS, stop=(), **options):
 def peer_generate(peer, prompt, stop=(), banned=()):
     """transformers' greedy answer."""
     batch = make_batch(prompt)
-    images = {"pixel_values": batch.pixels[batch.image]} if len(batch.image) else {}
+    images = {"pixel_values": tiny.shown(batch, peer.config)} if len(batch.image_feature) else {}
     out = peer.generate(
         input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids), max_new_tokens=STEPS, do_sample=False,
         pad_token_id=0, eos_token_id=list(stop) or None, suppress_tokens=list(banned) or None, **images)

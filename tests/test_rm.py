@@ -102,7 +102,7 @@ def test_transformers_gives_the_same_scores(place, run):
         for answer, token_mask, score in zip(example.answers, example.token_masks, scores, strict=True):
             single = dataclasses.replace(example, answers=[answer], token_masks=[token_mask])
             batch = data.collate([single], processor)
-            pixels = batch.pixels[batch.image] if len(batch.image) else None
+            pixels = tiny.shown(batch, peer.config) if len(batch.image_feature) else None
             with torch.no_grad():
                 results = peer(input_ids=batch.ids, pixel_values=pixels, output_hidden_states=True)
             expected = results.hidden_states[-1][0, -1] @ head["weight"][0] + head["bias"][0]

@@ -10,7 +10,7 @@ import tiny
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from test_fsdp import assert_parity, original
+from test_fsdp import SIZES, assert_parity, make_tiled, original
 from test_model import LINEAR, LLAMA3
 from tiny import HUB, named, options, write
 
@@ -55,6 +55,20 @@ REFUSED = {  # of the LLaVA, a section of it, an original LLaVA or its CLIP: (ch
             "mm_resampler_type": "q", "mm_vision_select_feature": "cls", "mm_hidden_size": 25}.items()),
         ({"mm_projector_type": None}, "got no mm_projector_type, which means 'linear'"),
         ({"mm_vision_tower": "/x"}, "tower: got '/x'.*--clip gives"), ({"model_type": "x"}, "kind 'x'")],
+    "hub next": [  # of a LLaVA-NeXT
+        ({"use_image_newline_parameter": False}, "got use_image_newline_parameter False.* need True"),
+        ({"vision_feature_select_strategy": "full"}, "got vision_feature_select_strategy 'full'.* 'default'"),
+        ({"image_grid_pinpoints": "(1x1),(2x2)"}, "config.json cannot be used: .*image_grid_pinpoints.*1x1"),
+        *(({"image_grid_pinpoints": grids}, "got image_grid_pinpoints .*, need pairs of multiples of 16, the")
+          for grids in ([], [[16, 32], [16, 24]], [[16] * 3], [[0, 16]], [[-16, 16]]))],
+    "original next": [
+        ({"image_grid_pinpoints": "(1x1),(6x6)"}, "got image_grid_pinpoints .1x1.,.6x6., need pairs of"),
+        ({"image_grid_pinpoints": None}, "config.json cannot be used: 'image_grid_pinpoints'"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "got image_aspect_ratio 'anyres_max_9'.*need 'anyres'"),
+        ({"image_aspect_ratio": "pad"}, "got image_aspect_ratio 'pad'.*need 'anyres'"),
+        ({"mm_patch_merge_type": "spatial"}, "got mm_patch_merge_type 'spatial'"),
+        ({"mm_patch_merge_type": "flat"}, "got image_aspect_ratio 'anyres'"),
+        ({"mm_vision_select_feature": "cls_patch"}, "got mm_vision_select_feature 'cls_patch'")],
     "clip": [({"model_type": "x"}, "got model_type 'x', need clip"), ({"num_channels": 1}, "num_channels 1")]}
 NO_EFFECT = {
     "_name_or_path", "architectures", "transformers_version", "model_type", "dtype", "id2label", "label2id",
@@ -77,9 +91,10 @@ ORIGINAL = [  # changes of transformers' configuration, the same in the config.j
 
 @pytest.mark.parametrize("section, kind", [
     ("text_config", hf.LlamaConfig), ("text_config", hf.MistralConfig), ("text_config", hf.Qwen2Config),
-    ("vision_config", hf.CLIPVisionConfig), ("llava", hf.LlavaConfig)])
+    ("vision_config", hf.CLIPVisionConfig), ("llava", hf.LlavaConfig), ("hub next", hf.LlavaNextConfig)])
 def test_every_setting_of_a_configuration_is_known(section, kind):
-    known = NO_EFFECT | IMPLEMENTED[section].keys() | {key for one, _ in REFUSED[section] for key in one}
+    done = IMPLEMENTED.get(section, IMPLEMENTED["llava"])
+    known = NO_EFFECT | done.keys() | {key for one, _ in REFUSED[section] for key in one}
     assert kind().to_dict().keys() | kind.__annotations__.keys() <= known
 
 
@@ -140,6 +155,8 @@ def test_what_is_not_implemented_is_refused_by_name(section, case, place, world,
     """In one line, before any weight or data is read."""
     if section in ("original", "clip"):
         _, folder = original(tmp_path, "safetensors")
+    elif "next" in section:
+        _, folder = make_tiled(tmp_path, section.removesuffix(" next"))
     else:
         folder = shutil.copytree(place / "model", tmp_path / "model")
     *change, said = case
@@ -211,6 +228,15 @@ IMAGE_REFUSED = {  # setting → values, or changes to GIVEN, and what the error
        for name in ("crop_pct", "do_flip_channel_order", "image_grid_pinpoints", "auto_map")}}
 
 
+TILES = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True, "size": {"shortest_edge": S},
+         "image_grid_pinpoints": tiny.GRIDS}
+TILES_REFUSED = {  # setting of a LLaVA-NeXT → values, and what the error says is needed
+    "size": ([20, 15], SIZE), "crop_size": ([...], f"{S}, the tower's image_size"),
+    "image_grid_pinpoints": ([None, tiny.GRIDS[::-1], tiny.GRIDS[:4]], f"{tiny.GRIDS}, as in config.json"),
+    "image_processor_type": (["CLIPImageProcessor", "LlavaImageProcessor"], "one of LlavaNextImageProcessor"),
+    "do_center_crop": ([False], "true"), "do_resize": ([False], "true"), "resample": ([1], "2 (bilinear)")}
+
+
 def write_images(folder, name, case, **config):
     """A folder with image settings, one or several (a dict) of them changed, and a config.json."""
     changes = case if isinstance(case, dict) else {name: case}
@@ -264,6 +290,36 @@ def test_other_image_settings_are_refused_by_name(tmp_path, name):
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize("change", [
+    {}, {"size": {"height": S, "width": S}}, {"size": S}, {"do_pad": False}, {"image_processor_type": None},
+    {"image_mean": [0, 0.5, 1], "image_std": [1, 2, 3]}, {"resample": 3}])
+def test_tiles_equal_those_of_transformers_processor(tmp_path, change):
+    """By each setting that is implemented."""
+    grids = tuple(map(tuple, tiny.GRIDS))
+    folder = write_images(tmp_path, "", {**TILES, **change}, model_type="llava_next", text_config={})
+    processor = hf.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    mode, mean, std, resize, resample = data.image_settings(str(folder), str(folder), S, "auto", grids)
+    assert (mode, resize) == ("tiles", S)
+    for seed, size in enumerate(SIZES):
+        noise = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        image = tiny.Image.fromarray(noise)
+        expected = processor(image, return_tensors="np")["pixel_values"][0]
+        assert np.array_equal(data.tile_pixels(image, S, mean, std, resample, grids), expected)
+
+
+@pytest.mark.parametrize("name", TILES_REFUSED)
+def test_other_settings_of_tiles_are_refused_by_name(tmp_path, name):
+    cases, needed = TILES_REFUSED[name]
+    for case in cases:
+        folder = write_images(tmp_path, "", {**TILES, name: case}, text_config={})
+        with pytest.raises(data.UserError) as error:
+            data.image_settings(folder, folder, S, "auto", tuple(map(tuple, tiny.GRIDS)))
+        assert f"json: got {name} " in str(error.value) and f"need {needed}" in str(error.value)
+    for image_mode in "crop", "pad":
+        with pytest.raises(data.UserError, match=f"got --image_mode {image_mode}, but .* tiles: leave"):
+            data.image_settings(folder, folder, S, image_mode, tuple(map(tuple, tiny.GRIDS)))
+
+
 def test_where_image_settings_are_read(tmp_path):
     """processor_config.json comes first; an unnamed processor is the model's: a LLaVA's pads."""
     write_images(tmp_path, "size", 30)
@@ -306,7 +362,8 @@ def test_image_settings_of_the_clip_folder_are_used_and_exported(tmp_path, world
     processor, out = checkpoint.processor, tmp_path / "out"
     checkpoint.config.save_pretrained(out)
     data.save_processor(processor, checkpoint.config, out)
-    for other in ({"resize": 21}, {"resample": 3}, {"mode": ""}, {"mean": (0.4,) * 3}, {"std": (0.4,) * 3}):
+    for other in ({"resize": 21}, {"resample": 3}, {"mode": ""}, {"mean": (0.4,) * 3}, {"std": (0.4,) * 3},
+                  {"grids": ((16, 32),)}):
         assert dataclasses.replace(processor, **other).pixel_settings != processor.pixel_settings
     assert_same_pixels(out)
     assert_same_pixels(clip, clip if image_mode == "auto" else out, image_mode)

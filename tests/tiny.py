@@ -37,6 +37,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
 PATCHES = 4  # of an image of 16 × 16 in patches of 8 × 8
+GRIDS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]  # LLaVA-1.6's, for tiles of 16 × 16
 CORPUS = [
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
     "detailed, and polite answers to the human's questions. USER: ASSISTANT: ",
@@ -82,9 +83,11 @@ def llama_config(tokenizer, **changes):
     return hf.LlamaConfig(**{**settings, **changes})
 
 
-def llava_config(tokenizer, **changes):
+def llava_config(tokenizer, tiles=False, **changes):
+    """tiles: a LLaVA-NeXT"""
     text = llama_config(tokenizer, **changes)
-    return hf.LlavaConfig(
+    kind = functools.partial(hf.LlavaNextConfig, image_grid_pinpoints=GRIDS) if tiles else hf.LlavaConfig
+    return kind(
         vision_config=clip_config(), text_config=text, tie_word_embeddings=text.tie_word_embeddings,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=PATCHES,
         vision_feature_layer=-2, vision_feature_select_strategy="default", projector_hidden_act="gelu")
@@ -101,18 +104,19 @@ def randomise(model, seed=0):
 
 
 def make_peer(tokenizer, seed=0, **changes):
-    return randomise(hf.LlavaForConditionalGeneration(llava_config(tokenizer, **changes)), seed)
+    return randomise(hf.AutoModelForImageTextToText.from_config(llava_config(tokenizer, **changes)), seed)
 
 
 # what a tensor is called: transformers' name in memory → that in a file
 HUB = {"model.vision_tower.": "vision_tower.vision_model.", "lm_head.": "language_model.lm_head.",
-       "model.multi_modal_projector.": "multi_modal_projector.",
+       "model.multi_modal_projector.": "multi_modal_projector.", "model.image_newline": "image_newline",
        "model.language_model.": "language_model.model."}
 NEW = {**HUB, "model.vision_tower.": "vision_tower."}  # as transformers 5 saves
 MEMORY = {key: key for key in HUB}
 ORIGINAL = {"model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
             "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
-            "model.language_model.": "model.", "lm_head.": "lm_head."}
+            "model.language_model.": "model.", "lm_head.": "lm_head.",
+            "model.image_newline": "model.image_newline"}
 
 
 def named(model, spelling):
@@ -138,11 +142,19 @@ def write(folder, tensors, files=1):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def write_processor(folder, size=16):
+def write_processor(folder, size=16, tiles=False):
     """Image settings and chat template."""
-    crop_size = {"height": size, "width": size}
-    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop_size).save_pretrained(folder)
+    kind = functools.partial(hf.LlavaNextImageProcessorPil, image_grid_pinpoints=GRIDS)
+    kind, crop_size = kind if tiles else CLIPImageProcessorPil, {"height": size, "width": size}
+    kind(size={"shortest_edge": size}, crop_size=crop_size).save_pretrained(folder)
     shutil.copy(ROOT / "templates" / "vicuna.jinja", folder / "chat_template.jinja")
+
+
+def shown(batch, config):
+    """The pixels that a LLaVA-1.5 sees, as transformers takes them: one image per placeholder."""
+    tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    tokens += config.vision_feature_select_strategy == "full"
+    return batch.pixels[batch.image_feature[::tokens] // tokens]
 
 
 def make_model(folder, spelling=HUB, files=1, seed=0, **changes):
@@ -152,7 +164,7 @@ def make_model(folder, spelling=HUB, files=1, seed=0, **changes):
     peer = make_peer(tokenizer, seed, **changes)
     peer.config.save_pretrained(folder)
     write(folder, named(peer, spelling), files)
-    write_processor(folder)
+    write_processor(folder, tiles=changes.get("tiles", False))
     return peer
 
 
@@ -297,7 +309,7 @@ def state(model):
 
 def reload(folder, dtype=torch.float32):
     """transformers' model from an exported folder; nothing missing, nothing left over."""
-    load = hf.LlavaForConditionalGeneration.from_pretrained
+    load = hf.AutoModelForImageTextToText.from_pretrained
     peer, info = load(folder, output_loading_info=True, dtype=dtype)
     assert not any(info.values()), info
     return peer.eval()
