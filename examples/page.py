@@ -8,8 +8,9 @@ are joined by id and stand side by side; a record that one of them lacks is a ga
 equals the record's label, apart from space around it; otherwise the words that the label lacks are marked,
 and the label's own words are shown struck through. The table counts every record, whatever --limit shows.
 
-Logs are JSON lines with a "step": a run's log.jsonl, or any other. Each metric has a chart, each log a line,
-and two logs of the same NAME share one. A line has at most 60 points, each the mean of equally many steps.
+Logs are JSON lines, with a "step" or one line per step: a run's log.jsonl, or any other. Each metric has a
+chart, each log a line, and two logs of the same NAME share one. A line has at most 60 points, each the mean
+of equally many steps.
 
 The page works from file:// without a network, on a phone, in light and dark. It needs Pillow, nothing else.
 """
@@ -148,16 +149,16 @@ def chart(title, lines, width=360, height=220, x_label="step"):
     return "\n".join(svg) + "</svg>"
 
 
-def charts_html(logs, metrics):
-    """A chart per metric that the logs, [(name, path)], hold. Values that are not finite are left out."""
-    curves, colours = {metric: {} for metric in metrics}, {}
+def charts_html(logs):
+    """A chart per metric of CURVES in the logs, [(name, path)]. Values that are not finite are left out."""
+    curves, colours = {metric: {} for metric in CURVES}, {}
     for name, path in logs:
         key = name, colours.setdefault(name, len(colours) % 6)
-        for _, record in read_lines(path):
+        for number, (_, record) in enumerate(read_lines(path), 1):
             for metric, value in record.items():
                 if metric in curves and isinstance(value, int | float) and math.isfinite(value):
-                    curves[metric].setdefault(key, []).append((record["step"], value))
-    return "\n".join(chart(CURVES.get(metric, metric), lines) for metric, lines in curves.items() if lines)
+                    curves[metric].setdefault(key, []).append((record.get("step", number), value))
+    return "\n".join(chart(CURVES[metric], lines) for metric, lines in curves.items() if lines)
 
 
 # ---- answers ----
@@ -212,8 +213,8 @@ def answer_html(answer, label):
 def section(name, record, label):
     """One file's answer to one record, and its samples."""
     answer = answer_html(record["answer"], label) if "answer" in record else "" if record else "no record"
-    samples = "".join(f"<li>{answer_html(each['text'], label)} {escape(str(each.get('reward', ''))[:6])}"
-                      for each in record.get("answers") or [])
+    samples = "".join(f"<li>{answer_html(it.get('text', ''), label)} {escape(str(it.get('reward', ''))[:6])}"
+                      for it in record.get("answers") or [])
     return (f'<section class="{verdict(record.get("answer"), label)}"><strong>{escape(name)}</strong><br>'
             f"{answer}<details><summary><small>samples</small></summary><ol>{samples}</ol></details></section>")
 
@@ -230,13 +231,14 @@ def article(key, label, records, names, images):
 
 
 def table(answers, joined, metrics):
-    """The answers, [(name, path)], over all their records; metrics: {file name: {metric: number}}."""
-    html = "".join(f"<th>{name}" for name in ("answers", "records", "exact match", *COLUMNS.values()))
+    """The answers, [(name, path)], over all their records; metrics: {path: {metric: number}}."""
+    columns = [each for each in COLUMNS if any(each in numbers for numbers in metrics.values())]
+    html = "".join(f"<th>{COLUMNS.get(key, key)}" for key in ("answers", "records", "exact match", *columns))
     for i, (name, path) in enumerate(answers):
         verdicts = [verdict(each[i].get("answer"), label) for _, label, each in joined.values() if each[i]]
         right, labelled = verdicts.count("right"), len(verdicts) - verdicts.count("")
         exact = f"{right} of {labelled} ({right / labelled:.1%})" if labelled else "no labels"
-        numbers = (f"{metrics[path.name][each]:.3f}" for each in COLUMNS if path.name in metrics)
+        numbers = (f"{metrics.get(str(path), {}).get(each, math.nan):.3f}" for each in columns)
         html += "<tr>" + "".join(f"<td>{cell}" for cell in (escape(name), len(verdicts), exact, *numbers))
     return f"<table>{html}</table>"
 
@@ -246,7 +248,7 @@ def table(answers, joined, metrics):
 def page(args):
     joined, embedded = join([read_answers(path) for _, path in args.answers]), {}
     metrics = json.loads(args.metrics.read_text()) if args.metrics else []
-    metrics = {Path(each["file"]).name: each for each in metrics  # those of the answers shown, for all images
+    metrics = {str(Path(each["file"])): each for each in metrics  # those of the answers shown, for all images
                if each.get("over") == "answer" and each["sets"] == "all"}
     names, shown = [name for name, _ in args.answers], list(joined.items())[:args.limit or None]
     articles = "\n".join(article(key, label, records, names, images_html(key, image, args.images, embedded))
@@ -255,7 +257,7 @@ def page(args):
 <html lang="en"><meta charset="utf-8"><title>{escape(args.title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{THEME}{CSS}</style>
 <h1>{escape(args.title)}</h1><ul>{"".join(f"<li>{escape(note)}" for note in args.notes)}</ul>
-{table(args.answers, joined, metrics)}<p class="grid">{charts_html(args.logs, args.curves)}</p>
+{table(args.answers, joined, metrics)}<p class="grid">{charts_html(args.logs)}</p>
 <label><input type="radio" name="show" checked> {len(shown)} of {len(joined)} records</label>
 <label><input type="radio" name="show" id="wrong"> those with a wrong answer</label>
 <label><input type="radio" name="show" id="differ"> those whose answers differ</label>
@@ -276,8 +278,7 @@ def main():
     add = parser.add_argument
     add("answers", nargs="*", type=named, metavar="[NAME=]JSONL", help="answers by predict.py, side by side")
     add("--logs", nargs="+", default=[], type=named, metavar="[NAME=]JSONL", help="logs of runs")
-    add("--curves", nargs="+", default=list(CURVES), metavar="METRIC", help="metrics in the logs to draw")
-    add("--metrics", type=Path, help="further columns of the table: what shapes.py --evaluate --json writes")
+    add("--metrics", type=Path, help="more columns: --json of evaluate.py, or of shapes.py --evaluate")
     add("--notes", nargs="+", default=[], metavar="SENTENCE", help="what to say above the table")
     add("--images", type=Path, default=Path("."), help="folder that image paths start from")
     add("--limit", type=int, default=500, help="records to show, the first ones; 0 for all")

@@ -68,11 +68,11 @@ def test_everything_from_the_user_is_escaped(tmp_path):
     name = evil.replace("/", "") + ".png"
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / name)
     more = {"label": evil + " <w>", "prompt": "USER: " + evil, "answers": [{"text": evil, "reward": "<i>"}]}
-    write(tmp_path / "log.jsonl", [{"step": 1, evil: 1}])
-    page = make(tmp_path, "--title", evil, "--notes", evil, "--curves", evil, "--logs", f"{evil}=log.jsonl",
+    write(tmp_path / "log.jsonl", [{"step": 1, "loss": 1}])
+    page = make(tmp_path, "--title", evil, "--notes", evil, "--logs", f"{evil}=log.jsonl",
                 a=[record(evil, evil, image=name, **more)])
-    # title, heading, note, chart, log, id, prompt, label, answer, sample; the image's name
-    assert page.html.count(escape(evil)) == 10 and page.html.count(escape(name)) == 1
+    # title, heading, note, log, id, prompt, label, answer, sample; the image's name
+    assert page.html.count(escape(evil)) == 9 and page.html.count(escape(name)) == 1
     assert "x-evil" not in page.html.replace(escape(evil), "").replace(escape(name), "")
     assert page.html.count('data-missing=" &lt;w&gt;"') == 2 and "<i>" not in page.html
 
@@ -94,8 +94,10 @@ def test_images_are_upright_scaled_down_and_embedded_once(tmp_path):
 
 
 def test_samples_unanswered_records_metrics_and_the_limit(tmp_path):
-    numbers = {"file": "runs/a.jsonl", "over": "answer", **dict.fromkeys(script.COLUMNS, 0.25)}
-    write(tmp_path / "metrics.json", [[numbers | {"sets": "all"}, numbers | {"sets": "seen", "chair_s": 1}]])
+    numbers = {"file": "./a.jsonl", "over": "answer", **dict.fromkeys(script.COLUMNS, 0.25)}
+    write(tmp_path / "metrics.json", [[
+        numbers | {"sets": "all"}, numbers | {"sets": "seen", "chair_s": 1},
+        {"file": "other/a.jsonl", "over": "answer", "sets": "all", "accuracy": 1}]])
     page = make(tmp_path, "--limit", "2", "--metrics", "metrics.json", a=[
         record(1, "two", label="one", answers=[{"text": "one", "reward": 1.25}, {"text": ""}]),
         record("half \ud83d", "x\u2028y"), record(3, None, label="x"), record(5, "x", label="x")])
@@ -115,7 +117,7 @@ def test_differing_words_are_marked(tmp_path):
 
 def test_curves_have_a_chart_per_metric_and_a_line_per_name(tmp_path):
     write(tmp_path / "log.jsonl", [{"step": i, "loss": 4 - i, "margin": math.nan} for i in (1, 2, 3)])
-    write(tmp_path / "b.jsonl", [{"step": 5, "loss": 2, "unlisted": 1}])
+    write(tmp_path / "b.jsonl", [{"unlisted": 1}] * 4 + [{"loss": 2}])
     write(tmp_path / "more.jsonl", [{"step": i, "coverage": 0.5, "note": "x"} for i in range(1, 601)])
     loss, coverage = make(tmp_path, "--logs", "DPO=log.jsonl", "b.jsonl", "DPO=more.jsonl").charts
     assert re.findall(r"--(c.*)\).>●</tspan> (.*)", loss) == [("c0", "DPO"), ("c1", "b")]
