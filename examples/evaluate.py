@@ -122,13 +122,13 @@ def pope(pairs):
 def chair(pairs):
     """[(objects that a text mentions, objects in its image), ...] → CHAIR-i, CHAIR-s, coverage. An object
     that is mentioned twice is two mentions; without any mention CHAIR-i is 0."""
-    mentioned = hallucinated = texts = found = present = 0
+    mentioned = hallucinated = texts = covered = present = 0
     for named, objects in pairs:
         wrong = sum(name not in objects for name in named)
         mentioned, hallucinated, texts = mentioned + len(named), hallucinated + wrong, texts + (wrong > 0)
-        present, found = present + len({*objects}), found + len({*objects} & {*named})
+        present, covered = present + len({*objects}), covered + len({*objects} & {*named})
     return {"chair_i": hallucinated / max(mentioned, 1), "chair_s": texts / len(pairs),
-            "coverage": found / max(present, 1)}
+            "coverage": covered / max(present, 1)}
 
 
 def exact_match(pairs):
@@ -183,17 +183,17 @@ def phrase_table(synonyms):
 
 def mentions(text, table):
     """The objects that a text mentions, in its order; the longest phrase at each place counts."""
-    words, found, i = WORD.findall(text.lower()), [], 0
+    words, phrases, i = WORD.findall(text.lower()), [], 0
     while i < len(words):
         for length in range(LONGEST, 0, -1):
             phrase = " ".join(words[i:i + length])
             if phrase in table:
-                found.append((phrase, table[phrase]))
+                phrases.append((phrase, table[phrase]))
                 break
         i += length
-    if any(phrase in ("toilet", "toilets") for phrase, _ in found):  # "the seat of the toilet" is no chair
-        found = [(phrase, name) for phrase, name in found if phrase not in ("seat", "seats")]
-    return [name for _, name in found if name]
+    if any(phrase in ("toilet", "toilets") for phrase, _ in phrases):  # "the seat of the toilet" is no chair
+        phrases = [(phrase, name) for phrase, name in phrases if phrase not in ("seat", "seats")]
+    return [name for _, name in phrases if name]
 
 
 # ---- files ----

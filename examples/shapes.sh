@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole chain on the shapes data set: make it, fine-tune, rank the model's samples, learn a reward, align by DPO and by PPO,
+# The full chain on the shapes data set: make it, fine-tune, rank the model's samples, learn a reward, align by DPO and by PPO,
 # take the best of eight, compare all answers to held-out images with the truth, and show them in DIR/report.html.
 #   bash examples/shapes.sh [SEED] [DIR] [study]     DIR: what it writes, from the project's root (default runs/chain-SEED)
 # With `study` also GRPO, mDPO and the controls: DPO without its SFT term, SFT on the same best answers, blank and shuffled images.
