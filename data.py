@@ -26,7 +26,7 @@ Prompt and answers are packed into one sequence, in which each answer attends to
 The prompt's last token predicts the first token of every answer. Each later token is predicted by the
 token before it.
 
-A model sees square tiles. LLaVA-1.5 has one per image, of I tokens. LLaVA-NeXT has a base view, the image
+A model sees square tiles. LLaVA-1.5 has one per image, and I tokens. LLaVA-NeXT has a base view, the image
 squeezed into a square, and a grid of tiles chosen by the image's size; how many tokens an image takes is
 known from its size alone, which a file's header tells.
 
@@ -780,8 +780,9 @@ def image_size(image):
         left, top, right, bottom = crop_box(image, image_size(image.path))
         return right - left, bottom - top
     with open_image(image) as file:
-        if file.format == "PNG" and b"eXIf" in pathlib.Path(image).read_bytes():
-            file.load()  # it may stand behind the pixels
+        late = rb"eXIf|Raw profile type|tiff:Orientation"  # may stand behind the pixels
+        if file.format in ("PNG", "TIFF") and re.search(late, pathlib.Path(image).read_bytes()):
+            return read_image(image).size
         rotated = Image.Image.getexif(file).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return file.size[::-1] if rotated and file.format != "TIFF" else file.size  # TIFF: Pillow has done it
 
@@ -918,8 +919,8 @@ def feature_layout(image_size, tile_tokens, size, grids):
     grid = grid.swapaxes(1, 2).reshape(rows * side, columns * side)  # features as they lie in the image
     (width, height), (lines, length) = image_size, grid.shape
     scale = min(lines / height, length / width)
-    top, left = ((whole - int(round(edge * scale, 7))) // 2  # lines and columns of padding
-                 for whole, edge in ((lines, height), (length, width)))
+    top, left = ((padded - int(round(edge * scale, 7))) // 2  # lines and columns of padding
+                 for padded, edge in ((lines, height), (length, width)))
     grid = np.pad(grid[top:lines - top, left:length - left], [(0, 0), (0, 1)], constant_values=-1)
     return np.concatenate([np.arange(tile_tokens), grid.flatten()]), 1 + rows * columns
 

@@ -35,7 +35,7 @@ Departures from the DPO paper:
         --out out
 
 Legend: N target tokens, A answers of a micro-batch (and C more with corrupted images), L target tokens of the
-longest answer, B records, K most answers per record, M images, I features per image. In a data.Batch,
+longest answer, B records, K most answers per record, M images or tiles, I features of each. In a data.Batch,
 answer [N] is, for each target token, the index of its answer; sequence [A + C] is, for each answer, the index
 of the packed sequence that holds it (for the first A that is the index of their record); token_shape is
 (A + C, L), answer_shape (B + C, K). A rank that has no records left in a step gets a micro-batch of padding,

@@ -164,7 +164,7 @@ def arguments(parser, training=True):
     add("--template", default="auto",
         help=f"{', '.join(data.TEMPLATES)}, or a .jinja file (default: the checkpoint's own)")
     add("--image_mode", choices=["auto", "crop", "pad"], default="auto", help="how an image becomes a square "
-        "(auto: as in the checkpoint)")
+        "(auto: as in the checkpoint; LLaVA-NeXT takes no other)")
     add("--dtype", choices=["bf16", "fp32"], default="bf16" if torch.cuda.is_available() else "fp32",
         help="of computation and export (default: bf16 on GPUs, fp32 on CPUs)")
     add = parser.add_argument_group("data").add_argument
@@ -937,6 +937,11 @@ def open_checkpoint(args, world, option="model"):
     world.depends_on(f"the checkpoint of --{option}", world.on_rank0(fingerprint, sources))
     rendered = world.earlier.get(f"what the chat template of --{option} renders", [])
     processor, resized_vocab = data.load_processor(folder, config, args, rendered, tower)
+    grids, *sizes = processor.grids, processor.tile_tokens, processor.size
+    most = max((len(data.feature_layout(grid[::-1], *sizes, grids)[0]) for grid in grids), default=0)
+    if args.max_len <= most and world.rank == 0:
+        print(f"{folder}: an image takes up to {most} tokens, but --max_len is {args.max_len}: records with "
+              "large images are left out; give --max_len 4096", flush=True)
     newly_initialised = ("multi_modal_projector.", ".lora_") if args.llm else (".lora_",)
     try:  # before any data is read
         with torch.device("meta"):
@@ -1551,7 +1556,7 @@ def check_metadata(folder):
 
 
 def export(model, processor, args, world, file_bytes=5 * 10**9):
-    """Writes --out as a Hugging Face LLaVA checkpoint: tensors are gathered one by one, adapters merged, and
+    """Writes --out as a Hugging Face checkpoint: tensors are gathered one by one, adapters merged, and
     files of at most file_bytes moved to their place when all are complete. Then it removes the run's
     checkpoints."""
     reshard(model)

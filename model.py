@@ -496,8 +496,10 @@ class VisionLLM(nn.Module):
         """→ head_fn(hidden [N, D], head weight [V, D]) for a data.Batch, where hidden are the final hidden
         states at the flat `positions` [N]."""
         projected = self.multi_modal_projector(features)  # [M · I, D], and image_newline as the last row
-        # −1 is the last row. Not projected[…], whose backward adds up repeated rows in no fixed order.
-        images = projected.index_select(0, batch.image_feature % len(projected))  # [R, D]
+        # Not projected[…], whose backward adds up repeated rows in no fixed order on CPUs. image_newline goes
+        # another way, as its many rows would be added up in bf16 on GPUs.
+        images = projected.index_select(0, batch.image_feature.clamp(min=0))  # [R, D]
+        images = torch.where(batch.image_feature[:, None] < 0, projected[-1], images)
         mask, T, n = None, batch.ids.shape[1], batch.causal_prefix
         if n < T:  # from position n on, some sequence holds several answers: causal attention is not enough
             index = torch.arange(T, device=batch.ids.device)
@@ -562,12 +564,13 @@ def original_llava_config(folder, settings, clip, clip_settings):
     """The configuration of an original LLaVA, or of a language model that gets a new projector. For the
     parameters see `llava_config`."""
     tiles = settings.get("mm_patch_merge_type") == "spatial_unpad"  # LLaVA-NeXT
-    check_settings(folder, settings, {**LANGUAGE_MODEL, **(ORIGINAL_NEXT if tiles else ORIGINAL_LLAVA)})
+    check_settings(folder, {"image_aspect_ratio": None, **settings} if tiles else settings,
+                   {**LANGUAGE_MODEL, **(ORIGINAL_NEXT if tiles else ORIGINAL_LLAVA)})
     if "mm_vision_tower" in settings and "mm_projector_type" not in settings:
         raise UserError(f"{folder}/config.json: got no mm_projector_type, which means 'linear' (the first "
                         "LLaVA) and is not implemented: need 'mlp2x_gelu'")
     for key in settings.keys() - ORIGINAL_LLAVA.keys() - OTHER_MM:
-        if key.startswith(("mm_", "image_", "vision_")) and settings[key] not in (None, False):
+        if key.startswith(("mm_", "image_", "vision_")) and settings[key] not in (None, False, ""):
             raise UserError(f"{folder}/config.json: got {key} {settings[key]!r}, which is not implemented: "
                             "need LLaVA-1.5 or LLaVA-NeXT")
     check_settings(clip, clip_settings, ANY_MODEL)

@@ -55,8 +55,8 @@ Departures from these papers, and other choices:
         --images images --out out
 
 Legend: B prompts, K samples per prompt, A = B · K answers, L tokens of the longest answer, N tokens of all
-answers, T positions of a packed sequence (a prompt and its K answers), M images, I features per image,
-D width of the vision tower, S edge of an image in pixels. In a data.Batch, target [N] holds the answer
+answers, T positions of a packed sequence (a prompt and its K answers), M images or tiles, I features of each,
+D width of the vision tower, S edge of a tile in pixels. In a data.Batch, target [N] holds the answer
 tokens, logit_position [N] the position that predicts each, answer [N] the answer that each belongs to,
 last_token [A] the position of each answer's last token, where a position is an index into the flattened
 [B · T]; branch [B, T] is 0 in the prompt, k in its answer k and −1 at padding; token_shape is (A, L). A rank

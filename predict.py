@@ -150,7 +150,9 @@ def ask(checkpoint, args, world):
         conversation = data.read_record({"image": images, "conversations": turns}, os.sep, need_answers=0)
         example, _ = processor.example(len(turns) // 2, conversation, [])
         if example is None:
-            raise data.UserError(f"the conversation and its images are longer than --max_len {args.max_len}")
+            lengths = processor.image_lengths(images)
+            raise data.UserError(f"the conversation, with images of {lengths} tokens, is longer than "
+                                 f"--max_len {args.max_len}: raise it")
         return example
     example_of([{"from": "human", "value": args.prompt[0]}])  # its errors, before the weights are read
     model = fsdp.build(checkpoint, args, world)

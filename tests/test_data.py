@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, AutoTokenizer, LlavaNextProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -579,6 +580,20 @@ def oriented(kind, orientation, late=False):
         start, end = content.index(b"eXIf") - 4, content.index(b"IDAT") - 4
         content = content[:start] + content[end:-12] + content[start:end] + content[-12:]
     return content
+
+
+def test_the_header_tells_of_xmp(tmp_path):
+    """An orientation behind the pixels of a PNG, and one that a TIFF has in XMP alone."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta>'
+    chunk = b"iTXtXML:com.adobe.xmp\0\0\0\0\0" + xmp
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    png, tags = image_bytes("PNG", noise(30, 20)), TiffImagePlugin.ImageFileDirectory_v2()
+    tags[700] = xmp
+    for name, content in (("png", png[:-12] + chunk + png[-12:]),
+                          ("tiff", image_bytes("TIFF", noise(30, 20), tiffinfo=tags))):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert data.image_size(str(path)) == data.read_image(str(path)).size == (20, 30), name
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])

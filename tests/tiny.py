@@ -394,7 +394,7 @@ def inside(script, *argv):
         return models[-1]
     start = mock.Mock() if dist.is_initialized() else dist.init_process_group
     with (mock.patch.object(fsdp, "build", recording_build), command_line(script, argv),
-          mock.patch.object(fsdp, "remove_checkpoints"),
+          mock.patch.object(fsdp, "remove_checkpoints", lambda out: None),
           mock.patch.object(dist, "init_process_group", start), contextlib.ExitStack() as stack):
         stack.callback(unwatch)
         importlib.import_module(script).main()
