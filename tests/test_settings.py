@@ -66,6 +66,7 @@ REFUSED = {  # of the LLaVA, a section of it, an original LLaVA or its CLIP: (ch
         ({"image_grid_pinpoints": None}, "config.json cannot be used: 'image_grid_pinpoints'"),
         ({"image_aspect_ratio": "anyres_max_9"}, "got image_aspect_ratio 'anyres_max_9'.*need 'anyres'"),
         ({"image_aspect_ratio": "pad"}, "got image_aspect_ratio 'pad'.*need 'anyres'"),
+        ({"image_aspect_ratio": None}, "got image_aspect_ratio None.*need 'anyres'"),
         ({"mm_patch_merge_type": "spatial"}, "got mm_patch_merge_type 'spatial'"),
         ({"mm_patch_merge_type": "flat"}, "got image_aspect_ratio 'anyres'"),
         ({"mm_vision_select_feature": "cls_patch"}, "got mm_vision_select_feature 'cls_patch'")],
