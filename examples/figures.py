@@ -124,7 +124,7 @@ def packed():
     tokens = [*" ".join(parts).split(), "<pad>"]
     example = data.Example(0, "", np.arange(P), [np.arange(n) for n in lengths],
                            [np.ones(n, bool) for n in lengths], [])
-    as_is = SimpleNamespace(expand=lambda ids: ids, lengths=lambda ids: np.ones(len(ids), int))
+    as_is = SimpleNamespace(image_token=-1, lengths=lambda ids, images: np.ones(len(ids), int))
     sequence = np.hstack([data.pack(example, as_is), [[0], [0], [-1], [0], [0]]])  # the last is padding
     _, position, branch, predicted_from, target = sequence  # [T] each
     index, branches = torch.arange(len(tokens)), torch.from_numpy(branch)[None]

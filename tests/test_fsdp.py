@@ -660,7 +660,7 @@ def test_what_the_hub_cannot_give_is_said(tmp_path, hub):
         (tmp_path / "hub" / "org" / repo).mkdir(parents=True)
         for name in names:
             (tmp_path / "hub" / "org" / repo / name).write_text(json.dumps({"file": name}))
-    names = "runs", "./x/y", "org/gated", "org/private", "org/gguf", "org/old@v1"
+    names = "nothing", "./x/y", "org/gated", "org/private", "org/gguf", "org/old@v1"
     *no_ids, gated, private, gguf, downloading, old = fetch(names, tmp_path, env)[0]
     assert len(no_ids) == 2 and all("there is no such folder" in line for line in no_ids)
     assert not [path for _, path in requests if "/org/" not in path]

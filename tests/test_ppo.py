@@ -490,7 +490,7 @@ def test_a_word_is_learned(trained, tmp_path):
     lines = tiny.log(out)
     assert lines[0]["objective/scores"] < 0.1 and lines[0]["objective/kl"] == 0
     assert np.mean([line["objective/scores"] for line in lines[-3:]]) > 0.4 and lines[-1]["objective/kl"] > 1
-    assert done.out.count("'score': ") == 3 and f"wrote {out}" in done.out
+    assert done.out.count("  (score ") == 3 and f"wrote {out}" in done.out
 
 
 def test_evaluations_change_nothing_and_ptx_is_sft(run, trained, world, tmp_path, monkeypatch):
