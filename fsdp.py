@@ -1498,7 +1498,7 @@ def remove_checkpoints(out):
 
 def sync_files(folder):
     """Waits until all files in a folder are on the disk: a full one is noticed here at the latest."""
-    for path in glob.glob(os.path.join(folder, "**"), recursive=True):
+    for path in filter(os.path.isfile, glob.glob(os.path.join(folder, "**"), recursive=True)):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

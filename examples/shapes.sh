@@ -17,27 +17,27 @@ answer() {  # MODEL NAME options: answers, or scores, of the test images
     --seed "$seed" --max_new_tokens 32 --micro_batch 64 --overwrite "${@:3}"
 }
 
-stage "The data set: images, captions, preferences, and a model whose tower sees the objects (17 s on two quiet cores)"
+stage "The data set: images, captions, preferences, and a model whose tower sees the objects (23 s on two cores)"
 $python examples/shapes.py --out "$world" --seed "$seed" --if_missing
-stage "SFT learns to name what an image shows, from captions of which 40 % are wrong; then it answers (74 s)"
+stage "SFT learns to name what an image shows, from captions of which 40 % are wrong; then it answers (79 s)"
 train sft sft --model "$world/model" --data "$world/sft.json" --batch_size 64 --micro_batch 64 --lr 2e-3 --warmup 40 --max_steps 350
 answer sft sft-greedy
 answer sft sft-sampled --num_samples 4 --temperature 1
 
-stage "Preferences: the model's own samples ranked by the truth, and as many synthetic pairs (15 s)"
+stage "Preferences: the model's own samples ranked by the truth, and as many synthetic pairs (21 s)"
 answer sft samples --data "$world/prompts.json" --num_samples 2 --temperature 1 --micro_batch 256
 $python examples/shapes.py --world "$world" --rank "$dir/samples.jsonl" --mix --pairs_out "$dir/pairs.json"
 $python examples/shapes.py --world "$world" --rank "$dir/sft-sampled.jsonl" --pairs_out "$dir/test-sampled.json"
 
-stage "The reward model learns to score answers from ranked ones (100 s)"
+stage "The reward model learns to score answers from ranked ones (105 s)"
 train rm rm --model "$dir/sft" --data "$dir/pairs.json" --eval_data "$world/test_pairs.json" --eval_every 0 --batch_size 64 --micro_batch 64 --lr 7e-4 --warmup 60 --max_steps 350
-stage "DPO learns the same preferences without a reward model (37 s)"
+stage "DPO learns the same preferences without a reward model (44 s)"
 train dpo dpo --model "$dir/sft" --data "$dir/pairs.json" --batch_size 64 --micro_batch 64 --lr 3e-4 --warmup 10 --max_steps 80 --sft_coef 1
-stage "PPO samples answers and learns from the reward model's scores (74 s)"
+stage "PPO samples answers and learns from the reward model's scores (85 s)"
 train ppo ppo --model "$dir/sft" --reward_model "$dir/rm" --data "$world/prompts.json" --rollout_batch 128 --batch_size 128 \
   --micro_batch 128 --max_new_tokens 28 --max_steps 40 --lr 2e-4 --critic_lr 3e-4 --ppo_epochs 2 --critic_warmup 2 --kl_coef 0.05 \
   --missing_eos_score -3 --normalize_scores --save_rollouts
-stage "All models answer the test images; the reward model picks the best of eight and scores pairs (42 s)"
+stage "All models answer the test images; the reward model picks the best of eight and scores pairs (49 s)"
 for name in dpo ppo; do
   answer $name $name-greedy
   answer $name $name-sampled --num_samples 4 --temperature 1

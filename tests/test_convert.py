@@ -247,16 +247,24 @@ def test_parquet_and_hub_data_sets(tmp_path, monkeypatch):
             convert.convert(source, tmp_path / "none", split=split)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     """A bad record stops it and leaves an earlier result; an image in the folder is not replaced."""
     def run(*arguments):
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(sys.executable))
-        return done.returncode, done.stdout, done.stderr
+        code, reason = 0, ""
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        try:
+            convert.main()
+        except SystemExit as error:  # Python exits with 1 and prints it
+            code, reason = 1, f"{error}\n"
+        said = capsys.readouterr()
+        return code, said.out, said.err + reason
     records = [{**QUESTION, "id": "r", "image": "red.png"}, {**QUESTION, "chosen": "bad"}]
     source, out = write(tmp_path / "in", records), tmp_path / "deep/out"
     error = f"{source}: record 1: got equal answers 'bad', need answers that differ: leave it out"
-    assert run(source, "--out", out) == (1, "", f"error: {error}; --skip_bad_rows leaves such records out\n")
+    command = [sys.executable, SCRIPT, source, "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(sys.executable))
+    told = f"error: {error}; --skip_bad_rows leaves such records out\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", told) == run(source, "--out", out)
     assert [*(tmp_path / "deep").iterdir()] == []
     assert run(source, "--out", out, "--skip_bad_rows") == (
         0, f"wrote 1 records to {out}/data.json, skipped 1 bad records\n", f"skipped {error}\n")
