@@ -682,6 +682,9 @@ def test_progress_is_printed_every_ten_seconds(monkeypatch, capsys):
         for _ in fsdp.data.progress(items, "items", count):
             clock[0] += 4
         assert capsys.readouterr().out == "items: 3/8, 20 s left\nitems: 6/8, 8 s left\n"
+    log, items = SimpleNamespace(first=4), [1, 2]  # a run that goes on after step 4
+    assert fsdp.Log.progress(log, items, 6, "items") is items
+    assert fsdp.Log.progress(log, items, 5, "items") is not items
 
 
 @pytest.mark.parametrize("terminal, shown", [
